@@ -1,0 +1,43 @@
+"""PowerFlow's length-aware Trajectory-Balance loss, fused with the language-model head.
+
+The public names are `linear_logprobs`, `paired_linear_logprobs`, `tb_loss`, `fused_linear_tb_loss`,
+`FusedLinearTBLoss` and `LogZHead`, and with the extra `train` also `PowerFlowTrainer` and
+`PowerFlowConfig`. All are loaded on first use, so importing the package imports nothing heavy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "linear_logprobs": "head",
+    "paired_linear_logprobs": "head",
+    "tb_loss": "loss",
+    "fused_linear_tb_loss": "loss",
+    "FusedLinearTBLoss": "loss",
+    "TBOutput": "loss",
+    "LogZHead": "log_z",
+    "PowerFlowTrainer": "trainer",
+    "PowerFlowConfig": "config",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from powerflow_fast.config import PowerFlowConfig
+    from powerflow_fast.head import linear_logprobs, paired_linear_logprobs
+    from powerflow_fast.log_z import LogZHead
+    from powerflow_fast.loss import FusedLinearTBLoss, TBOutput, fused_linear_tb_loss, tb_loss
+    from powerflow_fast.trainer import PowerFlowTrainer
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

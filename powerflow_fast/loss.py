@@ -1,0 +1,341 @@
+"""The length-aware Trajectory-Balance objective: the one place where the loss maths lives.
+
+For a completion y of |y| counted tokens, with means over those tokens (arXiv 2603.18363, eq. 10):
+
+    residual = log Z' + mean log pi(y) - alpha * (mean log p_ref(y) + psi)        [nats/token]
+    loss     = sum over sequences of  w * residual^2  / number of sequences
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from powerflow_fast import validation
+from powerflow_fast.head import HeadKeywords, linear_logprobs, paired_linear_logprobs
+from powerflow_fast.layout import Layout
+
+BALANCES = ("length", "trajectory", "token")
+IMPORTANCES = ("mean", "sum")
+
+
+class TBOutput(NamedTuple):
+    """What the loss returns. Tokens have the layout of the input, sequences are counted S."""
+
+    loss: Tensor  # scalar
+    logps: Tensor  # [B, T] or [N] policy log-probs, 0 where not counted
+    ref_logps: Tensor  # likewise, of the reference
+    residual: Tensor  # [S] nats/token, 0 for an empty sequence
+    importance: Tensor  # [S] detached, clipped
+    lengths: Tensor  # [S] counted tokens, int64
+    metrics: dict[str, Tensor]  # detached 0-dim tensors; reading them synchronises, computing does not
+    entropy: Tensor | None = None  # as logps, only with `return_entropy`
+
+
+def tb_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    *,
+    log_z: Tensor | float | str,
+    alpha: Tensor | float,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    psi: Tensor | float | None = None,
+    old_logps: Tensor | None = None,
+    clip_eps: float = 0.2,
+    balance: str = "length",
+    importance: str = "mean",
+    normalizer: Tensor | float | None = None,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    validate: bool = False,
+) -> TBOutput:
+    """LA-TB loss of token log-probs (arXiv 2603.18363, eq. 10).
+
+    Args:
+        logps: policy log-probs [nats], padded [B, T] or packed [N].
+        ref_logps: log-probs of the frozen reference, same shape; gets no gradient.
+        log_z: log Z' [nats/token]: a number or float32 [S] (it may require a gradient), or "group":
+            the detached mean of alpha * (l_ref + psi) - l_pi over the completions of one prompt
+            (VarGrad form), given by `group_size` or `group_ids`.
+        alpha: power of the reference to match, > 0; a number or [S].
+        cu_seqlens: [S + 1] int32 offsets of packed sequences, as flash-attn's. Padded input has S = B.
+        mask: same shape as logps, true or 1 where a token counts. Default: all.
+        psi: format term [nats/token] added to the reference's mean log-prob; a number or [S].
+        old_logps: log-probs by the policy that sampled, same shape as logps. The detached weight
+            w = exp(mean over tokens of logps - old_logps), clipped to [1 - clip_eps, 1 + clip_eps].
+        balance: "length" (LA-TB); "trajectory": sums instead of means (plain TB); "token": a sum for
+            the policy, a mean for the reference. The latter two are for comparison.
+        importance: "mean" as above; "sum" takes the ratio of whole sequences.
+        normalizer: number of sequences over all micro-batches and ranks. Default: those of this call
+            that are not empty.
+        group_size: completions of one prompt are consecutive, this many each.
+        group_ids: [S] integers, equal for completions of one prompt.
+        validate: check values on a GPU too, which synchronises. On a CPU it is always done.
+
+    An empty sequence counts for nothing. With no counted token the loss is 0 and still has a graph.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    validation.check_choice("balance", balance, BALANCES)
+    validation.check_choice("importance", importance, IMPORTANCES)
+    layout = Layout.of(logps, cu_seqlens, mask, validate)
+    layout.check_tokens("ref_logps", ref_logps)
+    sequences = layout.sequences
+    validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
+    validation.check_per_sequence("psi", psi, sequences, validate)
+    log_z_is_group = _check_log_z(log_z, sequences, group_size, group_ids, validate)
+
+    lengths = layout.lengths
+    policy_sum, ref_sum = layout.sum(logps), layout.sum(ref_logps.detach())
+    per_token = 1.0 / lengths.clamp(min=1)
+    policy_mean, ref_mean = policy_sum * per_token, ref_sum * per_token
+    policy_term = policy_mean if balance == "length" else policy_sum
+    ref_term = ref_sum if balance == "trajectory" else ref_mean
+    energy = alpha * (ref_term + (0.0 if psi is None else psi))
+    counted = lengths > 0
+    if log_z_is_group:
+        estimate = (energy - policy_term).detach()
+        log_z = _group_mean(estimate, counted, group_size, group_ids)
+    residual = (log_z + policy_term - energy).where(counted, 0.0)
+
+    raw, weight = _importance(layout, logps, old_logps, clip_eps, importance)
+    if normalizer is None:
+        normalizer = counted.sum().clamp(min=1)
+    elif not isinstance(normalizer, Tensor) and not normalizer > 0:
+        raise ValueError(f"normalizer: expected a number of sequences > 0, got {normalizer!r}")
+    loss = (weight * residual.square()).sum() / normalizer
+
+    kept_logps, kept_ref = layout.keep(logps), layout.keep(ref_logps)
+    metrics = _metrics(layout, kept_logps, kept_ref, residual, log_z, raw, weight)
+    metrics |= {"loss": loss.detach()}
+    return TBOutput(loss, kept_logps, kept_ref, residual, weight, lengths, metrics)
+
+
+def fused_linear_tb_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    *,
+    log_z: Tensor | float | str,
+    alpha: Tensor | float,
+    ref_logps: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    psi: Tensor | float | None = None,
+    old_logps: Tensor | None = None,
+    clip_eps: float = 0.2,
+    balance: str = "length",
+    importance: str = "mean",
+    normalizer: Tensor | float | None = None,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    **head: Unpack[HeadKeywords],
+) -> TBOutput:
+    """The LA-TB loss from hidden states: `tb_loss(*paired_linear_logprobs(...))` in one call.
+
+    Args:
+        hidden: [B, T, H] padded or [N, H] packed: hidden[t] predicts targets[t] (shifted already).
+        weight: [V, H] head weight. Frozen (LoRA), it costs no [V, H] buffer.
+        targets: [B, T] or [N] int64. A token counts where `mask` is true and its target is not
+            `ignore_index`.
+        ref_hidden, ref_weight, ref_bias: the frozen reference, as in `paired_linear_logprobs`.
+        ref_logps: the reference's log-probs [B, T] or [N], instead of `ref_hidden`.
+        **head: every keyword of `linear_logprobs`.
+
+    The other arguments and the result are those of `tb_loss`.
+    """
+    if (ref_hidden is None) == (ref_logps is None):
+        raise ValueError("ref_hidden, ref_logps: expected exactly one of the two")
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets: expected an int64 tensor, got {type(targets).__name__}")
+    ignore_index = head.get("ignore_index", -100)
+    if mask is not None:
+        if mask.shape != targets.shape:
+            raise ValueError(
+                f"mask: expected the shape of targets, {tuple(targets.shape)}, got {tuple(mask.shape)}"
+            )
+        targets = targets.where(mask.bool(), ignore_index)
+    if ref_hidden is not None:
+        out = paired_linear_logprobs(
+            hidden, weight, targets, ref_hidden, ref_weight, ref_bias=ref_bias, **head
+        )
+        logps, ref_logps, *entropy = out
+    else:
+        if ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
+        out = linear_logprobs(hidden, weight, targets, **head)
+        logps, *entropy = out if isinstance(out, tuple) else (out,)
+    result = tb_loss(
+        logps,
+        ref_logps,
+        log_z=log_z,
+        alpha=alpha,
+        cu_seqlens=cu_seqlens,
+        mask=targets != ignore_index,
+        psi=psi,
+        old_logps=old_logps,
+        clip_eps=clip_eps,
+        balance=balance,
+        importance=importance,
+        normalizer=normalizer,
+        group_size=group_size,
+        group_ids=group_ids,
+        validate=head.get("validate", False),
+    )
+    if not entropy:
+        return result
+    tokens = result.lengths.sum().clamp(min=1)
+    metrics = result.metrics | {"entropy": entropy[0].detach().sum() / tokens}
+    return result._replace(entropy=entropy[0], metrics=metrics)
+
+
+class FusedLinearTBLoss(nn.Module):
+    """`fused_linear_tb_loss` as an object: options here, tensors in the call.
+
+    Called as `loss_fn(hidden, weight, targets, ref_hidden, ...)`, or with the weight first as Liger's
+    modules are: the tensor whose leading shape is that of `targets` is the hidden states. (Where both
+    are, pass them by keyword, or hidden first.)
+
+    Args:
+        alpha: default for calls that give none.
+        log_z: likewise; "group" needs `group_size` or `group_ids`.
+        **options: any other keyword of `fused_linear_tb_loss`.
+    """
+
+    def __init__(
+        self, alpha: Tensor | float = 4.0, log_z: Tensor | float | str = "group", **options
+    ) -> None:
+        super().__init__()
+        validation.check_choice("balance", options.get("balance", "length"), BALANCES)
+        self.options = {"alpha": alpha, "log_z": log_z, **options}
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        **options,
+    ) -> TBOutput:
+        if hidden.shape[:-1] != targets.shape and weight.shape[:-1] == targets.shape:
+            hidden, weight = weight, hidden
+        options = {**self.options, **options}
+        return fused_linear_tb_loss(hidden, weight, targets, ref_hidden, ref_weight, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _check_log_z(
+    log_z: Tensor | float | str,
+    sequences: int,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    validate: bool,
+) -> bool:
+    """Whether log Z' is the group estimate, with its arguments checked."""
+    if not isinstance(log_z, str):
+        validation.check_per_sequence("log_z", log_z, sequences, validate)
+        if log_z is None:
+            raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")
+        return False
+    validation.check_choice("log_z", log_z, ("group",))
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
+    if group_size is not None and (group_size < 2 or sequences % group_size):
+        raise ValueError(
+            f"group_size: expected at least 2 completions per prompt and a divisor of the {sequences} "
+            f"sequences, got {group_size}"
+        )
+    if group_ids is not None:
+        if group_ids.shape != (sequences,) or group_ids.is_floating_point():
+            raise ValueError(
+                f"group_ids: expected integers [S] with S = {sequences}, "
+                f"got {group_ids.dtype} {tuple(group_ids.shape)}"
+            )
+        if validation.wants_values(group_ids, validate):
+            _, counts = group_ids.unique(return_counts=True)
+            if (counts < 2).any():
+                raise ValueError(
+                    "group_ids: expected at least 2 completions per prompt, got a group of 1"
+                )
+    return True
+
+
+def _group_mean(
+    estimate: Tensor,  # [S]
+    counted: Tensor,  # [S] bool
+    group_size: int | None,
+    group_ids: Tensor | None,
+) -> Tensor:  # [S]
+    """Mean over the non-empty sequences of each group, given to all of its members."""
+    if group_ids is None:
+        group_ids = torch.arange(len(estimate), device=estimate.device) // group_size
+    # [S, S] instead of a scatter: no atomics and no need to know the number of groups.
+    same = (group_ids[:, None] == group_ids) & counted
+    total = estimate.where(same, 0.0).sum(1)
+    return total / same.sum(1).clamp(min=1)
+
+
+def _importance(
+    layout: Layout, logps: Tensor, old_logps: Tensor | None, clip_eps: float, importance: str
+) -> tuple[Tensor, Tensor]:
+    """Detached sequence weights [S], as they are and clipped."""
+    if not (math.isfinite(clip_eps) and clip_eps >= 0):
+        raise ValueError(f"clip_eps: expected a finite number >= 0, got {clip_eps!r}")
+    if old_logps is None:
+        ones = logps.new_ones(layout.sequences)
+        return ones, ones
+    layout.check_tokens("old_logps", old_logps)
+    log_ratio = layout.sum((logps - old_logps).detach())
+    if importance == "mean":
+        log_ratio = log_ratio / layout.lengths.clamp(min=1)
+    raw = log_ratio.exp()
+    return raw, raw.clamp(1.0 - clip_eps, 1.0 + clip_eps)
+
+
+@torch.no_grad()
+def _metrics(
+    layout: Layout,
+    logps: Tensor,  # tokens, 0 where not counted
+    ref_logps: Tensor,  # likewise
+    residual: Tensor,  # [S]
+    log_z: Tensor | float,
+    raw_weight: Tensor,  # [S] before clipping
+    weight: Tensor,  # [S]
+) -> dict[str, Tensor]:
+    """Health of the run as 0-dim tensors: means over non-empty sequences, or over counted tokens."""
+    lengths = layout.lengths
+    counted = lengths > 0
+    sequences, tokens = counted.sum().clamp(min=1), lengths.sum().clamp(min=1)
+    log_z = torch.as_tensor(log_z, dtype=residual.dtype, device=residual.device)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.where(counted, 0.0).sum() / sequences
+
+    residual_mean = mean(residual)
+    gap = ref_logps - logps
+    return {
+        "residual_mean": residual_mean,
+        "residual_std": mean((residual - residual_mean).square()).sqrt(),
+        "policy_logp": logps.sum() / tokens,
+        "ref_logp": ref_logps.sum() / tokens,
+        "log_z": mean(log_z.expand(len(residual))),
+        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased on policy, never negative.
+        "kl": (gap.expm1() - gap).sum() / tokens,
+        "importance_mean": mean(weight),
+        "clipped_share": mean((raw_weight != weight).to(residual.dtype)),
+        "length_mean": mean(lengths.to(residual.dtype)),
+        "length_min": lengths.min() if len(lengths) else lengths.sum(),
+        "length_max": lengths.max() if len(lengths) else lengths.sum(),
+        "zero_length_count": (~counted).sum(),
+    }

@@ -1,0 +1,193 @@
+"""The head as registered operators: what autograd, torch.compile and fake tensors see.
+
+Two routes to the gradient (DESIGN: the cost, counted):
+
+* exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction that the
+  forward pass already knows. The forward saves that [N, H] direction and the backward scales its rows.
+* recompute: weight, bias or entropy need gradients. The forward saves the log-sum-exp and the backward
+  forms the logits once more, tile by tile.
+
+Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent output
+is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from powerflow_fast import vocab_parallel
+from powerflow_fast.options import HeadOptions
+
+
+def backend_module(options: HeadOptions, device: torch.device) -> ModuleType:
+    """The module that computes on `device`; `backend="auto"` is triton on a GPU and torch elsewhere."""
+    name, _ = choose_backend(options.backend, device)
+    if name == "triton":
+        from powerflow_fast import backend_triton
+
+        return backend_triton
+    from powerflow_fast import backend_torch
+
+    return backend_torch
+
+
+def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
+    """(name, reason) of the back end that `backend` means on `device`."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "torch":
+        return "torch", "asked for"
+    if backend == "triton":
+        if device.type != "cuda" and not interpreted:
+            raise ValueError(
+                f"backend: 'triton' needs a CUDA or ROCm device, got tensors on {device}; "
+                "use backend='auto' (or TRITON_INTERPRET=1 to run the kernels in the interpreter)"
+            )
+        return "triton", "asked for"
+    if device.type != "cuda":
+        return "torch", f"no Triton kernels for device type {device.type!r}"
+    if not _has_triton():
+        return "torch", "triton is not installed"
+    return "triton", "a GPU, and triton is installed"
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+@torch.library.custom_op("powerflow_fast::head_forward", mutates_args=())
+def head_forward(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N] int64
+    ref_hidden: Tensor | None,  # [N, H]
+    ref_weight: Tensor | None,  # [V, H]; None shares weight
+    ref_bias: Tensor | None,  # [V]
+    options: str,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> logps [N], ref_logps [N], entropy [N], lse [N], direction [N, H]; empty where not wanted."""
+    opts = HeadOptions.decode(options)
+    backend = backend_module(opts, hidden.device)
+    ref = None
+    if ref_hidden is not None:
+        ref = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if opts.group_name is None:
+            out = backend.forward(hidden, weight, bias, targets, ref, opts, want_direction)
+        else:
+            out = vocab_parallel.forward(backend, hidden, weight, bias, targets, ref, opts)
+    counted = targets != opts.ignore_index
+    empty = out.logps.new_empty(0)
+    return (
+        out.logps.where(counted, 0.0),
+        empty if out.ref_logps is None else out.ref_logps.where(counted, 0.0),
+        empty.clone() if out.entropy is None else out.entropy.where(counted, 0.0),
+        out.lse,
+        empty.clone() if out.direction is None else out.direction,
+    )
+
+
+@head_forward.register_fake
+def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, options, want_direction):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    n = hidden.shape[0]
+    entropy = HeadOptions.decode(options).entropy
+    return (
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(0 if ref_hidden is None else n, dtype=dtype),
+        hidden.new_empty(n if entropy else 0, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(hidden.shape if want_direction else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("powerflow_fast::head_backward", mutates_args=())
+def head_backward(
+    grad_logps: Tensor,  # [N], 0 on ignored rows
+    grad_entropy: Tensor | None,  # [N], likewise
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N] int64
+    lse: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    options: str,
+    needs: list[bool],  # hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recompute route: gradients of hidden, weight and bias; empty where not needed."""
+    opts = HeadOptions.decode(options)
+    backend = backend_module(opts, hidden.device)
+    arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if opts.group_name is None:
+            grads = backend.backward(*arguments, tuple(needs))
+        else:
+            grads = vocab_parallel.backward(backend, *arguments, tuple(needs))
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@head_backward.register_fake
+def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, options, needs):
+    inputs = (hidden, weight, bias)
+    return tuple(
+        x.new_empty(x.shape) if need else hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, targets, _, _, _, options, want_direction = inputs
+    _, ref_logps, entropy, lse, direction = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ref_logps, lse, direction)
+    ctx.options, ctx.want_direction, ctx.hidden_dtype = options, want_direction, hidden.dtype
+    if want_direction:
+        ctx.save_for_backward(targets, direction)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+
+
+def _backward(ctx, grad_logps, _grad_ref, grad_entropy, _grad_lse, _grad_direction):
+    nothing = (None,) * 9
+    if grad_logps is None and grad_entropy is None:
+        return nothing
+    options = HeadOptions.decode(ctx.options)
+
+    def counted_only(grad: Tensor | None, targets: Tensor) -> Tensor | None:
+        return None if grad is None else grad.where(targets != options.ignore_index, 0.0)
+
+    if ctx.want_direction:
+        targets, direction = ctx.saved_tensors
+        grad = counted_only(grad_logps, targets)
+        return ((direction * grad[:, None]).to(ctx.hidden_dtype), *nothing[1:])
+
+    hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(lse)
+    needs = list(ctx.needs_input_grad[:3])
+    grads = head_backward(
+        counted_only(grad_logps, targets),
+        counted_only(grad_entropy, targets),
+        hidden,
+        weight,
+        bias,
+        targets,
+        lse,
+        entropy if options.entropy else None,
+        ctx.options,
+        needs,
+    )
+    return (
+        *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
+        *nothing[3:],
+    )
+
+
+head_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,76 @@
+"""The options of the language-model head, in one frozen object that travels through autograd."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How logits are formed and which quantities are wanted.
+
+    logits = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature,
+    with softcap(z) = c * tanh(z / c). One temperature serves policy, reference and entropy.
+    """
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+    round_logits: bool = False
+    entropy: bool = False
+    backend: str = "auto"
+    group_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("temperature", self.temperature)
+        _require_finite("logit_scale", self.logit_scale)
+        if self.softcap is not None:
+            _require_positive("softcap", self.softcap)
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {self.backend!r}")
+
+    @property
+    def scale(self) -> float:
+        """Factor on hidden @ weight.T + bias where there is no softcap."""
+        return self.logit_scale / self.temperature
+
+    def encode(self) -> str:
+        """A string for operator schemas, which hold only tensors and scalars (traced by Dynamo)."""
+        return "\n".join(repr(getattr(self, name)) for name in _FIELDS)
+
+    @classmethod
+    def decode(cls, encoded: str) -> HeadOptions:
+        return cls(*map(ast.literal_eval, encoded.split("\n")))
+
+
+_FIELDS = tuple(field.name for field in fields(HeadOptions))
+
+
+class HeadForward(NamedTuple):
+    """What a back end's `forward` returns; all statistics float32 (float64 for float64 inputs)."""
+
+    logps: Tensor  # [N] NaN where the target is outside [0, V); any value where ignored
+    lse: Tensor  # [N] log-sum-exp of the policy's logits
+    entropy: Tensor | None  # [N] if options.entropy
+    direction: Tensor | None  # [N, H] d logps / d hidden, the exact route's product
+    ref_logps: Tensor | None  # [N] as logps, for the reference
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    _require_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
