@@ -1,0 +1,122 @@
+"""`PowerFlowConfig`: TRL's GRPOConfig with the options of the LA-TB objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+# Options of GRPO's own loss. This trainer replaces that loss, so a value other than the default would
+# be silently ignored; it is refused instead.
+NOT_HONOURED = {
+    "beta": "alpha sets the distance to the reference, there is no KL term",
+    "loss_type": "the loss is LA-TB; see balance",
+    "epsilon": "use clip_eps",
+    "epsilon_high": "clipping is two-sided; use clip_eps",
+    "delta": "clipping is two-sided; use clip_eps",
+    "importance_sampling_level": "weights are per sequence; see importance",
+    "scale_rewards": "there are no advantages",
+    "multi_objective_aggregation": "psi is the weighted sum of psi_funcs",
+    "top_entropy_quantile": "every token of a sequence has the same weight",
+    "entropy_coef": "an alpha below 1 keeps entropy up",
+    "use_adaptive_entropy": "an alpha below 1 keeps entropy up",
+    "off_policy_mask_threshold": "use clip_eps",
+    "use_bias_correction_kl": "there is no KL term",
+    "sync_ref_model": "the reference is the fixed base model",
+    "use_liger_kernel": "the loss brings its own head",
+    "cast_lm_head_to_fp32": "log-probs are float32 already",
+    "vllm_importance_sampling_mode": "the sampler's log-probs enter as old_logps; see importance",
+    "vllm_importance_sampling_clip_max": "use clip_eps",
+    "vllm_importance_sampling_clip_min": "use clip_eps",
+}
+
+
+@dataclass
+class PowerFlowConfig(GRPOConfig):
+    """Options of `PowerFlowTrainer`; every other one is TRL's GRPOConfig (arXiv 2603.18363).
+
+    Raises:
+        ValueError: for values outside the ranges given here, and for options of GRPO's loss
+            that would have no effect.
+    """
+
+    alpha: float = field(
+        default=4.0,
+        metadata={"help": "Power of the base model to sample from, > 0: above 1 sharpens."},
+    )
+    log_z: str = field(
+        default="group",
+        metadata={
+            "help": "log Z': 'group' (mean over the completions of a prompt) or 'learned' (an MLP).",
+            "choices": ["group", "learned"],
+        },
+    )
+    log_z_lr: float = field(
+        default=1e-3, metadata={"help": "Constant learning rate of the learned log Z', > 0."}
+    )
+    log_z_layers: int = field(
+        default=3, metadata={"help": "Linear layers of the learned log Z', at least 1."}
+    )
+    balance: str = field(
+        default="length",
+        metadata={
+            "help": "'length' is LA-TB (eq. 10); the others are for comparison.",
+            "choices": ["length", "trajectory", "token"],
+        },
+    )
+    importance: str = field(
+        default="mean",
+        metadata={
+            "help": "Importance weight: ratio of mean (per token) or of whole-sequence log-probs.",
+            "choices": ["mean", "sum"],
+        },
+    )
+    clip_eps: float = field(
+        default=0.2,
+        metadata={"help": "Importance weights are clipped to [1 - clip_eps, 1 + clip_eps], >= 0."},
+    )
+    loss_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Kernels of the head: 'auto' is triton on a GPU and torch elsewhere.",
+            "choices": ["auto", "torch", "triton"],
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Always true: with dropout the policy would not start at the reference."},
+    )
+
+    def __post_init__(self) -> None:
+        _positive("alpha", self.alpha)
+        _positive("log_z_lr", self.log_z_lr)
+        if self.log_z_layers < 1:
+            raise ValueError(f"log_z_layers: expected at least 1, got {self.log_z_layers}")
+        if not (math.isfinite(self.clip_eps) and self.clip_eps >= 0):
+            raise ValueError(f"clip_eps: expected a finite number >= 0, got {self.clip_eps!r}")
+        fields = type(self).__dataclass_fields__
+        for name in ("log_z", "balance", "importance", "loss_backend"):
+            choices, value = fields[name].metadata["choices"], getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        if self.num_generations < 2:
+            raise ValueError(
+                "num_generations: expected at least 2 completions per prompt (log_z='group' compares "
+                f"them, and TRL's sampler needs them too), got {self.num_generations}"
+            )
+        for name, reason in NOT_HONOURED.items():
+            if name in fields and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: has no effect in PowerFlow ({reason}); leave it unset")
+        if self.router_aux_loss_coef:
+            raise ValueError("router_aux_loss_coef: no support for the MoE auxiliary loss; set 0")
+        if not self.disable_dropout:
+            raise ValueError("disable_dropout: the policy must start at the reference; leave it on")
+        if self.log_z == "learned" and self.fp16:
+            raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
+        super().__post_init__()
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")

@@ -1,0 +1,113 @@
+"""How a causal language model turns its last hidden states into logits, read in one place.
+
+Known forms are `softcap(scale * (hidden @ weight.T + bias))`, with the scale and the cap named
+differently by each family (table below, read from transformers 5.23). A head that carries an adapter,
+is quantised, or does anything else first is refused: the loss would silently be that of another model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+# Of these the plain formula is known to be wrong: a layer before the head, or sliced logits.
+REFUSED_CONFIG = ("logits_mup_width_multiplier", "unpadded_vocab_size")
+REFUSED_MODELS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert-decoder")
+
+
+class ModelHead(NamedTuple):
+    """The language-model head; `transform` holds keywords of `linear_logprobs`."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    transform: dict[str, float]  # logit_scale, softcap
+
+
+def read_head(model: PreTrainedModel) -> ModelHead:
+    """Weight, bias and logit transform of `model`'s output layer (for PEFT: of the base model).
+
+    Inside `disable_adapter()`, a head listed in `modules_to_save` is read as the base's own.
+
+    Raises:
+        ValueError: where the head is missing, adapted, quantised, or of an unknown form.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output layer to read log-probs from")
+    if hasattr(layer, "base_layer"):  # PEFT's BaseTunerLayer
+        raise ValueError(
+            "the head (lm_head) carries an adapter, which reading its weight would ignore: remove it "
+            "from target_modules, or train the whole head with modules_to_save"
+        )
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the head's weight is {weight.dtype}: exclude the head from quantisation "
+            "(llm_int8_skip_modules=['lm_head'])"
+        )
+    return ModelHead(weight, bias, logit_transform(model.config))
+
+
+def logit_transform(config) -> dict[str, float]:
+    """Keywords `logit_scale` and `softcap` of `linear_logprobs` from a model's configuration."""
+    config = config.get_text_config()
+    if config.model_type in REFUSED_MODELS:
+        raise ValueError(f"{config.model_type}: its head transforms the hidden states first")
+    for name in REFUSED_CONFIG:
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"{config.model_type}: no support for logits with {name}")
+    scale = 1.0
+    for name in MULTIPLIERS:
+        value = getattr(config, name, None)
+        scale *= 1.0 if value is None else value
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    caps = [getattr(config, name) for name in SOFTCAPS if getattr(config, name, None)]
+    if not math.isfinite(scale) or len(caps) > 1:
+        raise ValueError(f"{config.model_type}: logit scale {scale}, soft caps {caps}")
+    return {"logit_scale": scale, "softcap": caps[0] if caps else None}
+
+
+def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
+    """Compare the head as read with the model's own logits on `tokens` tokens; costs one forward pass.
+
+    Raises:
+        ValueError: where they differ by more than the rounding of the model's dtype.
+    """
+    import torch
+
+    head, training = read_head(model), model.training
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, tokens + 1, device=model.device)[None] % vocabulary
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = last_hidden_state(model, ids, torch.ones_like(ids))
+    finally:
+        model.train(training)
+    device = head.weight.device
+    ours = hidden.to(device).float() @ head.weight.float().T
+    ours = head.transform["logit_scale"] * (ours if head.bias is None else ours + head.bias.float())
+    if cap := head.transform["softcap"]:
+        ours = cap * torch.tanh(ours / cap)
+    eps = torch.finfo(head.weight.dtype).eps
+    error = (ours - logits.to(device)).abs().max() if ours.shape == logits.shape else math.inf
+    if not error <= 32 * eps * max(1.0, float(logits.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__}: its logits {tuple(logits.shape)} are not the softcap(scale * "
+            f"(hidden @ weight.T + bias)) read from its configuration (largest difference {error:.2g})"
+        )
+
+
+def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, L, H] final hidden states of the backbone; the head is not run."""
+    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return out.last_hidden_state

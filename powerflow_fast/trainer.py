@@ -1,0 +1,421 @@
+"""`PowerFlowTrainer`: TRL's GRPOTrainer with the LA-TB loss of PowerFlow (arXiv 2603.18363, eq. 10).
+
+TRL keeps what it does well: rollouts (transformers or vLLM), sampling order, logging, checkpoints.
+Replaced are the reward (optional here: the format term psi), the loss, and log Z'. Left out on
+purpose, and refused with a message: vision models, the MoE auxiliary loss, and the options of GRPO's
+loss listed in `config.NOT_HONOURED`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
+
+from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.log_z import LogZHead
+from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
+from powerflow_fast.model_head import ModelHead, check_head, last_hidden_state, read_head
+
+LOG_Z_FILE = "log_z.pt"
+METRICS = {  # of TBOutput -> name in the logs
+    "residual_mean": "residual/mean",
+    "residual_std": "residual/std",
+    "policy_logp": "logps/policy",
+    "ref_logp": "logps/reference",
+    "log_z": "log_z",
+    "kl": "kl",
+    "entropy": "entropy",
+    "importance_mean": "importance/mean",
+    "clipped_share": "importance/clipped_share",
+    "zero_length_count": "completions/zero_length",
+}
+
+
+def no_psi(completions: list, **_: Any) -> list[float]:
+    """The format term of a run without one: 0 for every completion."""
+    return [0.0] * len(completions)
+
+
+class PowerFlowTrainer(GRPOTrainer):
+    """Trains a causal language model to sample from the alpha-power of its own base, without labels.
+
+    The reference is the model as it was given: the base under a disabled adapter (`peft_config`), a
+    frozen copy of the adapter of a given PeftModel, or, for full fine-tuning, a second copy loaded from
+    the model's path. Policy and reference backbones run inside the policy's (wrapped) forward and meet
+    in one `fused_linear_tb_loss`; only the counted completion tokens reach the head.
+
+    Args:
+        model: a path or name, a PreTrainedModel, or a PeftModel.
+        args: options, `PowerFlowConfig`.
+        train_dataset: with a column `prompt` (text, or a list of messages). Other columns go to
+            `psi_funcs` only.
+        psi_funcs: functions of TRL's reward signature; the weighted sum per completion is psi
+            [nats/token], e.g. `powerflow_fast.rewards.missing_boxed`. Default: psi = 0.
+        peft_config: e.g. `LoraConfig`; not on the head.
+        **kwargs: every other argument of TRL's GRPOTrainer.
+
+    Raises:
+        ValueError: before any generation, for data, models and options it cannot train.
+    """
+
+    _tag_names = ["trl", "powerflow"]
+    _name = "PowerFlow"
+    _paper = {
+        "title": "PowerFlow",
+        "id": "2603.18363",
+        "citation": "@article{powerflow2026, title={PowerFlow}, eprint={2603.18363}, "
+        "archivePrefix={arXiv}, year={2026}}",
+    }
+
+    def __init__(
+        self,
+        model,
+        args: PowerFlowConfig | None = None,
+        train_dataset=None,
+        *,
+        psi_funcs: Callable | list[Callable] | None = None,
+        peft_config=None,
+        **kwargs: Any,
+    ) -> None:
+        if "reward_funcs" in kwargs:
+            raise ValueError("reward_funcs: PowerFlow has no reward; a format term goes to psi_funcs")
+        args = PowerFlowConfig("powerflow-output") if args is None else args
+        if not isinstance(args, PowerFlowConfig):
+            raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
+        _check_dataset(train_dataset)
+        _check_reference(model, peft_config)
+        args.beta = 1.0  # makes TRL build the reference; back to 0 below, so that it skips its own pass
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=no_psi if psi_funcs is None else psi_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        finally:
+            args.beta = 0.0
+        self.beta = 0.0
+        self._has_psi = psi_funcs is not None
+        self._redirect = _ForwardRedirection()
+        self._start_checked = False
+        policy = self.accelerator.unwrap_model(self.model)
+        self._check_model(policy)
+        for part in (policy, self.ref_model):
+            if part is not None:
+                _disable_dropout(part)
+        self.log_z_head, self._log_z_optimizer, self._log_z_started = None, None, False
+        if args.log_z == "learned":
+            self._make_log_z_head(policy)
+
+    def _check_model(self, policy) -> None:
+        if self._is_vlm:
+            raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
+        if self.aux_loss_enabled:
+            raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
+        if not any(p.requires_grad for p in policy.parameters()):
+            raise ValueError(
+                "model: nothing to train, every parameter is frozen; pass peft_config=, or load the "
+                "adapter with is_trainable=True"
+            )
+        base = _base_model(policy)
+        if any(p.is_meta or p.numel() == 0 for p in base.parameters()):
+            read_head(base)  # sharded already (ZeRO-3): the comparison would need a gather
+        else:
+            check_head(base)
+        if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
+            warnings.warn(
+                "top_p, top_k, min_p or repetition_penalty truncate sampling, which LA-TB's weights do "
+                "not correct: completions no longer come from the policy",
+                stacklevel=3,
+            )
+
+    # Rollouts
+
+    def _prepare_inputs(self, generation_batch):
+        """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""
+        if not (self.model.training and self._groups_are_whole()):
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _groups_are_whole(self) -> bool:
+        """Whether every micro-batch holds all completions of its prompts, for the group log Z'."""
+        args = self.args
+        training = self.model.training
+        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        return args.log_z == "group" and size % self._group_size() == 0
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._psi_of_all = super()._calculate_rewards(*args, **kwargs)  # [global B, functions]
+        return self._psi_of_all
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
+
+        Added: psi [B], group [B], num_sequences (not empty, over all ranks), and where groups are
+        split over micro-batches group_log_z [B] and ref_per_token_logps [B, T].
+        """
+        output = super()._generate_and_score_completions(inputs)
+        count, rank = len(inputs), self.accelerator.process_index
+        psi = (self._psi_of_all * self.reward_weights.to(self._psi_of_all.device)).nansum(1)
+        output["psi"] = psi[rank * count : (rank + 1) * count]
+        position = torch.arange(count, device=psi.device) + rank * count
+        output["group"] = position // self._group_size()
+        counted = _counted_mask(output).any(1)
+        output["num_sequences"] = self.accelerator.gather(counted.sum()).sum()
+        if not self._has_psi:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name in [key for key in metrics if key.startswith(("reward", "frac_reward"))]:
+                del metrics[name]
+        starts_log_z = self.log_z_head is not None and not self._log_z_started
+        if starts_log_z or (self.args.log_z == "group" and not self._groups_are_whole()):
+            self._add_group_log_z(output)
+        if starts_log_z:
+            self.log_z_head.warm_start(self.accelerator.gather(output["group_log_z"]))
+            self._log_z_started = True
+        return output
+
+    @torch.no_grad()
+    def _add_group_log_z(self, output: dict[str, Any]) -> None:
+        """Score a rollout of size [B] in micro-batches and add each prompt's log Z' estimate."""
+        count = len(output["group"])
+        size = min(count, self.args.per_device_train_batch_size)
+        parts = []
+        for start in range(0, count, size):
+            part = {k: v[start : start + size] if v.ndim else v for k, v in output.items()}
+            parts.append(self._run(self.model, part, log_z=0.0))
+        ref_logps = torch.zeros(output["completion_ids"].shape, device=parts[0].logps.device)
+        ref_logps[_counted_mask(output)] = torch.cat([out.ref_logps for out in parts])
+        output["ref_per_token_logps"] = ref_logps
+        # With log Z' = 0 the residual is minus the estimate. All ranks together hold whole groups.
+        local = torch.stack([torch.cat([getattr(out, name).float() for out in parts])
+                             for name in ("residual", "lengths")], dim=1)  # fmt: skip
+        residual, lengths = self.accelerator.gather(local).unbind(1)
+        counted = (lengths > 0).view(-1, self._group_size())
+        total = -residual.view_as(counted).where(counted, 0.0).sum(1)
+        mean = total / counted.sum(1).clamp(min=1)
+        output["group_log_z"] = mean[output["group"]]
+
+    # Loss
+
+    def _compute_loss(self, model, inputs) -> Tensor:
+        training = self.model.training
+        normalizer = None
+        if training:
+            # Sequences per optimizer step over all micro-batches and ranks; DDP averages over ranks.
+            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            normalizer = inputs["num_sequences"].clamp(min=1) * share / self.accelerator.num_processes
+        out = self._run(model, inputs, normalizer=normalizer)
+        self._record(out, "train" if training else "eval")
+        return out.loss
+
+    def _run(self, model, inputs, **options: Any) -> TBOutput:
+        """The loss of one micro-batch, entered through the wrapped model's own forward."""
+        policy = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return self._redirect(model, policy, self._loss_in_forward, policy, inputs, **options)
+
+    def _loss_in_forward(self, policy, inputs, *, log_z=None, normalizer=None) -> TBOutput:
+        args = self.args
+        prompt_length = inputs["prompt_ids"].shape[1]
+        mask = _counted_mask(inputs)  # [B, T]
+        reference, ref_head = self._reference(policy, inputs, mask)
+        head = read_head(_base_model(policy))
+        hidden = last_hidden_state(_base_model(policy), *_model_inputs(inputs))
+        if log_z is None:
+            log_z = self._log_z(hidden[:, :prompt_length], inputs)
+        options = {"log_z": log_z} if not isinstance(log_z, str) else {
+            "log_z": log_z, "group_ids": inputs["group"]}  # fmt: skip
+        with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
+            return fused_linear_tb_loss(
+                _counted(hidden, mask, head),
+                head.weight,
+                inputs["completion_ids"][mask].to(head.weight.device),
+                **reference,
+                cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int(),
+                alpha=args.alpha,
+                psi=inputs["psi"],
+                old_logps=self._old_logps(inputs, mask),
+                clip_eps=args.clip_eps,
+                balance=args.balance,
+                importance=args.importance,
+                normalizer=normalizer,
+                bias=head.bias,
+                temperature=self.temperature,
+                return_entropy="detached",
+                backend=args.loss_backend,
+                **head.transform,
+                **options,
+            )
+
+    def _reference(self, policy, inputs, mask) -> tuple[dict[str, Any], tuple]:
+        """(keywords of the loss, parameters to gather) of the reference; runs before the policy."""
+        if "ref_per_token_logps" in inputs:
+            return {"ref_logps": inputs["ref_per_token_logps"][mask]}, ()
+        with torch.no_grad():
+            if self.ref_model is not None:
+                model = self.accelerator.unwrap_model(self.ref_model)
+                ids = _model_inputs(inputs)
+                hidden = self._redirect(self.ref_model, model, last_hidden_state, model, *ids)
+                head = read_head(model)
+            else:
+                base = _base_model(policy)
+                with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                    hidden = last_hidden_state(base, *_model_inputs(inputs))
+                    head = read_head(base)
+        shared = head.weight is read_head(_base_model(policy)).weight
+        keywords = {
+            "ref_hidden": _counted(hidden, mask, head),
+            "ref_weight": None if shared else head.weight,
+            "ref_bias": None if shared else head.bias,
+        }
+        return keywords, () if shared else (head.weight, head.bias)
+
+    def _log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
+        if self.log_z_head is not None:
+            return self.log_z_head(prompt_hidden.detach(), inputs["prompt_mask"])
+        return inputs.get("group_log_z", "group")
+
+    def _old_logps(self, inputs, mask) -> Tensor | None:
+        """[N] log-probs by the policy that sampled: vLLM's own, else those TRL took of the old policy."""
+        old = inputs.get("old_per_token_logps")
+        sampled = inputs.get("sampling_per_token_logps")
+        if sampled is not None and self.vllm_importance_sampling_correction and old is not None:
+            old = torch.where(sampled.isnan(), old, sampled)  # NaN: the sampler could not say
+        return None if old is None else old[mask]
+
+    @torch.no_grad()
+    def _record(self, out: TBOutput, mode: str) -> None:
+        values = torch.stack([out.metrics[name].float() for name in METRICS])
+        values = self.accelerator.gather(values[None]).mean(0).tolist()
+        for name, value in zip(METRICS.values(), values, strict=True):
+            self._metrics[mode][name].append(value)
+        if mode == "train" and not self._start_checked:
+            self._start_checked = True
+            gap = abs(values[2] - values[3])  # mean log-prob of policy and reference
+            if self.state.global_step == 0 and gap > 0.02:
+                warnings.warn(
+                    f"policy and reference differ by {gap:.3g} nats/token before the first step: the "
+                    "adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
+                    stacklevel=2,
+                )
+
+    # Learned log Z': its own optimizer, which no scheduler touches
+
+    def _make_log_z_head(self, policy) -> None:
+        size = _base_model(policy).get_input_embeddings().weight.shape[1]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)  # the same start on every rank
+            head = LogZHead(size, num_layers=self.args.log_z_layers)
+        self.log_z_head = head.to(self.accelerator.device)
+        self._log_z_optimizer = torch.optim.AdamW(
+            self.log_z_head.parameters(), lr=self.args.log_z_lr, weight_decay=0.0
+        )
+        self.add_callback(_StepLogZ(self))
+
+    def _step_log_z(self) -> None:
+        """One step of the log Z' head, with its gradients averaged over ranks as DDP's are."""
+        for parameter in self.log_z_head.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self._log_z_optimizer.step()
+        self._log_z_optimizer.zero_grad(set_to_none=True)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.log_z_head is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            path = os.path.join(self._get_output_dir(trial=trial), folder, LOG_Z_FILE)
+            state = {"head": self.log_z_head.state_dict()}
+            torch.save(state | {"optimizer": self._log_z_optimizer.state_dict()}, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.log_z_head is None or checkpoint is None:
+            return
+        path = os.path.join(checkpoint, LOG_Z_FILE)
+        if not os.path.exists(path):
+            raise ValueError(f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}")
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self.log_z_head.load_state_dict(state["head"])
+        self._log_z_optimizer.load_state_dict(state["optimizer"])
+        self._log_z_started = True
+
+
+class _StepLogZ(TrainerCallback):
+    def __init__(self, trainer: PowerFlowTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer._step_log_z()
+
+
+def _base_model(policy):
+    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
+
+
+def _counted_mask(inputs) -> Tensor:  # [B, T] bool
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
+def _model_inputs(inputs) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1)
+        for kind in ("ids", "mask")
+    )
+
+
+def _counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
+    """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
+    return hidden[:, -mask.shape[1] - 1 : -1][mask].to(head.weight.device)
+
+
+def _disable_dropout(model) -> None:
+    """Set every dropout to 0: as modules, and as numbers that attention layers keep for themselves."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _check_dataset(dataset) -> None:
+    if dataset is None:
+        raise ValueError("train_dataset: expected a dataset with a column 'prompt', got None")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("train_dataset: it is empty")
+
+
+def _check_reference(model, peft_config) -> None:
+    """Full fine-tuning needs a place to load the reference from."""
+    if isinstance(model, str) or peft_config is not None or hasattr(model, "peft_config"):
+        return
+    if not getattr(model.config, "_name_or_path", ""):
+        raise ValueError(
+            "model: full fine-tuning loads the reference from the model's path, and this model has "
+            "none; save it and pass the path, or pass peft_config="
+        )
