@@ -10,6 +10,19 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "FusedLinearTBLoss",
+    "LogZHead",
+    "PowerFlowConfig",
+    "PowerFlowTrainer",
+    "TBOutput",
+    "__version__",
+    "fused_linear_tb_loss",
+    "linear_logprobs",
+    "paired_linear_logprobs",
+    "tb_loss",
+]
+
 _HOME = {
     "linear_logprobs": "head",
     "paired_linear_logprobs": "head",
@@ -21,8 +34,6 @@ _HOME = {
     "PowerFlowTrainer": "trainer",
     "PowerFlowConfig": "config",
 }
-__all__ = [*_HOME, "__version__"]
-
 if TYPE_CHECKING:
     from powerflow_fast.config import PowerFlowConfig
     from powerflow_fast.head import linear_logprobs, paired_linear_logprobs

@@ -1,9 +1,10 @@
 """The head in PyTorch: any device, any vocabulary, never [N, V].
 
-The vocabulary is the outer loop: a tile of the weight is converted to the product's type once and serves
-every row of policy and reference. Each row carries a running maximum and sum (online softmax), and on
-the exact route the running sum_v p_v W_v, rescaled when the maximum moves, as flash attention rescales
-its output. So policy log-probs, their gradient direction and the reference log-probs cost three products.
+The vocabulary is the outer loop: a tile of the weight is converted to the product's type once and
+serves every row of policy and reference. Each row carries a running maximum and sum (online
+softmax), and on the exact route the running sum_v p_v W_v, rescaled when the maximum moves, as
+flash attention rescales its output. So policy log-probs, their gradient direction and the reference
+log-probs cost three products.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from powerflow_fast.options import HeadForward, HeadOptions
 
-# Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their slice of
-# the weight they are the whole working set; a GPU needs larger ones to fill its multiprocessors.
+# Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
+# slice of the weight they are the whole working set; a GPU needs larger ones to fill its
+# multiprocessors.
 _CPU_TILE = (512, 1024)
 _GPU_TILE = (4096, 8192)
 
@@ -31,7 +33,7 @@ def forward(
     options: HeadOptions,
     want_direction: bool,
 ) -> HeadForward:
-    """Log-probs of the targets under policy and reference; the direction d logps / d hidden if wanted."""
+    """Log-probs of the targets under both models, and d logps / d hidden if wanted."""
     rows = _counted_rows(targets, options)
     kept = targets if rows is None else targets[rows]
     policy = _OnlineHead(_take(hidden, rows), weight, bias, kept, options, want_direction)
@@ -102,7 +104,7 @@ def backward(
 
 
 class _OnlineHead:
-    """One model's head over the counted rows: logits tile by tile and running softmax statistics."""
+    """One model's head over the counted rows: logits tile by tile, running softmax statistics."""
 
     def __init__(
         self,
@@ -116,7 +118,8 @@ class _OnlineHead:
         self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
         self.options = options
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # Products of bf16 with float32 results exist on CUDA; elsewhere float32 copies are multiplied.
+        # Products of bf16 with float32 results exist on CUDA; elsewhere float32 copies are
+        # multiplied.
         native = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.product_dtype = hidden.dtype if native else self.dtype
         self.tile = _GPU_TILE if hidden.is_cuda else _CPU_TILE
@@ -206,7 +209,7 @@ class _OnlineHead:
         return self.total.log() - self.weighted / self.total
 
     def finish_direction(self) -> Tensor:
-        """scale * (J_y W[y] - sum_v p_v J_v W_v) in place of the running sum; NaN without a target."""
+        """scale * (J_y W[y] - sum_v p_v J_v W_v) in place of the sum; NaN without a target."""
         direction, scale = self.expected, self.options.scale
         slope = torch.ones_like(self.target_logits)
         if self.options.softcap is not None:
@@ -274,7 +277,9 @@ def _dlogits(
     p = log_p.exp()
     coefficient = -grad_logps[:, None]
     if grad_entropy is not None:
-        coefficient = coefficient - grad_entropy[:, None] * (log_p.clamp_min(-1e30) + entropy[:, None])
+        coefficient = coefficient - grad_entropy[:, None] * (
+            log_p.clamp_min(-1e30) + entropy[:, None]
+        )
     dlogits = p.mul_(coefficient)
     inside = (local_targets >= 0) & (local_targets < dlogits.shape[1])
     index = local_targets.clamp(0, dlogits.shape[1] - 1)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import torch
@@ -61,16 +62,16 @@ def linear_logprobs(
         targets: [...] int64 token ids in [0, V) or `ignore_index`.
         bias: [V].
         temperature, logit_scale, softcap: the logit transform above; temperature > 0, softcap > 0.
-        return_entropy: also return the entropy [nats] of each row. `True` is differentiable and takes
-            the recompute route in backward; `"detached"` carries no gradient and costs next to nothing.
+        return_entropy: also return the entropy [nats] of each row. `True` is differentiable and
+            takes the recompute route in backward; `"detached"` has no gradient and costs little.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
-        grad_tolerance: largest probability mass per row that the gradient may leave out. Every route
-            in this version is exact, which meets any tolerance.
-        process_group: the vocabulary is split over these ranks in equal slices, rank by rank; `weight`
-            and `bias` are this rank's slices, `hidden` and `targets` are the same on every rank.
+        grad_tolerance: largest probability mass per row that the gradient may leave out. Every
+            route in this version is exact, which meets any tolerance.
+        process_group: the vocabulary is split over these ranks in equal slices, rank by rank;
+            `weight` and `bias` are this rank's slices, `hidden` and `targets` the same everywhere.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
-        validate: check target values on a GPU too, which synchronises. (On a CPU it is always done.)
-            Unchecked, a target outside [0, V) yields NaN for its row.
+        validate: check target values on a GPU too, which synchronises. (On a CPU it is always
+            done.) Unchecked, a target outside [0, V) yields NaN for its row.
 
     Returns:
         logps [...] float32 [nats], or (logps, entropy).
@@ -109,9 +110,9 @@ def paired_linear_logprobs(
 
     Args:
         hidden, weight, targets: the policy's, as in `linear_logprobs`.
-        ref_hidden: [..., H] hidden states of the reference. Nothing of the reference gets a gradient.
-        ref_weight: [V, H]; None shares the policy's head, its bias included (LoRA). Then one tile of
-            the weight serves both models.
+        ref_hidden: [..., H] hidden states of the reference, which gets no gradient.
+        ref_weight: [V, H]; None shares the policy's head, its bias included (LoRA). Then one tile
+            of the weight serves both models.
         ref_bias: [V] bias of the reference head.
         **keywords: every keyword of `linear_logprobs`, applied to both models.
 
@@ -144,7 +145,7 @@ def _head(
     detach_entropy: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Check, flatten, choose the route and call the operator; results have the shape of `targets`."""
+    """Check, flatten, choose the route and call the operator; results are shaped as `targets`."""
     hidden, weight, bias = policy
     validation.check_head(hidden, weight, bias, targets, "")
     if ref is not None:
@@ -160,18 +161,18 @@ def _head(
         validation.check_targets(targets, weight.shape[0] * world, options.ignore_index)
 
     dtype = _product_dtype(hidden, weight)
-    flat = [_flat(x, dtype) for x in (hidden, weight, bias)]
-    flat_ref = [None, None, None]
+    flat = _flat(policy, dtype)
+    flat_ref = (None, None, None)
     if ref is not None:
-        flat_ref = [_flat(x, dtype) for x in (x if x is None else x.detach() for x in ref)]
-    # The exact route needs nothing but the upstream gradient of logps; a trained head, bias or entropy
-    # needs the logits once more anyway, and so does a vocabulary split over ranks.
+        flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
+    # The exact route needs nothing but the upstream gradient of logps; a trained head, bias or
+    # entropy needs the logits once more anyway, and so does a vocabulary split over ranks.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     differentiable_entropy = options.entropy and not detach_entropy
     exact = not (trains_head or differentiable_entropy or options.group_name)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad and exact
     logps, ref_logps, entropy, _, _ = head_forward(
-        flat[0], flat[1], flat[2], targets.reshape(-1), *flat_ref, options.encode(), want_direction
+        *flat, targets.reshape(-1), *flat_ref, options.encode(), want_direction
     )
     shape = targets.shape
     if options.entropy:
@@ -183,12 +184,12 @@ def _head(
     )
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[..., H] -> [N, H] and [V] as it is, in the product's type."""
-    if x is None:
-        return None
-    x = x.to(dtype)
-    return x if x.dim() == 1 else x.reshape(-1, x.shape[-1])
+def _flat(
+    model: Sequence[Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """hidden [..., H] -> [N, H], weight [V, H] and bias [V], in the product's type."""
+    hidden, weight, bias = (x if x is None else x.to(dtype) for x in model)
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Makes the repository's `kernels/` folder importable as `powerflow_fast.kernels`.
 
-The folder has no `__init__.py`: a top-level package `kernels` would shadow Hugging Face's package of
-that name for anyone who runs Python from the repository root. Installed, the kernels lie in
+The folder has no `__init__.py`: a top-level package `kernels` would shadow Hugging Face's package
+of that name for anyone who runs Python from the repository root. Installed, the kernels lie in
 `powerflow_fast/kernels/`; in a checkout they lie beside this package.
 """
 

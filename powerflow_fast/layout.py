@@ -58,7 +58,8 @@ class Layout:
     def check_tokens(self, name: str, values: Tensor) -> None:
         if values.shape != self.shape:
             raise ValueError(
-                f"{name}: expected the shape of logps, {tuple(self.shape)}, got {tuple(values.shape)}"
+                f"{name}: expected the shape of logps, {tuple(self.shape)}, "
+                f"got {tuple(values.shape)}"
             )
 
     def keep(self, values: Tensor) -> Tensor:

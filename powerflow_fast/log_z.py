@@ -9,12 +9,12 @@ from torch import Tensor, nn
 class LogZHead(nn.Module):
     """log Z'(q) [nats/token] from the mean final hidden state of a prompt, by a small float32 MLP.
 
-    The output layer starts at zero, so log Z' starts at its bias: 0, or what `warm_start` sets. A
-    start at 0 is off by (alpha - 1) |l_ref| for every sequence and makes the first steps push all
-    log-probs the same way; warm-start it with the group estimate of the first batch.
+    The output layer starts at zero, so log Z' starts at its bias: 0, or what `warm_start` sets.
+    A start at 0 is off by (alpha - 1) |l_ref| for every sequence and makes the first steps push
+    all log-probs the same way; warm-start it with the group estimate of the first batch.
 
-    Parameters and arithmetic stay float32 under autocast and for bf16 hidden states. The hidden states
-    are used as they come; pass detached ones to keep log Z' from training the backbone.
+    Parameters and arithmetic stay float32 under autocast and for bf16 hidden states. These are used
+    as they come: pass detached ones to keep log Z' from training the backbone.
 
     Args:
         hidden_size: H.
@@ -25,7 +25,8 @@ class LogZHead(nn.Module):
         super().__init__()
         if hidden_size < 1 or num_layers < 1:
             raise ValueError(
-                f"hidden_size and num_layers: expected at least 1, got {hidden_size} and {num_layers}"
+                "hidden_size and num_layers: expected at least 1, "
+                f"got {hidden_size} and {num_layers}"
             )
         self.hidden_size = hidden_size
         layers: list[nn.Module] = [nn.LayerNorm(hidden_size)]
@@ -37,7 +38,7 @@ class LogZHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[S, T, H] hidden states with mask [S, T] of prompt tokens, or pooled [S, H] -> [S] float32."""
+        """Hidden states [S, T, H] with prompt mask [S, T], or pooled [S, H] -> [S] float32."""
         if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden: expected [S, T, {self.hidden_size}] with mask [S, T], or pooled "

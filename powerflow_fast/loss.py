@@ -31,7 +31,7 @@ class TBOutput(NamedTuple):
     residual: Tensor  # [S] nats/token, 0 for an empty sequence
     importance: Tensor  # [S] detached, clipped
     lengths: Tensor  # [S] counted tokens, int64
-    metrics: dict[str, Tensor]  # detached 0-dim tensors; reading them synchronises, computing does not
+    metrics: dict[str, Tensor]  # detached 0-dim tensors; only reading them synchronises
     entropy: Tensor | None = None  # as logps, only with `return_entropy`
 
 
@@ -58,20 +58,20 @@ def tb_loss(
     Args:
         logps: policy log-probs [nats], padded [B, T] or packed [N].
         ref_logps: log-probs of the frozen reference, same shape; gets no gradient.
-        log_z: log Z' [nats/token]: a number or float32 [S] (it may require a gradient), or "group":
-            the detached mean of alpha * (l_ref + psi) - l_pi over the completions of one prompt
-            (VarGrad form), given by `group_size` or `group_ids`.
+        log_z: log Z' [nats/token]: a number or float32 [S] (it may require a gradient), or
+            "group": the detached mean of alpha * (l_ref + psi) - l_pi over the completions of one
+            prompt (VarGrad form), given by `group_size` or `group_ids`.
         alpha: power of the reference to match, > 0; a number or [S].
-        cu_seqlens: [S + 1] int32 offsets of packed sequences, as flash-attn's. Padded input has S = B.
+        cu_seqlens: [S + 1] int32 offsets of packed sequences, as flash-attn's. Padded: S = B.
         mask: same shape as logps, true or 1 where a token counts. Default: all.
         psi: format term [nats/token] added to the reference's mean log-prob; a number or [S].
-        old_logps: log-probs by the policy that sampled, same shape as logps. The detached weight
-            w = exp(mean over tokens of logps - old_logps), clipped to [1 - clip_eps, 1 + clip_eps].
-        balance: "length" (LA-TB); "trajectory": sums instead of means (plain TB); "token": a sum for
-            the policy, a mean for the reference. The latter two are for comparison.
+        old_logps: log-probs by the policy that sampled, same shape as logps. They give the detached
+            weight w = exp(mean over tokens of logps - old_logps), clipped to 1 -+ clip_eps.
+        balance: "length" (LA-TB); "trajectory": sums instead of means (plain TB); "token": a sum
+            for the policy, a mean for the reference. The latter two are for comparison.
         importance: "mean" as above; "sum" takes the ratio of whole sequences.
-        normalizer: number of sequences over all micro-batches and ranks. Default: those of this call
-            that are not empty.
+        normalizer: number of sequences over all micro-batches and ranks. Default: those of this
+            call that are not empty.
         group_size: completions of one prompt are consecutive, this many each.
         group_ids: [S] integers, equal for completions of one prompt.
         validate: check values on a GPU too, which synchronises. On a CPU it is always done.
@@ -92,10 +92,9 @@ def tb_loss(
 
     lengths = layout.lengths
     policy_sum, ref_sum = layout.sum(logps), layout.sum(ref_logps.detach())
-    per_token = 1.0 / lengths.clamp(min=1)
-    policy_mean, ref_mean = policy_sum * per_token, ref_sum * per_token
-    policy_term = policy_mean if balance == "length" else policy_sum
-    ref_term = ref_sum if balance == "trajectory" else ref_mean
+    divisor = lengths.clamp(min=1)
+    policy_term = policy_sum / divisor if balance == "length" else policy_sum
+    ref_term = ref_sum if balance == "trajectory" else ref_sum / divisor
     energy = alpha * (ref_term + (0.0 if psi is None else psi))
     counted = lengths > 0
     if log_z_is_group:
@@ -160,7 +159,8 @@ def fused_linear_tb_loss(
     if mask is not None:
         if mask.shape != targets.shape:
             raise ValueError(
-                f"mask: expected the shape of targets, {tuple(targets.shape)}, got {tuple(mask.shape)}"
+                f"mask: expected the shape of targets, {tuple(targets.shape)}, "
+                f"got {tuple(mask.shape)}"
             )
         targets = targets.where(mask.bool(), ignore_index)
     if ref_hidden is not None:
@@ -200,9 +200,9 @@ def fused_linear_tb_loss(
 class FusedLinearTBLoss(nn.Module):
     """`fused_linear_tb_loss` as an object: options here, tensors in the call.
 
-    Called as `loss_fn(hidden, weight, targets, ref_hidden, ...)`, or with the weight first as Liger's
-    modules are: the tensor whose leading shape is that of `targets` is the hidden states. (Where both
-    are, pass them by keyword, or hidden first.)
+    Called as `loss_fn(hidden, weight, targets, ref_hidden, ...)`, or with the weight first as
+    Liger's modules are: the tensor whose leading shape is that of `targets` is the hidden states.
+    (Where both are, pass them by keyword, or hidden first.)
 
     Args:
         alpha: default for calls that give none.
@@ -253,8 +253,8 @@ def _check_log_z(
         raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
     if group_size is not None and (group_size < 2 or sequences % group_size):
         raise ValueError(
-            f"group_size: expected at least 2 completions per prompt and a divisor of the {sequences} "
-            f"sequences, got {group_size}"
+            "group_size: expected at least 2 completions per prompt and a divisor of the "
+            f"{sequences} sequences, got {group_size}"
         )
     if group_ids is not None:
         if group_ids.shape != (sequences,) or group_ids.is_floating_point():
@@ -313,7 +313,7 @@ def _metrics(
     raw_weight: Tensor,  # [S] before clipping
     weight: Tensor,  # [S]
 ) -> dict[str, Tensor]:
-    """Health of the run as 0-dim tensors: means over non-empty sequences, or over counted tokens."""
+    """Health of the run: means over non-empty sequences, or over counted tokens; all 0-dim."""
     lengths = layout.lengths
     counted = lengths > 0
     sequences, tokens = counted.sum().clamp(min=1), lengths.sum().clamp(min=1)
@@ -330,7 +330,7 @@ def _metrics(
         "policy_logp": logps.sum() / tokens,
         "ref_logp": ref_logps.sum() / tokens,
         "log_z": mean(log_z.expand(len(residual))),
-        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased on policy, never negative.
+        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased, never negative.
         "kl": (gap.expm1() - gap).sum() / tokens,
         "importance_mean": mean(weight),
         "clipped_share": mean((raw_weight != weight).to(residual.dtype)),

@@ -1,14 +1,14 @@
 """The head as registered operators: what autograd, torch.compile and fake tensors see.
 
-Two routes to the gradient (DESIGN: the cost, counted):
+Two routes to the gradient:
 
-* exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction that the
-  forward pass already knows. The forward saves that [N, H] direction and the backward scales its rows.
-* recompute: weight, bias or entropy need gradients. The forward saves the log-sum-exp and the backward
-  forms the logits once more, tile by tile.
+* exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction
+  that the forward pass already knows. The forward saves it, [N, H], and the backward scales rows.
+* recompute: weight, bias or entropy need gradients. The forward saves the log-sum-exp and the
+  backward forms the logits once more, tile by tile.
 
-Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent output
-is an empty tensor.
+Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent
+output is an empty tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from powerflow_fast.options import HeadOptions
 
 
 def backend_module(options: HeadOptions, device: torch.device) -> ModuleType:
-    """The module that computes on `device`; `backend="auto"` is triton on a GPU and torch elsewhere."""
+    """The module that computes on `device`; "auto" is triton on a GPU and torch elsewhere."""
     name, _ = choose_backend(options.backend, device)
     if name == "triton":
         from powerflow_fast import backend_triton
@@ -72,7 +72,7 @@ def head_forward(
     options: str,
     want_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps [N], ref_logps [N], entropy [N], lse [N], direction [N, H]; empty where not wanted."""
+    """-> logps [N], ref_logps [N], entropy [N], lse [N], direction [N, H]; empty if not wanted."""
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden.device)
     ref = None

@@ -1,6 +1,7 @@
-"""The specification: every quantity of this library in plain PyTorch, float64, one line of maths each.
+"""The specification: every quantity of this library in plain PyTorch and float64.
 
-Tests and benchmarks answer to this file. It materialises [N, V] logits and is meant for small inputs.
+Tests and benchmarks answer to this file. It materialises [N, V] logits and is meant for small
+inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     **transform,
 ) -> tuple[Tensor, Tensor]:  # logps [N], entropy [N], float64
-    """Log-probability of each target and entropy [nats] of each row's distribution; 0 where ignored."""
+    """Log-probability of each target and entropy [nats] of each row; 0 where ignored."""
     counted = targets != ignore_index
     log_p = logits(hidden, weight, bias, **transform).log_softmax(-1)
     logps = log_p.gather(1, targets.where(counted, 0)[:, None])[:, 0]
@@ -55,7 +56,7 @@ def tb_loss(
     weights: Tensor,  # [S] importance weights, detached
     balance: str = "length",
 ) -> tuple[Tensor, Tensor]:  # loss, residual [S]
-    """LA-TB (arXiv 2603.18363, eq. 10), sequence by sequence, and the two balances it compares with."""
+    """LA-TB (arXiv 2603.18363, eq. 10) and the two balances it compares with, by sequence."""
     residuals = []
     for s, (policy, ref) in enumerate(zip(logps, ref_logps, strict=True)):
         if balance == "length":

@@ -27,15 +27,15 @@ def check_head(
         _refuse_dtensor(name, x)
         if x.device != hidden.device:
             raise ValueError(
-                f"{name}: expected it on the device of {prefix}hidden, {hidden.device}, got {x.device}"
+                f"{name}: expected it on {hidden.device} as {prefix}hidden, got {x.device}"
             )
     for name, x in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
         if x.dtype not in FLOAT_TYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(
-            f"{prefix}weight: expected [V, H] with V >= 1, got {tuple(weight.shape)}; a sharded weight "
-            "(ZeRO-3, FSDP) must be gathered, or the loss called inside the wrapped forward"
+            f"{prefix}weight: expected [V, H] with V >= 1, got {tuple(weight.shape)}; a sharded "
+            "weight (ZeRO-3, FSDP) must be gathered, or the loss called inside the wrapped forward"
         )
     vocab, size = weight.shape
     if hidden.dim() < 1 or hidden.shape[-1] != size:
@@ -47,13 +47,11 @@ def check_head(
         raise ValueError(f"targets: expected int64, got {targets.dtype}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"targets: expected shape {tuple(hidden.shape[:-1])} as {prefix}hidden without its last "
-            f"axis, got {tuple(targets.shape)}"
+            f"targets: expected shape {tuple(hidden.shape[:-1])} as {prefix}hidden without its "
+            f"last axis, got {tuple(targets.shape)}"
         )
     if bias is not None and bias.shape != (vocab,):
-        raise ValueError(
-            f"{prefix}bias: expected [V] with V = {vocab}, got {tuple(bias.shape)}"
-        )
+        raise ValueError(f"{prefix}bias: expected [V] with V = {vocab}, got {tuple(bias.shape)}")
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
@@ -78,7 +76,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_per_sequence(
-    name: str, value: Tensor | float | None, sequences: int, validate: bool, *, positive: bool = False
+    name: str,
+    value: Tensor | float | None,
+    sequences: int,
+    validate: bool,
+    *,
+    positive: bool = False,
 ) -> None:
     """A number, or a tensor [S] (or 0-dim) of finite values; > 0 where `positive`."""
     expected = "finite numbers > 0" if positive else "finite numbers"
@@ -110,9 +113,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
     if not wants_values(cu_seqlens, validate):
         return
     if (cu_seqlens.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens: expected non-decreasing offsets, got {cu_seqlens.tolist()}"
-        )
+        raise ValueError(f"cu_seqlens: expected non-decreasing offsets, got {cu_seqlens.tolist()}")
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
         raise ValueError(
             f"cu_seqlens: expected offsets from 0 to the number of tokens, {tokens}, "
@@ -129,7 +130,7 @@ def world_size(group_name: str) -> int:
 def _refuse_dtensor(name: str, x: Tensor) -> None:
     if type(x).__name__ == "DTensor":
         raise ValueError(
-            f"{name}: expected a plain tensor, got a DTensor; call the loss inside the forward of the "
-            "wrapped model, where the head's weight is gathered (full_tensor() outside it gives wrong "
-            "gradients)"
+            f"{name}: expected a plain tensor, got a DTensor; call the loss inside the forward of "
+            "the wrapped model, where the head's weight is gathered (outside it full_tensor() gives "
+            "wrong gradients)"
         )

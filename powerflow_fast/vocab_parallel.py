@@ -1,7 +1,8 @@
 """A head whose vocabulary is split over the ranks of a process group, in equal slices by rank.
 
-Each rank computes over its own slice as if it were a whole head; one all-gather of [3, N] statistics
-turns the local results into those of the whole vocabulary, and one all-reduce sums the gradient of hidden.
+Each rank computes over its own slice as if it were a whole head; one all-gather of [3, N]
+statistics turns the local results into those of the whole vocabulary, and one all-reduce sums the
+gradient of hidden.
 """
 
 from __future__ import annotations
