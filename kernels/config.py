@@ -1,0 +1,133 @@
+"""Tile shapes by chip: the one table a new chip is added to.
+
+The token count is never part of a key and never a compile-time constant, so no batch recompiles.
+The shapes are the largest tried for which `python -m powerflow_fast.kernel_facts` finds no spilled
+register; they have not been tuned on hardware.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Bytes one row chunk of softmax numerators (exact route), of per-tile statistics (forward), and of
+# d loss / d logits (backward) may take. Half a GiB leaves 1,700 rows at V = 152k: enough row blocks
+# to fill a large chip in the product over the vocabulary.
+SOFT_BYTES = 512 << 20
+STATISTICS_BYTES = 128 << 20
+DLOGITS_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One output tile `rows x columns`, `depth` numbers of the summed axis at a time.
+
+    The columns are finished in `parts` pieces after the product: fewer values are alive at once.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+
+    @property
+    def part(self) -> int:
+        return self.columns // self.parts
+
+
+@dataclass(frozen=True)
+class Config:
+    statistics: Tile  # hidden @ weight.T and the softmax statistics of each tile
+    direction: Tile  # softmax numerators @ weight
+    dlogits: Tile  # hidden @ weight.T and the gradient of the logits
+    tma: bool  # the chip copies tiles with its bulk copy engine
+
+
+TABLE = {
+    "sm_80": Config(
+        statistics=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
+        direction=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
+        dlogits=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
+        tma=False,
+    ),
+    "sm_90": Config(
+        statistics=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        tma=True,
+    ),
+    "sm_100": Config(
+        statistics=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        tma=True,
+    ),
+    "gfx942": Config(
+        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        tma=False,
+    ),
+    # float32 operands use no matrix unit (no tf32), so any chip gets one shape.
+    "float32": Config(
+        statistics=Tile(64, 64, 16, num_warps=8, num_stages=2),
+        direction=Tile(64, 64, 16, num_warps=8, num_stages=2),
+        dlogits=Tile(64, 64, 16, num_warps=8, num_stages=2),
+        tma=False,
+    ),
+    # Triton's interpreter: small enough that small tests have several tiles and ragged ends.
+    "interpreter": Config(
+        statistics=Tile(16, 64, 32, num_warps=4, num_stages=1, parts=4),
+        direction=Tile(16, 32, 16, num_warps=4, num_stages=1),
+        dlogits=Tile(16, 64, 32, num_warps=4, num_stages=1, parts=4),
+        tma=True,
+    ),
+}
+
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def chip_name(device: torch.device) -> str:
+    """The row of TABLE that serves this device with 16-bit operands."""
+    if is_interpreted():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # 12.x, the consumer chips after 10.x, lack its matrix unit and have sm_80's shared memory.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def config_for(device: torch.device, dtype: torch.dtype) -> Config:
+    name = chip_name(device)
+    if dtype == torch.float32 and name != "interpreter":
+        name = "float32"
+    return TABLE[name]
+
+
+def num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def balanced_rows(num_rows: int, limit: int, block: int, columns: int, processors: int) -> int:
+    """Rows per chunk: at most `limit`, filling whole waves of `processors` tiles best.
+
+    A chunk's product has (rows / block) * columns tiles, of which every wave computes `processors`.
+    """
+    most = max(1, min(limit // block, -(-num_rows // block)))
+
+    def utilisation(blocks: int) -> float:
+        tiles = blocks * columns
+        return tiles / (-(-tiles // processors) * processors)
+
+    # Rounded, so that of equally good sizes the largest wins: fewer launches.
+    best = max(range(1, most + 1), key=lambda blocks: (round(utilisation(blocks), 2), blocks))
+    return best * block

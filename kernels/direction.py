@@ -1,0 +1,214 @@
+"""The exact route's second product: d logps / d hidden, without touching the logits again.
+
+The eager code it replaces, with p the softmax and J the softcap's slope:
+
+    direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H] float32
+
+`soft` holds the numerators of p * J relative to their own tile's shift; they are brought to the
+row's shift, a multiplication by a power of two, on their way into the matrix unit. The target's
+column is absent from `soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powerflow_fast.kernels.config import Config
+from powerflow_fast.kernels.statistics import Statistics, soft_exponent
+from powerflow_fast.kernels.tiles import (
+    LOG2E,
+    Operands,
+    as_factor,
+    can_describe,
+    describe,
+    logit_form,
+    split_columns,
+)
+
+GROUP = 16
+
+
+@triton.jit
+def write_direction(
+    mean,  # [BLOCK_N, WIDTH] tile of soft @ weight
+    rows_y,  # [BLOCK_N] pointers to the rows weight[target]
+    rows_out,  # [BLOCK_N] pointers to the rows of direction
+    factor_y,  # [BLOCK_N]
+    factor_mean,  # [BLOCK_N]
+    counted,  # [BLOCK_N]
+    inside,
+    mask_n,
+    start_h,
+    num_h,
+    stride_wh,
+    WIDTH: tl.constexpr,
+):
+    offs_h = start_h + tl.arange(0, WIDTH)
+    mask_h = offs_h < num_h
+    tile_y = tl.load(
+        rows_y[:, None] + offs_h.to(tl.int64)[None, :] * stride_wh,
+        mask=inside[:, None] & mask_h[None, :],
+        other=0.0,
+    )
+    result = tile_y.to(tl.float32) * factor_y[:, None] - mean * factor_mean[:, None]
+    result = tl.where(counted[:, None], result, 0.0)
+    tl.store(rows_out[:, None] + offs_h[None, :], result, mask=mask_n[:, None] & mask_h[None, :])
+
+
+@triton.jit
+def direction_kernel(
+    soft,  # [N, parts * PART] pointer, or tensor descriptor if USE_TMA
+    weight,  # [V, H] likewise
+    weight_ptr,  # [V, H] the rows of the targets are gathered from here
+    targets_ptr,  # [N]
+    tile_shift_ptr,  # [parts, rows]
+    row_shift_ptr,  # [N]
+    row_total_ptr,  # [N]
+    logps_ptr,  # [N]
+    target_logit_ptr,  # [N]
+    direction_ptr,  # [N, H] contiguous
+    num_n,
+    num_v,
+    num_h,
+    num_rows,
+    stride_sn,
+    stride_wv,
+    stride_wh,
+    derivative,
+    inverse_cap,
+    soft_scale,
+    ignore_index,
+    USE_TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    # Groups of row blocks share each column block of the weight through L2.
+    program = tl.program_id(0)
+    num_blocks = tl.cdiv(num_n, BLOCK_N)
+    num_columns = tl.cdiv(num_h, BLOCK_H)
+    first = program // (GROUP * num_columns) * GROUP
+    width = min(num_blocks - first, GROUP)
+    within = program % (GROUP * num_columns)
+    start_n = (first + within % width) * BLOCK_N
+    start_h = within // width * BLOCK_H
+
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_h = start_h + tl.arange(0, BLOCK_H)
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_n = offs_n < num_n
+    mask_h = offs_h < num_h
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+    counted = tl.max((target != ignore_index).to(tl.int32), 0)
+    row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
+
+    acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for step in range(tl.cdiv(num_v, BLOCK_V) * counted):
+        start_v = step * BLOCK_V
+        if USE_TMA:
+            tile_s = soft.load([start_n, start_v])
+            tile_w = weight.load([start_v, start_h])
+        else:
+            offs = (start_v + offs_v).to(tl.int64)
+            rows_s = soft + offs_n.to(tl.int64)[:, None] * stride_sn
+            tile_s = tl.load(rows_s + offs[None, :], mask=mask_n[:, None], other=0.0)
+            tile_w = tl.load(
+                weight + offs[:, None] * stride_wv + offs_h.to(tl.int64)[None, :] * stride_wh,
+                mask=(offs < num_v)[:, None] & mask_h[None, :],
+                other=0.0,
+            )
+        part = (start_v // PART).to(tl.int64)
+        shift = tl.load(tile_shift_ptr + part * num_rows + offs_n, mask=mask_n, other=0.0)
+        tile_s = as_factor(tile_s)
+        tile_s *= tl.exp2(shift - row_shift).to(tile_s.dtype)[:, None]
+        acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
+
+    total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
+    logp = tl.load(logps_ptr + offs_n, mask=mask_n, other=0.0)
+    slope = 1.0 - tl.exp2(logp * LOG2E)
+    if SOFTCAP:
+        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
+        slope *= 1.0 - capped * capped
+    # Of a target outside the vocabulary logps is NaN, hence its row: nothing is read for it.
+    inside = mask_n & (target >= 0) & (target < num_v)
+    rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
+    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
+    WIDTH: tl.constexpr = BLOCK_H // PARTS
+    parts = split_columns(acc, PARTS)
+    for index in tl.static_range(PARTS):
+        write_direction(
+            parts[index],
+            rows_y,
+            rows_out,
+            slope * derivative,
+            soft_scale * derivative / total,
+            target != ignore_index,
+            inside,
+            mask_n,
+            start_h + index * WIDTH,
+            num_h,
+            stride_wh,
+            WIDTH,
+        )
+
+
+def write_directions(
+    soft: torch.Tensor,  # [N, padded columns] as logit_statistics left it
+    policy: Operands,
+    targets: torch.Tensor,  # [N] contiguous
+    statistics: Statistics,
+    row_shift: torch.Tensor,  # [rows]
+    row_total: torch.Tensor,  # [rows]
+    logps: torch.Tensor,  # [N]
+    direction: torch.Tensor,  # [N, H] contiguous float32, to be filled
+    options,
+    config: Config,
+) -> None:
+    """Rows past N in the statistics are the reference's and are not read."""
+    weight = policy.weight
+    num_v, num_h = weight.shape
+    num_n = targets.shape[0]
+    tile = config.direction
+    use_tma = config.tma and can_describe(soft) and can_describe(weight)
+    form = logit_form(options)
+    grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
+    with torch.cuda.device_of(soft):
+        direction_kernel[grid](
+            soft=describe(soft, tile.rows, tile.depth, use_tma),
+            weight=describe(weight, tile.depth, tile.columns, use_tma),
+            weight_ptr=weight,
+            targets_ptr=targets,
+            tile_shift_ptr=statistics.tile_shift,
+            row_shift_ptr=row_shift,
+            row_total_ptr=row_total,
+            logps_ptr=logps,
+            target_logit_ptr=statistics.target_logit,
+            direction_ptr=direction,
+            num_n=num_n,
+            num_v=num_v,
+            num_h=num_h,
+            num_rows=statistics.tile_shift.shape[1],
+            stride_sn=soft.stride(0),
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            derivative=form.derivative,
+            inverse_cap=1.0 / form.cap,
+            soft_scale=2.0 ** -soft_exponent(soft.dtype),
+            ignore_index=options.ignore_index,
+            USE_TMA=use_tma,
+            SOFTCAP=form.softcap,
+            PART=config.statistics.part,
+            GROUP=GROUP,
+            BLOCK_N=tile.rows,
+            BLOCK_H=tile.columns,
+            BLOCK_V=tile.depth,
+            PARTS=tile.parts,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )

@@ -1,0 +1,305 @@
+"""Softmax statistics of the logits, tile by tile, for the policy and the reference in one launch.
+
+The eager code it replaces, with z the logits of `HeadOptions` in units of log 2:
+
+    shift = ceil(z_tile.amax(1)); total = exp2(z_tile - shift).sum(1)         # [N], each tile
+    spread = (exp2(z_tile - shift) * (z_tile - shift)).sum(1)                 # if entropy is wanted
+    target_logit = logits.gather(1, targets)
+    soft = exp2(z_tile - shift) * softcap_slope, 0 at the target              # if `soft` is given
+
+The shift is an integer, so bringing tiles to a common shift multiplies by a power of two: exact.
+Every vocabulary tile is a program of its own: few tokens still fill the chip, and nothing is
+carried through the loop, which at this tile size would spill registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.tiles import (
+    LOG2E,
+    Operands,
+    can_describe,
+    describe,
+    form_logits,
+    logit_form,
+    multiply_transposed,
+    split_columns,
+    triton_dtype,
+)
+
+# Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
+# H = 4096 in bf16 are 16 MiB: they stay in L2, and each weight tile is read by all 16 at once.
+GROUP = 16
+
+
+@triton.jit
+def write_statistics(
+    product,  # [BLOCK_N, PART] tile of hidden @ weight.T
+    bias_ptr,  # [V] or None
+    target,  # [BLOCK_N]
+    tile_shift_ptr,  # [parts, rows]
+    tile_total_ptr,  # [parts, rows]
+    tile_spread_ptr,  # [parts, rows] or None
+    target_logit_ptr,  # [rows]
+    soft_ptr,  # [N, parts * PART] or None
+    start_v,
+    offs_n,
+    offs_r,
+    mask_n,
+    mask_soft,
+    num_v,
+    num_rows,
+    stride_sn,
+    scale,
+    cap,
+    ROUND_TO: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SOFT_EXPONENT: tl.constexpr,
+    PART: tl.constexpr,
+):
+    offs_v = start_v + tl.arange(0, PART)
+    logits, slope = form_logits(
+        product, bias_ptr, offs_v, offs_v < num_v, scale, cap, ROUND_TO, SOFTCAP
+    )
+    is_target = offs_v[None, :] == target[:, None]
+    target_here = (target >= start_v) & (target < min(start_v + PART, num_v))
+    target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
+    tl.store(target_logit_ptr + offs_r, target_logit, mask=mask_n & target_here)
+
+    shift = tl.ceil(tl.max(logits, 1) * LOG2E)
+    # A tile of -inf alone has shift -inf and total 0; subtracting that shift would give NaN.
+    centred = tl.fma(logits, LOG2E, -tl.where(shift == float("-inf"), 0.0, shift)[:, None])
+    soft = tl.exp2(centred)
+    # The part's index is a product with the row count: int64, as V / PART * rows can be large.
+    offs = (start_v // PART).to(tl.int64) * num_rows + offs_r
+    tl.store(tile_shift_ptr + offs, shift, mask=mask_n)
+    tl.store(tile_total_ptr + offs, tl.sum(soft, 1), mask=mask_n)
+    if tile_spread_ptr is not None:
+        spread = tl.sum(tl.where(soft == 0, 0.0, soft * centred), 1)  # 0 * -inf counts as 0
+        tl.store(tile_spread_ptr + offs, spread, mask=mask_n)
+    if soft_ptr is not None:
+        # The target's column is left out: it enters the direction as 1 - p in float32, which a
+        # confident policy needs, as 1 minus a rounded p would lose it.
+        if SOFT_EXPONENT != 0:
+            soft *= 2.0**SOFT_EXPONENT
+        soft = tl.where(is_target, 0.0, soft * slope)
+        soft_ptrs = soft_ptr + offs_n.to(tl.int64)[:, None] * stride_sn + offs_v[None, :]
+        tl.store(soft_ptrs, soft.to(soft_ptr.dtype.element_ty), mask=mask_soft[:, None])
+
+
+@triton.jit
+def statistics_kernel(
+    hidden,  # [N, H] pointer, or tensor descriptor if USE_TMA
+    weight,  # [V, H] likewise
+    bias_ptr,  # [V] or None
+    ref_hidden,  # [N, H] as hidden; unused if MODELS == 1
+    ref_weight,  # [V, H]
+    ref_bias_ptr,  # [V] or None, as bias
+    targets_ptr,  # [N]
+    tile_shift_ptr,  # [parts, MODELS * N] row r = model * N + n
+    tile_total_ptr,  # [parts, MODELS * N]
+    tile_spread_ptr,  # [parts, MODELS * N] or None
+    target_logit_ptr,  # [MODELS * N]
+    soft_ptr,  # [N, parts * part] or None, of the policy
+    num_n,
+    num_v,
+    num_h,
+    stride_hn,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    stride_ref_hn,
+    stride_ref_hh,
+    stride_ref_wv,
+    stride_ref_wh,
+    stride_sn,
+    scale,
+    cap,
+    ignore_index,
+    MODELS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ROUND_TO: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SOFT_EXPONENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    # A group of row blocks walks the vocabulary; policy and reference of one block are neighbours,
+    # so that a shared weight tile is read from memory once.
+    program = tl.program_id(0)
+    num_units = tl.cdiv(num_n, BLOCK_N) * MODELS
+    num_tiles = tl.cdiv(num_v, BLOCK_V)
+    first_unit = program // (GROUP * num_tiles) * GROUP
+    width = min(num_units - first_unit, GROUP)
+    within = program % (GROUP * num_tiles)
+    unit = first_unit + within % width
+    start_v = within // width * BLOCK_V
+    model = unit % MODELS
+    start_n = unit // MODELS * BLOCK_N
+
+    if MODELS == 2:
+        stride_hn = tl.where(model == 1, stride_ref_hn, stride_hn)
+        stride_hh = tl.where(model == 1, stride_ref_hh, stride_hh)
+        stride_wv = tl.where(model == 1, stride_ref_wv, stride_wv)
+        stride_wh = tl.where(model == 1, stride_ref_wh, stride_wh)
+        if model == 1:
+            hidden = ref_hidden
+            weight = ref_weight
+            if bias_ptr is not None:
+                bias_ptr = ref_bias_ptr
+
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_n
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+    counted = tl.max((target != ignore_index).to(tl.int32), 0)
+    acc = multiply_transposed(
+        hidden,
+        weight,
+        start_n,
+        start_v,
+        num_n,
+        num_v,
+        num_h,
+        stride_hn,
+        stride_hh,
+        stride_wv,
+        stride_wh,
+        tl.cdiv(num_h, BLOCK_H) * counted,
+        USE_TMA,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
+    )
+    offs_r = model * num_n + offs_n
+    mask_soft = offs_n < num_n * (1 - model)  # the policy's rows alone
+    num_rows = num_n * MODELS
+    PART: tl.constexpr = BLOCK_V // PARTS
+    parts = split_columns(acc, PARTS)
+    for index in tl.static_range(PARTS):
+        write_statistics(
+            parts[index],
+            bias_ptr,
+            target,
+            tile_shift_ptr,
+            tile_total_ptr,
+            tile_spread_ptr,
+            target_logit_ptr,
+            soft_ptr,
+            start_v + index * PART,
+            offs_n,
+            offs_r,
+            mask_n,
+            mask_soft,
+            num_v,
+            num_rows,
+            stride_sn,
+            scale,
+            cap,
+            ROUND_TO,
+            SOFTCAP,
+            SOFT_EXPONENT,
+            PART,
+        )
+
+
+class Statistics(NamedTuple):
+    """What the kernel leaves for `combine`; a row is one token of one model."""
+
+    tile_shift: torch.Tensor  # [parts, rows]
+    tile_total: torch.Tensor  # [parts, rows]
+    tile_spread: torch.Tensor | None  # [parts, rows]
+    target_logit: torch.Tensor  # [rows], NaN where the target is outside the vocabulary
+
+
+def soft_exponent(dtype: torch.dtype) -> int:
+    """Power of two by which stored softmax numerators are enlarged.
+
+    float16 ends at 2^-24 and numerators are at most 1: 15 more powers keep the mass that underflows
+    below 2^-39 per column. bfloat16 has float32's range.
+    """
+    return 15 if dtype == torch.float16 else 0
+
+
+def padded_columns(num_v: int, tile: Tile) -> int:
+    """Columns of the buffer of softmax numerators: every tile is stored whole."""
+    return triton.cdiv(num_v, tile.columns) * tile.columns
+
+
+def logit_statistics(
+    policy: Operands,
+    reference: Operands | None,
+    targets: torch.Tensor,  # [N] contiguous
+    soft: torch.Tensor | None,  # [N, padded_columns] to be filled
+    options,
+    tile: Tile,
+    use_tma: bool,
+) -> Statistics:
+    """One launch over both models, whose shapes and dtypes must agree."""
+    hidden, weight, bias = policy
+    ref_hidden, ref_weight, ref_bias = policy if reference is None else reference
+    models = 1 if reference is None else 2
+    num_n, num_h = hidden.shape
+    num_v = weight.shape[0]
+    num_rows = models * num_n
+    num_tiles = triton.cdiv(num_v, tile.columns)
+    shape = (num_tiles * tile.parts, num_rows)
+    tile_shift = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    tile_total = torch.empty_like(tile_shift)
+    tile_spread = torch.empty_like(tile_shift) if options.entropy else None
+    # No program owns an out-of-range target: its row stays NaN, never a plausible number.
+    target_logit = torch.full((num_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
+    use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
+    form = logit_form(options)
+    grid = (triton.cdiv(num_n, tile.rows) * models * num_tiles,)
+    with torch.cuda.device_of(hidden):
+        statistics_kernel[grid](
+            hidden=describe(hidden, tile.rows, tile.depth, use_tma),
+            weight=describe(weight, tile.columns, tile.depth, use_tma),
+            bias_ptr=bias,
+            ref_hidden=describe(ref_hidden, tile.rows, tile.depth, use_tma),
+            ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
+            ref_bias_ptr=ref_bias,
+            targets_ptr=targets,
+            tile_shift_ptr=tile_shift,
+            tile_total_ptr=tile_total,
+            tile_spread_ptr=tile_spread,
+            target_logit_ptr=target_logit,
+            soft_ptr=soft,
+            num_n=num_n,
+            num_v=num_v,
+            num_h=num_h,
+            stride_hn=hidden.stride(0),
+            stride_hh=hidden.stride(1),
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            stride_ref_hn=ref_hidden.stride(0),
+            stride_ref_hh=ref_hidden.stride(1),
+            stride_ref_wv=ref_weight.stride(0),
+            stride_ref_wh=ref_weight.stride(1),
+            stride_sn=0 if soft is None else soft.stride(0),
+            scale=form.scale,
+            cap=form.cap,
+            ignore_index=options.ignore_index,
+            MODELS=models,
+            USE_TMA=use_tma,
+            ROUND_TO=triton_dtype(hidden.dtype) if options.round_logits else None,
+            SOFTCAP=form.softcap,
+            SOFT_EXPONENT=soft_exponent(hidden.dtype),
+            GROUP=GROUP,
+            BLOCK_N=tile.rows,
+            BLOCK_V=tile.columns,
+            BLOCK_H=tile.depth,
+            PARTS=tile.parts,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return Statistics(tile_shift, tile_total, tile_spread, target_logit)

@@ -1,0 +1,177 @@
+"""What the kernels that multiply hidden states by the vocabulary share: the product, the logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from powerflow_fast.kernels.config import is_interpreted
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Triton 3.9's interpreter keeps bfloat16 as raw 16-bit integers, and multiplies those.
+INTERPRETED = tl.constexpr(is_interpreted())
+
+
+@triton.jit
+def as_factor(tile):
+    """A tile that arithmetic may be done with: itself, except in the interpreter."""
+    if INTERPRETED:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def multiply_transposed(
+    hidden,  # [N, H] pointer, or tensor descriptor if USE_TMA
+    weight,  # [V, H] likewise
+    start_n,
+    start_v,
+    num_n,
+    num_v,
+    num_h,
+    stride_hn,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    num_steps,
+    USE_TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One tile of hidden @ weight.T in float32; `num_steps` = 0 skips the work and gives zeros."""
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if USE_TMA:
+        for step in range(num_steps):
+            tile_h = hidden.load([start_n, step * BLOCK_H])
+            tile_w = weight.load([start_v, step * BLOCK_H])
+            acc = tl.dot(as_factor(tile_h), as_factor(tile_w).T, acc)
+    else:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        offs_v = start_v + tl.arange(0, BLOCK_V)
+        offs_h = tl.arange(0, BLOCK_H)
+        mask_n = offs_n < num_n
+        mask_v = offs_v < num_v
+        # int64 before the product: N x H and V x H can pass 2^31.
+        rows_h = hidden + offs_n.to(tl.int64)[:, None] * stride_hn
+        rows_w = weight + offs_v.to(tl.int64)[None, :] * stride_wv
+        for step in range(num_steps):
+            offs = step * BLOCK_H + offs_h
+            mask_h = offs < num_h
+            offs = offs.to(tl.int64)
+            tile_h = tl.load(
+                rows_h + offs[None, :] * stride_hh,
+                mask=mask_n[:, None] & mask_h[None, :],
+                other=0.0,
+            )
+            tile_w = tl.load(
+                rows_w + offs[:, None] * stride_wh,
+                mask=mask_h[:, None] & mask_v[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(as_factor(tile_h), as_factor(tile_w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def halve_columns(tile):
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tile.reshape([rows, 2, half]).permute(0, 2, 1).split()
+
+
+@triton.jit
+def split_columns(tile, PARTS: tl.constexpr):
+    """A tile's columns as a tuple of 1, 2 or 4 equal parts, left to right."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = halve_columns(tile)
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            parts = halve_columns(left) + halve_columns(right)
+    return parts
+
+
+@triton.jit
+def form_logits(
+    product,  # [BLOCK_N, BLOCK] tile of hidden @ weight.T
+    bias_ptr,  # [V] or None
+    offs_v,
+    mask_v,
+    scale,
+    cap,
+    ROUND_TO: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Logits of one tile, -inf past the vocabulary, and the softcap's slope (1 without one)."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        product += bias[None, :]
+    if ROUND_TO is not None:
+        product = product.to(ROUND_TO).to(tl.float32)
+    logits = product * scale
+    slope = 1.0
+    if SOFTCAP:
+        # tanh and its derivative through exp(-2|x|): neither overflows, and the slope 1 - tanh^2
+        # keeps its relative accuracy where tanh rounds to 1.
+        decay = tl.exp2(tl.abs(logits) * (-2.0 * LOG2E))
+        inverse = 1.0 / (1.0 + decay)
+        capped = (1.0 - decay) * inverse * cap
+        slope = 4.0 * decay * inverse * inverse
+        logits = tl.where(logits < 0, -capped, capped)
+    return tl.where(mask_v[None, :], logits, float("-inf")), slope
+
+
+class Operands(NamedTuple):
+    """One model's language-model head and what goes into it."""
+
+    hidden: torch.Tensor  # [N, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+
+
+class LogitForm(NamedTuple):
+    """The numbers that `form_logits` takes; without softcap logits = scale * product."""
+
+    scale: float
+    cap: float
+    softcap: bool
+    derivative: float  # d logits / d product, to be multiplied by the softcap's slope
+
+
+def logit_form(options) -> LogitForm:
+    derivative = options.logit_scale / options.temperature
+    if options.softcap is None:
+        return LogitForm(derivative, 1.0, False, derivative)
+    cap = options.softcap
+    return LogitForm(options.logit_scale / cap, cap / options.temperature, True, derivative)
+
+
+def triton_dtype(dtype: torch.dtype):
+    return {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+    }[dtype]
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether the chip's copy engine can read this matrix: 16-byte rows from a 16-byte base."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    stride = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and stride > 0 and stride % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def describe(tensor: torch.Tensor, rows: int, columns: int, use_tma: bool):
+    """The tensor itself, or its descriptor with the given tile shape."""
+    if not use_tma:
+        return tensor
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])

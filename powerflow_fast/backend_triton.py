@@ -1,0 +1,340 @@
+"""The head on the Triton kernels: row chunks forward, vocabulary chunks backward.
+
+Forward, per row chunk: one launch forms softmax statistics of policy and reference, a second
+merges them, and where the direction is wanted a third multiplies the softmax numerators, stored by
+the first, with the weight. Backward, per vocabulary chunk: a kernel recomputes the logits
+and writes their gradient; the products with it are the vendor library's.
+
+Triton is imported when a function here is called, not with this module.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.options import HeadForward, HeadOptions
+
+if TYPE_CHECKING:
+    from powerflow_fast.kernels.config import Config
+    from powerflow_fast.kernels.tiles import Operands
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def forward(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N] int64
+    ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden [N, H], weight [V, H], bias [V]
+    options: HeadOptions,
+    want_direction: bool,
+) -> HeadForward:
+    """Log-probs of the targets under both models; the direction d logps / d hidden if wanted."""
+    from powerflow_fast.kernels.config import config_for
+
+    _check_inputs(hidden, weight)
+    policy = _operands(hidden, weight, bias)
+    reference = None if ref is None else _operands(*ref)
+    if reference is not None and not _fit_one_launch(policy, reference):
+        _check_inputs(reference.hidden, reference.weight)
+        out = forward(hidden, weight, bias, targets, None, options, want_direction)
+        ref_out = forward(*ref, targets, None, options, False)
+        return out._replace(ref_logps=ref_out.logps)
+
+    num_n, num_h = hidden.shape
+    models = 1 if reference is None else 2
+    logps = hidden.new_empty((models, num_n), dtype=torch.float32)
+    lse = torch.empty_like(logps)
+    entropy = torch.empty_like(logps) if options.entropy else None
+    direction = hidden.new_empty((num_n, num_h), dtype=torch.float32) if want_direction else None
+    config = config_for(hidden.device, hidden.dtype)
+    rows = _forward_rows(policy, models, want_direction, config)
+    targets = targets.contiguous()
+    for start in range(0, num_n, rows):
+        span = slice(start, start + rows)
+        _forward_chunk(
+            policy._replace(hidden=policy.hidden[span]),
+            None if reference is None else reference._replace(hidden=reference.hidden[span]),
+            targets[span],
+            (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
+            None if direction is None else direction[span],
+            options,
+            config,
+        )
+    return HeadForward(
+        logps=logps[0],
+        lse=lse[0],
+        entropy=None if entropy is None else entropy[0],
+        direction=direction,
+        ref_logps=None if reference is None else logps[1],
+    )
+
+
+def backward(
+    grad_logps: Tensor,  # [N] float32, 0 on ignored rows
+    grad_entropy: Tensor | None,  # [N] float32
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N] int64
+    lse: Tensor,  # [N]
+    entropy: Tensor | None,  # [N], needed with grad_entropy
+    options: HeadOptions,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by recomputing the logits; sums are float32 and cast once."""
+    from powerflow_fast.kernels.config import DLOGITS_BYTES, config_for
+    from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+
+    _check_inputs(hidden, weight)
+    config = config_for(hidden.device, hidden.dtype)
+    num_n, num_h = hidden.shape
+    num_v = weight.shape[0]
+    active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
+    active &= targets != options.ignore_index
+    out_scale = _dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
+    sums = _GradientSums(hidden, weight, bias, active, out_scale, needs)
+    columns = _chunk_columns(DLOGITS_BYTES, num_n, num_v, hidden.element_size(), config)
+    buffer = hidden.new_empty((num_n, columns))
+    for start in range(0, num_v if num_n else 0, columns):
+        stop = min(start + columns, num_v)
+        dlogits = buffer[:, : stop - start]
+        write_dlogits_chunk(
+            _operands(hidden, weight[start:stop], None if bias is None else bias[start:stop]),
+            targets - start,
+            grad_logps.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            lse.contiguous(),
+            None if grad_entropy is None else entropy.contiguous(),
+            active,
+            out_scale,
+            dlogits,
+            options,
+            config.dlogits,
+            config.tma,
+        )
+        sums.add(dlogits, start, stop)
+    return sums.results()
+
+
+def sequence_residual_forward(
+    logps: Tensor,  # [N] float32
+    ref_logps: Tensor,  # [N] float32
+    starts: Tensor,  # [S] int32, ascending: cu_seqlens[:-1], or b * T for padded rows
+    ends: Tensor,  # [S] int32
+    mask: Tensor | None,  # [N] bool
+    alpha: Tensor,  # [S] float32
+    psi: Tensor,  # [S] float32
+    balance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> l_pi - alpha * (l_ref + psi), l_pi, l_ref and int32 lengths, all [S], zero where empty."""
+    from powerflow_fast.kernels import residual
+
+    floats = (_vector(logps), _vector(ref_logps))
+    bounds = (_vector(starts, torch.int32), _vector(ends, torch.int32))
+    mask = None if mask is None else _vector(mask, torch.bool)
+    return residual.sequence_residual_forward(
+        *floats, *bounds, mask, _vector(alpha), _vector(psi), balance
+    )
+
+
+def sequence_residual_backward(
+    grad_delta0: Tensor,  # [S] float32
+    lengths: Tensor,  # [S] int32
+    starts: Tensor,  # [S] int32, ascending
+    ends: Tensor,  # [S] int32
+    mask: Tensor | None,  # [N] bool
+    num_tokens: int,
+    balance: str,
+) -> Tensor:
+    """-> d delta0 / d logps times the upstream gradient, [N]; 0 on tokens that are not counted."""
+    from powerflow_fast.kernels import residual
+
+    bounds = [_vector(x, torch.int32) for x in (lengths, starts, ends)]
+    mask = None if mask is None else _vector(mask, torch.bool)
+    return residual.sequence_residual_backward(
+        _vector(grad_delta0), *bounds, mask, num_tokens, balance
+    )
+
+
+def _vector(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return values.to(dtype).contiguous()
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor) -> None:
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError(
+            f"backend: 'triton' expects tensors on a GPU, got {hidden.device}; "
+            "use backend='torch' (or TRITON_INTERPRET=1 to run the kernels in the interpreter)"
+        )
+    if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
+        raise ValueError(
+            "backend: 'triton' expects hidden and weight in one of float32, float16, bfloat16, got "
+            f"{hidden.dtype} and {weight.dtype}; cast them or use backend='torch'"
+        )
+
+
+def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
+    from powerflow_fast.kernels.tiles import Operands
+
+    return Operands(hidden, weight, None if bias is None else bias.contiguous())
+
+
+def _fit_one_launch(policy: Operands, reference: Operands) -> bool:
+    return (
+        policy.hidden.dtype == reference.hidden.dtype == reference.weight.dtype
+        and policy.hidden.shape == reference.hidden.shape
+        and policy.weight.shape == reference.weight.shape
+        and (policy.bias is None) == (reference.bias is None)
+        and (policy.bias is None or policy.bias.dtype == reference.bias.dtype)
+    )
+
+
+def _forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
+    """Rows of one chunk: its statistics and softmax numerators stay within their budgets."""
+    from powerflow_fast.kernels import config as table
+    from powerflow_fast.kernels.statistics import padded_columns
+
+    num_n, num_h = policy.hidden.shape
+    tile = config.statistics
+    columns = padded_columns(policy.weight.shape[0], tile)
+    limit = table.STATISTICS_BYTES // (columns // tile.part * models * 3 * 4)
+    if not want_direction:
+        return max(limit // tile.rows, 1) * tile.rows
+    limit = min(limit, table.SOFT_BYTES // (columns * policy.hidden.element_size()))
+    return table.balanced_rows(
+        num_n,
+        limit,
+        block=config.direction.rows,
+        columns=math.ceil(num_h / config.direction.columns),
+        processors=table.num_processors(policy.hidden.device),
+    )
+
+
+def _forward_chunk(
+    policy: Operands,
+    reference: Operands | None,
+    targets: Tensor,  # [n]
+    outputs: tuple[Tensor, Tensor, Tensor | None],  # logps, lse, entropy: [models, n], to be filled
+    direction: Tensor | None,  # [n, H] to be filled
+    options: HeadOptions,
+    config: Config,
+) -> None:
+    from powerflow_fast.kernels.combine import combine
+    from powerflow_fast.kernels.direction import write_directions
+    from powerflow_fast.kernels.statistics import logit_statistics, padded_columns
+
+    logps, lse, entropy = outputs
+    soft = None
+    if direction is not None:
+        columns = padded_columns(policy.weight.shape[0], config.statistics)
+        soft = policy.hidden.new_empty((targets.shape[0], columns))
+    statistics = logit_statistics(
+        policy, reference, targets, soft, options, config.statistics, config.tma
+    )
+    row_shift, row_total = combine(statistics, targets, options.ignore_index, logps, lse, entropy)
+    if direction is not None:
+        write_directions(
+            soft,
+            policy,
+            targets,
+            statistics,
+            row_shift,
+            row_total,
+            logps[0],
+            direction,
+            options,
+            config,
+        )
+
+
+def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: Config) -> int:
+    """Columns of one backward chunk: whole tiles within the budget, at least one tile."""
+    block = config.dlogits.columns
+    tiles = max(1, budget // (max(num_n, 1) * itemsize * block))
+    return min(tiles * block, math.ceil(num_v / block) * block)
+
+
+def _dlogits_scale(
+    grad_logps: Tensor,  # [N]
+    grad_entropy: Tensor | None,  # [N]
+    num_v: int,
+    options: HeadOptions,
+    dtype: torch.dtype,
+) -> Tensor:  # [1]
+    """A power of two that puts the largest d loss / d logits near 2^13, in float16.
+
+    A TB coefficient of 1e-6 on a probability of 1e-3 is below float16's smallest number. bfloat16
+    would hold it, but with 8 bits of mantissa, and hidden and weight would have to be cast to it.
+    The other dtypes have float32's range and need no scale.
+    """
+    one = torch.ones(1, dtype=torch.float32, device=grad_logps.device)
+    if dtype != torch.float16 or grad_logps.numel() == 0:
+        return one
+    largest = grad_logps.abs().amax()
+    if grad_entropy is not None:
+        # |p (log p + entropy)| is at most about the largest entropy, log V.
+        largest = largest + grad_entropy.abs().amax() * (math.log(num_v) + 1.0)
+    largest = largest * abs(options.logit_scale / options.temperature)
+    exponent = 13.0 - torch.ceil(torch.log2(largest))
+    usable = torch.isfinite(exponent)  # not where every gradient is 0, or one is inf or NaN
+    return torch.where(usable, torch.exp2(exponent.clamp(-100, 100)), one)
+
+
+class _GradientSums:
+    """Turns chunks of d loss / d logits into the gradients that are needed."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        active: Tensor,  # [N] bool
+        out_scale: Tensor,  # [1]
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        need_hidden, need_weight, need_bias = needs
+        self.unscale = 1.0 / out_scale
+        self.weight = weight
+        self.dtype = hidden.dtype
+        # 0 * inf is NaN: inactive rows must be 0 in the product over the tokens.
+        self.hidden = hidden.where(active[:, None], 0) if need_weight else None
+        self.grad_hidden = (
+            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            if need_hidden
+            else None
+        )
+        self.grad_weight = torch.zeros_like(weight) if need_weight else None
+        self.grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
+
+    def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
+        if self.grad_hidden is not None:
+            self.grad_hidden += _mm(dlogits, self.weight[start:stop])
+        if self.grad_weight is not None:
+            self.grad_weight[start:stop] = _mm(dlogits.T, self.hidden) * self.unscale
+        if self.grad_bias is not None:
+            self.grad_bias[start:stop] = dlogits.sum(0, dtype=torch.float32) * self.unscale
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_hidden = self.grad_hidden
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(self.unscale).to(self.dtype)
+        return grad_hidden, self.grad_weight, self.grad_bias
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, which for 16-bit operands PyTorch offers on CUDA only."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+__all__ = ["backward", "forward", "sequence_residual_backward", "sequence_residual_forward"]

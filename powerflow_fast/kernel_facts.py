@@ -1,0 +1,279 @@
+"""What the compiled kernels are made of, chip by chip, found without a GPU.
+
+`python -m powerflow_fast.kernel_facts [--json] [--all] [--chip sm_90] [--kernel statistics]`
+compiles the kernels ahead of time in bf16 at their default tile sizes and reads registers, spills,
+shared memory and the matrix and copy instructions from the machine code. It needs
+TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Shared memory that one program may take, in bytes.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# The machine's matrix instruction, and its bulk tensor copy.
+MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": r"\bv_mfma"}
+MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+TMA = r"\bUTMALDG"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the flags that change its code."""
+
+    kernel: str
+    models: int = 1
+    tma: bool = True
+    entropy: bool = False
+    softcap: bool = False
+    soft: bool = False  # store the softmax numerators
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    chip: str
+    variant: Variant
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    scalar_spills: int  # scalar registers kept in vector registers (AMD): no memory is touched
+    shared: int
+    matrix: int
+    tma: int
+    seconds: float
+
+
+DEFAULT = (
+    Variant("statistics", models=2),
+    Variant("statistics", models=2, soft=True),
+    Variant("direction"),
+    Variant("dlogits"),
+    Variant("combine", models=2, entropy=True),
+    Variant("residual"),
+    Variant("residual_gradient"),
+)
+EVERY = DEFAULT + (
+    Variant("statistics", models=2, soft=True, entropy=True, softcap=True, bias=True),
+    Variant("statistics", models=1, soft=True),
+    Variant("statistics", models=2, soft=True, tma=False),
+    Variant("direction", softcap=True),
+    Variant("direction", tma=False),
+    Variant("dlogits", entropy=True, softcap=True, bias=True),
+    Variant("dlogits", tma=False),
+)
+
+_FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale"}
+_INT64 = {"targets_ptr"}
+_INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr"}
+
+
+def _source(variant: Variant, chip: str):
+    """-> (jit function, {argument: tile shape of its descriptor}, constants, tile)."""
+    from powerflow_fast.kernels import combine, direction, dlogits, residual, statistics
+    from powerflow_fast.kernels.config import TABLE
+
+    config = TABLE[chip]
+    use_tma = variant.tma and config.tma
+    logits = {
+        "USE_TMA": use_tma,
+        "ROUND_TO": None,
+        "SOFTCAP": variant.softcap,
+    }
+    if not variant.bias:
+        logits |= {"bias_ptr": None, "ref_bias_ptr": None}
+    if variant.kernel in ("statistics", "dlogits"):
+        tile = getattr(config, variant.kernel)
+        constants = logits | {
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.columns,
+            "BLOCK_H": tile.depth,
+            "PARTS": tile.parts,
+            "GROUP": statistics.GROUP,
+            "MODELS": variant.models,
+            "SOFT_EXPONENT": 0,
+        }
+        if not variant.entropy:
+            constants |= {"tile_spread_ptr": None, "grad_entropy_ptr": None, "entropy_ptr": None}
+        if not variant.soft:
+            constants["soft_ptr"] = None
+        operands = {"hidden": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]}
+        operands |= {f"ref_{name}": shape for name, shape in operands.items()}
+        kernel = (
+            statistics.statistics_kernel
+            if variant.kernel == "statistics"
+            else dlogits.dlogits_kernel
+        )
+        return kernel, operands, constants, tile, use_tma
+    if variant.kernel == "direction":
+        tile = config.direction
+        constants = {
+            "USE_TMA": use_tma,
+            "SOFTCAP": variant.softcap,
+            "BLOCK_N": tile.rows,
+            "BLOCK_H": tile.columns,
+            "BLOCK_V": tile.depth,
+            "PART": config.statistics.part,
+            "PARTS": tile.parts,
+            "GROUP": direction.GROUP,
+        }
+        operands = {"soft": [tile.rows, tile.depth], "weight": [tile.depth, tile.columns]}
+        return direction.direction_kernel, operands, constants, tile, use_tma
+    if variant.kernel == "combine":
+        constants = dict(combine.BLOCKS)
+        if not variant.entropy:
+            constants |= {"tile_spread_ptr": None, "entropy_ptr": None}
+        return combine.combine_kernel, {}, constants, None, False
+    constants = {"BLOCK": residual.BLOCK, "MEAN_POLICY": True, "MEAN_REFERENCE": True}
+    if variant.kernel == "residual":
+        return residual.residual_kernel, {}, constants, None, False
+    return residual.residual_gradient_kernel, {}, constants, None, False
+
+
+def compile_variant(variant: Variant, chip: str):
+    """The compiled kernel for a chip that need not be present."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, operands, constants, tile, use_tma = _source(variant, chip)
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    constants |= {name: 1 for name in names if re.fullmatch(r"stride_(ref_)?(hh|wh)", name)}
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in operands and use_tma:
+            rows, columns = operands[name]
+            signature[name] = f"tensordesc<bf16[{rows},{columns}]>"
+        else:
+            signature[name] = _argument_type(name, name in operands)
+            if name in operands or name.endswith("_ptr") or name.startswith("stride_"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            elif name == "num_h":
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    is_amd = chip.startswith("gfx")
+    target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip[3:]), 32)
+    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options
+    )
+
+
+def _argument_type(name: str, is_operand: bool) -> str:
+    if is_operand or name in ("soft_ptr", "weight_ptr", "bias_ptr", "ref_bias_ptr", "dlogits_ptr"):
+        return "*bf16"
+    if name in _INT64:
+        return "*i64"
+    if name in _INT32_POINTERS:
+        return "*i32"
+    if name == "mask_ptr":
+        return "*i1"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "fp32" if name in _FLOATS else "i32"
+
+
+def facts_of(variant: Variant, chip: str) -> Facts:
+    began = time.perf_counter()
+    compiled = compile_variant(variant, chip)
+    seconds = round(time.perf_counter() - began, 1)
+    if chip.startswith("gfx"):
+        code = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", code)
+        stores = loads = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
+        scalar = _number(r"\.sgpr_spill_count:\s+(\d+)", code)
+    else:
+        usage, code = _disassemble(compiled.asm["cubin"])
+        registers, scalar = _number(r"REG:(\d+)", usage), 0
+        stores, loads = len(re.findall(r"\bSTL\b", code)), len(re.findall(r"\bLDL\b", code))
+    return Facts(
+        chip=chip,
+        variant=variant,
+        registers=registers,
+        spill_stores=stores,
+        spill_loads=loads,
+        scalar_spills=scalar,
+        shared=compiled.metadata.shared,
+        matrix=len(re.findall(MATRIX[chip], code)),
+        tma=len(re.findall(TMA, code)),
+        seconds=seconds,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's output")
+    return int(match.group(1))
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the tools in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
+        outputs = [
+            subprocess.run(
+                [str(tools / name), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for name, option in commands
+        ]
+    return outputs[0], outputs[1]
+
+
+def table(rows: list[Facts]) -> str:
+    lines = [
+        f"{'chip':7} {'kernel':18} {'flags':32} {'regs':>5} {'spills':>7} {'shared':>7} "
+        f"{'matrix':>12} {'TMA':>4} {'s':>5}"
+    ]
+    for row in rows:
+        flags = [name for name, value in asdict(row.variant).items() if value is True]
+        flags = ["tma"[: 3 * (row.tma > 0)]] * (row.tma > 0) + [f for f in flags if f != "tma"]
+        flags += ["two models"] * (row.variant.models == 2)
+        spills = f"{row.spill_stores}/{row.spill_loads}"
+        matrix = f"{row.matrix} {MATRIX_NAME[row.chip]}" if row.matrix else "-"
+        lines.append(
+            f"{row.chip:7} {row.variant.kernel:18} {' '.join(flags):32} {row.registers:>5} "
+            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.tma or '-':>4} {row.seconds:>5}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compile every kernel and report its machine code")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    parser.add_argument("--all", action="store_true", help="every combination of flags")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="only this chip")
+    parser.add_argument("--kernel", action="append", help="only this kernel")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        sys.exit("kernel_facts: unset TRITON_INTERPRET; interpreted kernels cannot be compiled")
+    variants = EVERY if arguments.all else DEFAULT
+    rows = []
+    for chip in arguments.chip or CHIPS:
+        for variant in variants:
+            if arguments.kernel and variant.kernel not in arguments.kernel:
+                continue
+            rows.append(facts_of(variant, chip))
+    print(json.dumps([asdict(row) for row in rows]) if arguments.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
