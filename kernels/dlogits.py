@@ -24,6 +24,7 @@ from powerflow_fast.kernels.tiles import (
     form_logits,
     logit_form,
     multiply_transposed,
+    round_to,
     split_columns,
     triton_dtype,
 )
@@ -64,7 +65,9 @@ def write_dlogits(
         grad -= grad_entropy[:, None] * pull
     grad = tl.where(active[:, None], grad * slope, 0.0)
     mask = mask_n[:, None] & mask_v[None, :]
-    tl.store(rows_out[:, None] + offs_v[None, :], grad.to(rows_out.dtype.element_ty), mask=mask)
+    tl.store(
+        rows_out[:, None] + offs_v[None, :], round_to(grad, rows_out.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from powerflow_fast.kernels.tiles import (
     form_logits,
     logit_form,
     multiply_transposed,
+    round_to,
     split_columns,
     triton_dtype,
 )
@@ -90,7 +91,7 @@ def write_statistics(
             soft *= 2.0**SOFT_EXPONENT
         soft = tl.where(is_target, 0.0, soft * slope)
         soft_ptrs = soft_ptr + offs_n.to(tl.int64)[:, None] * stride_sn + offs_v[None, :]
-        tl.store(soft_ptrs, soft.to(soft_ptr.dtype.element_ty), mask=mask_soft[:, None])
+        tl.store(soft_ptrs, round_to(soft, soft_ptr.dtype.element_ty), mask=mask_soft[:, None])
 
 
 @triton.jit

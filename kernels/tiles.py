@@ -26,6 +26,16 @@ def as_factor(tile):
 
 
 @triton.jit
+def round_to(tile, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even; the interpreter would truncate to bfloat16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = tile.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        tile = tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)
+    return tile.to(DTYPE)
+
+
+@triton.jit
 def multiply_transposed(
     hidden,  # [N, H] pointer, or tensor descriptor if USE_TMA
     weight,  # [V, H] likewise
@@ -115,7 +125,7 @@ def form_logits(
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         product += bias[None, :]
     if ROUND_TO is not None:
-        product = product.to(ROUND_TO).to(tl.float32)
+        product = round_to(product, ROUND_TO).to(tl.float32)
     logits = product * scale
     slope = 1.0
     if SOFTCAP:

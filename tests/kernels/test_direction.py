@@ -1,0 +1,112 @@
+"""The exact route's direction d logps / d hidden against float64 autograd."""
+
+import pytest
+import torch
+
+from powerflow_fast import backend_triton
+from powerflow_fast.options import HeadOptions
+from tests.kernels.truth import DTYPES, Head, direction, make_head, poison
+from tests.numerics import relative_error
+
+# Float32 sums; softmax numerators are rounded once to the inputs' dtype.
+TOLERANCE = {d: max(torch.finfo(d).eps, 2e-6) for d in DTYPES}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    poison(monkeypatch)
+
+
+def run(head: Head, targets, options=HeadOptions(), ref=None):  # noqa: B008 (frozen)
+    ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
+    out = backend_triton.forward(
+        head.hidden, head.weight, head.bias, targets, ref, options, want_direction=True
+    )
+    assert out.direction.dtype == torch.float32
+    return out.direction
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n,h,v",
+    [
+        (1, 8, 2),  # fewer columns than one step of the sum
+        (3, 33, 257),  # odd everywhere: pointer loads, a ragged last step
+        (17, 40, 130),  # descriptor loads, ragged in all three axes
+    ],
+)
+def test_against_float64(dtype, n, h, v, device):
+    head = make_head(n, h, v, dtype, device, spread=2.0)
+    targets = torch.randint(v, (n,), device=device)
+    expected = direction(head, targets, HeadOptions())
+    assert relative_error(run(head, targets), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_logit_transform(dtype, device):
+    policy, reference = (make_head(5, 24, 70, dtype, device, bias=True) for _ in range(2))
+    targets = torch.randint(70, (5,), device=device)
+    options = HeadOptions(softcap=1.5, temperature=0.4, logit_scale=0.8)
+    expected = direction(policy, targets, options)
+    assert relative_error(run(policy, targets, options, reference), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_rows_keep_their_relative_accuracy(dtype, device):
+    # p of the target is about 1 - 1e-4. Were the target's own numerator among the rounded ones,
+    # the direction would be off by bfloat16's 4e-3 of weight[y], 40 times itself.
+    n, h, v = 4, 16, 70
+    weight = torch.randn(v, h, device=device).to(dtype)
+    weight[:n] = 0
+    weight[:n, :n] = 4 * torch.eye(n, device=device)
+    weight[n:, :n] = 0
+    hidden = torch.zeros(n, h, device=device)
+    hidden[:, :n] = 3.375 * torch.eye(n, device=device)
+    head = Head(hidden.to(dtype), weight, None)
+    targets = torch.arange(n, device=device)
+    expected = direction(head, targets, HeadOptions())
+    assert 1e-4 < expected.norm() < 1e-2
+    # 1 - p in float32 has an absolute error of about 1e-7, of 1e-4.
+    tolerance = max(TOLERANCE[dtype], 4e-3)
+    assert relative_error(run(head, targets), expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_far_below_the_row_maximum(dtype, device):
+    # One column 30 nats above the others in another tile: their numerators, about 1 in their own
+    # tile, must arrive as e^-30. And a row whose mass is spread over tiles 10 nats apart.
+    head = make_head(2, 16, 200, dtype, device, bias=True)
+    head.bias.zero_()
+    head.bias[5] = 10
+    head.bias[64:128] += 6
+    targets = torch.tensor([150, 70], device=device)
+    expected = direction(head, targets, HeadOptions())
+    assert relative_error(run(head, targets), expected) < TOLERANCE[dtype]
+
+
+def test_flat_distribution_in_float16(device):
+    # Numerators of a flat softmax below a peak: 2^-20 each, subnormal in float16 without the
+    # exponent that the kernel adds.
+    v = 1024
+    head = Head(
+        torch.zeros(1, 8, device=device).half(),
+        torch.randn(v, 8, device=device).half() + 1,
+        torch.full((v,), -13.9, device=device).half(),
+    )
+    head.bias[0] = 0  # the peak shares a tile with 63 others
+    targets = torch.tensor([0], device=device)
+    expected = direction(head, targets, HeadOptions())
+    assert relative_error(run(head, targets), expected) < TOLERANCE[torch.float16]
+
+
+def test_rounded_logits_pass_gradients_straight_through(device):
+    hidden = torch.randint(-3, 4, (4, 64), device=device).bfloat16()
+    weight = (torch.randint(-9, 10, (70, 64), device=device) / 64).bfloat16()
+    head = Head(hidden, weight, None)
+    targets = torch.randint(70, (4,), device=device)
+    options = HeadOptions(round_logits=True)
+    leaf = hidden.double().requires_grad_()
+    z = leaf @ weight.double().T
+    z = z + (z.bfloat16().double() - z).detach()
+    z.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    assert relative_error(run(head, targets, options), leaf.grad) < TOLERANCE[torch.bfloat16]

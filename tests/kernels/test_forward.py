@@ -1,0 +1,278 @@
+"""Log-probs, log-sum-exp and entropy of the Triton back end against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from powerflow_fast import backend_triton
+from powerflow_fast.options import HeadOptions
+from tests.kernels.truth import DTYPES, Head, close, make_head, poison, statistics
+from tests.numerics import EPS32, logps_error_bound
+
+PLAIN = HeadOptions()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    poison(monkeypatch)
+
+
+def run(head: Head, targets, ref: Head | None = None, options=PLAIN, want_direction=False):
+    ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
+    return backend_triton.forward(
+        head.hidden, head.weight, head.bias, targets, ref, options, want_direction
+    )
+
+
+def bound(head: Head, options: HeadOptions = PLAIN) -> float:
+    scale = abs(options.scale)
+    extra = 0.0 if head.bias is None else head.bias.double().abs().max().item() * scale
+    return logps_error_bound(head.hidden, head.weight, scale=scale) + 64 * EPS32 * (1 + extra)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n,h,v",
+    [
+        (1, 8, 1),  # one token, one column
+        (3, 33, 257),  # odd everywhere: pointer loads, one column in the last tile
+        (17, 40, 130),  # one row in the second block; 16-byte rows: descriptor loads
+        (5, 16, 64),  # exactly one tile
+    ],
+)
+def test_two_models(dtype, n, h, v, device):
+    policy, reference = (make_head(n, h, v, dtype, device) for _ in range(2))
+    targets = torch.randint(v, (n,), device=device)
+    options = HeadOptions(entropy=True)
+    out = run(policy, targets, reference, options)
+    logps, lse, entropy = statistics(policy, targets, options)
+    close(out.logps, logps, bound(policy))
+    close(out.lse, lse, bound(policy))
+    close(out.entropy, entropy, 4 * bound(policy))  # a sum of p * (log p), |log p| up to 4 here
+    close(out.ref_logps, statistics(reference, targets, options)[0], bound(reference))
+    assert out.logps.dtype == out.ref_logps.dtype == torch.float32
+    assert out.direction is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        HeadOptions(temperature=0.3, logit_scale=0.7),
+        HeadOptions(softcap=1.5, temperature=0.5, logit_scale=2.0, entropy=True),
+        HeadOptions(logit_scale=-1.0),  # the maximum is the smallest product
+    ],
+    ids=["scale", "softcap", "negative"],
+)
+def test_logit_transforms(dtype, options, device):
+    policy, reference = (make_head(4, 24, 70, dtype, device, bias=True) for _ in range(2))
+    targets = torch.randint(70, (4,), device=device)
+    out = run(policy, targets, reference, options)
+    logps, lse, entropy = statistics(policy, targets, options)
+    close(out.logps, logps, bound(policy, options))
+    close(out.lse, lse, bound(policy, options))
+    close(out.ref_logps, statistics(reference, targets, options)[0], bound(reference, options))
+    if options.entropy:
+        close(out.entropy, entropy, 8 * bound(policy, options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_logits(dtype, device):
+    # Small integers: every float32 sum is exact, so both sides round the same numbers.
+    hidden = torch.randint(-3, 4, (4, 64), device=device).to(dtype)
+    weight = (torch.randint(-99, 100, (70, 64), device=device) / 64).to(dtype)
+    head = Head(hidden, weight, torch.randint(-3, 4, (70,), device=device).to(dtype) / 8)
+    targets = torch.randint(70, (4,), device=device)
+    options = HeadOptions(round_logits=True)
+    out = run(head, targets, options=options)
+    close(out.logps, statistics(head, targets, options)[0], bound(head))
+    if dtype == torch.bfloat16:
+        unrounded = statistics(head, targets, PLAIN)[0]
+        assert (out.logps.double() - unrounded).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("v", [65, 70])
+def test_all_negative_logits_and_padding(v, device):
+    # A running maximum from 0, or padding counted as logit 0, would give log-probs near -80.
+    head = make_head(3, 16, v, torch.float32, device)
+    head.bias = torch.full((v,), -80.0, device=device)
+    targets = torch.randint(v, (3,), device=device)
+    out = run(head, targets)
+    close(out.logps, statistics(head, targets, PLAIN)[0], bound(head))
+
+
+@pytest.mark.parametrize("offset", [-3e4, 3e4])
+def test_large_common_offset(offset, device):
+    # Integer logits and offset are exact in float32, so log-probs must not feel the offset: an
+    # error of one rounding of the offset would be 2e-3.
+    head = Head(
+        torch.eye(4, device=device), torch.randint(-6, 7, (200, 4), device=device) + 0.0, None
+    )
+    targets = torch.randint(200, (4,), device=device)
+    expected = statistics(head, targets, PLAIN)[0]
+    head.bias = torch.full((200,), offset, device=device)
+    # The interpreter rounds the product inside a multiply-add; a GPU's fma does not.
+    tolerance = 2e-6 * 16 if device.type == "cuda" else 1e-2
+    close(run(head, targets).logps, expected, tolerance)
+
+
+def test_masked_vocabulary(device):
+    # Whole tiles of -inf: their maximum is -inf, and exp(-inf - -inf) must not become NaN.
+    head = make_head(3, 16, 200, torch.float32, device)
+    head.bias = torch.zeros(200, device=device)
+    head.bias[:130] = float("-inf")
+    options = HeadOptions(entropy=True)
+    targets = torch.tensor([130, 150, 199], device=device)
+    out = run(head, targets, options=options, want_direction=True)
+    kept = Head(head.hidden, head.weight[130:], None)
+    logps, lse, entropy = statistics(kept, targets - 130, options)
+    close(out.logps, logps, bound(kept))
+    close(out.lse, lse, bound(kept))
+    close(out.entropy, entropy, 8 * bound(kept))
+    assert out.direction.isfinite().all()
+
+
+def test_ignored_rows(device):
+    head = make_head(40, 16, 70, torch.float32, device)
+    targets = torch.randint(70, (40,), device=device)
+    targets[3] = -100
+    targets[16:32] = -100  # a whole block of rows
+    head.hidden[targets == -100] = float("nan")
+    options = HeadOptions(entropy=True)
+    out = run(head, targets, head, options, want_direction=True)
+    counted = targets != -100
+    kept = Head(head.hidden[counted], head.weight, None)
+    expected = statistics(kept, targets[counted], options)[0]
+    close(out.logps[counted], expected, bound(kept))
+    close(out.ref_logps[counted], expected, bound(kept))
+    assert (out.direction[~counted] == 0).all()
+    assert out.direction.isfinite().all()
+    for values in (out.logps, out.ref_logps, out.entropy):
+        assert (values[~counted] == 0).all()
+
+
+def test_another_ignore_index(device):
+    head = make_head(4, 16, 70, torch.float32, device)
+    targets = torch.tensor([0, 5, 0, 69], device=device)
+    out = run(head, targets, options=HeadOptions(ignore_index=0))
+    expected = statistics(head, targets, PLAIN)[0]
+    close(out.logps, expected * (targets != 0), bound(head))
+
+
+def test_all_rows_ignored(device):
+    head = make_head(3, 16, 70, torch.float16, device)
+    out = run(head, torch.full((3,), -100, device=device), head, want_direction=True)
+    assert (out.logps == 0).all() and (out.ref_logps == 0).all() and (out.direction == 0).all()
+
+
+def test_no_rows(device):
+    head = make_head(0, 16, 70, torch.float32, device)
+    targets = torch.empty(0, dtype=torch.int64, device=device)
+    out = run(head, targets, head, HeadOptions(entropy=True), want_direction=True)
+    assert out.logps.shape == out.lse.shape == out.entropy.shape == out.ref_logps.shape == (0,)
+    assert out.direction.shape == (0, 16)
+
+
+@pytest.mark.parametrize("target", [-1, 70, 100, 2**40])  # 100 lies in the last tile's padding
+def test_target_outside_the_vocabulary_gives_nan(target, device):
+    head = make_head(3, 16, 70, torch.float32, device)
+    targets = torch.tensor([1, target, 2], device=device)
+    out = run(head, targets, head, want_direction=True)
+    assert out.logps.isnan().tolist() == out.ref_logps.isnan().tolist() == [False, True, False]
+    assert out.direction.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(dtype, device):
+    head = make_head(6, 24, 70, dtype, device)
+    targets = torch.randint(70, (6,), device=device)
+    expected = statistics(head, targets, PLAIN)[0]
+    unaligned = torch.empty(70 * 24 + 1, dtype=dtype, device=device)[1:].view(70, 24)
+    for weight in (
+        unaligned.copy_(head.weight),  # base not on 16 bytes: no descriptor
+        head.weight.T.contiguous().T,
+        head.weight.repeat_interleave(2, 0)[::2],
+    ):
+        wide = torch.cat([head.hidden, head.hidden], 1)
+        twice = targets.repeat_interleave(2)[::2]
+        for hidden in (wide[:, :24], head.hidden.T.contiguous().T):
+            close(run(Head(hidden, weight, None), twice).logps, expected, bound(head))
+    one = Head(head.hidden[:1].expand(6, 24), head.weight, None)  # stride 0
+    close(run(one, targets).logps, statistics(one, targets, PLAIN)[0], bound(head))
+
+
+def test_reference_of_another_dtype_size_or_bias(device):
+    policy = make_head(4, 16, 70, torch.float32, device)
+    targets = torch.randint(70, (4,), device=device)
+    for reference in (
+        make_head(4, 24, 70, torch.float32, device),
+        make_head(4, 16, 70, torch.bfloat16, device),
+        make_head(4, 16, 70, torch.float32, device, bias=True),
+    ):
+        out = run(policy, targets, reference)
+        close(out.logps, statistics(policy, targets, PLAIN)[0], bound(policy))
+        close(out.ref_logps, statistics(reference, targets, PLAIN)[0], bound(reference))
+
+
+def test_row_chunks_do_not_change_results(device, monkeypatch):
+    from powerflow_fast.kernels import config
+
+    head, reference = (make_head(150, 16, 40, torch.float16, device) for _ in range(2))
+    targets = torch.randint(40, (150,), device=device)
+    whole = run(head, targets, reference, want_direction=True)
+    monkeypatch.setattr(config, "SOFT_BYTES", 1)
+    monkeypatch.setattr(config, "STATISTICS_BYTES", 1)
+    chunked = run(head, targets, reference, want_direction=True)
+    for name in ("logps", "lse", "direction", "ref_logps"):
+        assert torch.equal(getattr(whole, name), getattr(chunked, name))
+
+
+def test_two_runs_are_equal_bit_by_bit(device):
+    head, reference = (make_head(20, 24, 130, torch.bfloat16, device) for _ in range(2))
+    targets = torch.randint(130, (20,), device=device)
+    options = HeadOptions(entropy=True)
+    first, second = (run(head, targets, reference, options, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_offsets_past_two_to_the_31(device, monkeypatch):
+    monkeypatch.undo()  # the storage below is virtual: filling it would make it real
+    stride = 2**30  # 3 * stride overflows 32 bits
+    head = make_head(4, 16, 4, torch.float16, device)
+    try:
+        storage = torch.empty(3 * stride + 64, dtype=torch.float16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no 6 GiB of address space: {error}")
+    hidden = storage.as_strided((4, 16), (stride, 1)).copy_(head.hidden)
+    weight = storage.as_strided((4, 16), (stride, 1), 32).copy_(head.weight)
+    targets = torch.arange(4, device=device)
+    out = run(Head(hidden, weight, None), targets, want_direction=True)
+    plain = run(head, targets, want_direction=True)
+    assert torch.equal(out.logps, plain.logps)
+    assert torch.equal(out.direction, plain.direction)
+
+
+def test_without_a_gpu_or_the_interpreter_the_error_names_backend():
+    code = """if True:
+        import torch
+        from powerflow_fast import backend_triton
+        from powerflow_fast.options import HeadOptions
+        x = torch.zeros(2, 8)
+        try:
+            backend_triton.forward(x, x, None, torch.zeros(2).long(), None, HeadOptions(), False)
+        except ValueError as error:
+            assert "backend" in str(error) and "cpu" in str(error)
+        else:
+            raise AssertionError("no error")
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_float64_is_refused_by_name(device):
+    head = make_head(2, 8, 4, torch.float64, device)
+    with pytest.raises(ValueError, match="backend.*float64"):
+        run(head, torch.zeros(2, dtype=torch.int64, device=device))

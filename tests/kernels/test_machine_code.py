@@ -1,0 +1,48 @@
+"""Facts of the compiled kernels that need no GPU: no spills, and the chip's own instructions."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PRODUCTS = ("statistics", "direction", "dlogits")
+COPIES_BY_TMA = ("sm_90", "sm_100")
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "powerflow_fast.kernel_facts", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def of(facts: list[dict], *kernels: str) -> list[dict]:
+    chosen = [row for row in facts if row["variant"]["kernel"] in kernels]
+    assert {row["chip"] for row in chosen} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    return chosen
+
+
+def test_no_register_is_spilled(facts):
+    assert len(facts) >= 28
+    assert [row for row in facts if row["spill_stores"] or row["spill_loads"]] == []
+
+
+def test_products_use_the_matrix_unit(facts):
+    # wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942
+    assert [row for row in of(facts, *PRODUCTS) if row["matrix"] == 0] == []
+
+
+def test_products_copy_by_tma_where_the_chip_can(facts):
+    for row in of(facts, *PRODUCTS):
+        assert (row["tma"] > 0) == (row["chip"] in COPIES_BY_TMA), row
+
+
+def test_shared_memory_fits(facts):
+    from powerflow_fast.kernel_facts import SHARED_LIMIT
+
+    assert [row for row in facts if row["shared"] > SHARED_LIMIT[row["chip"]]] == []
