@@ -126,10 +126,12 @@ class _OnlineHead:
         n = len(hidden)
         stats = {"dtype": self.dtype, "device": hidden.device}
         self.maximum = torch.full((n,), -torch.inf, **stats)
-        self.total = torch.zeros(n, **stats)
-        self.weighted = torch.zeros(n, **stats) if options.entropy else None
-        self.target_logits = torch.full((n,), torch.nan, **stats)
+        # The sums leave the target out: where it has nearly all the mass, log(1 + others) and
+        # 1 - p_y = others / total keep the digits that a sum with it would round away.
+        self.others = torch.zeros(n, **stats)  # sum_v e^(z_v - max)
+        self.weighted = torch.zeros(n, **stats) if options.entropy else None  # times (z_v - max)
         self.expected = torch.zeros(n, hidden.shape[1], **stats) if want_direction else None
+        self.target_logits = torch.full((n,), torch.nan, **stats)
         self.buffer = torch.empty(min(n, self.tile[0]) * min(len(weight), self.tile[1]), **stats)
 
     def row_slices(self) -> Iterator[slice]:
@@ -161,10 +163,9 @@ class _OnlineHead:
     def update(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop into the running statistics of rows r."""
         z = self.logits(r, start, stop, weight_tile)
-        local = self.targets[r] - start
-        inside = (local >= 0) & (local < stop - start)
-        picked = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0]
-        self.target_logits[r] = torch.where(inside, picked, self.target_logits[r])
+        index, inside = _target_columns(self.targets[r] - start, stop - start)
+        picked = z.gather(1, index)
+        self.target_logits[r] = torch.where(inside, picked, self.target_logits[r][:, None])[:, 0]
 
         maximum = torch.maximum(self.maximum[r], z.amax(1))
         # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
@@ -173,14 +174,13 @@ class _OnlineHead:
         decay = shift.exp()
         slope = _softcap_slope(z, self.options) if self._wants_slope else None
         z.sub_(finite[:, None])
-        if self.weighted is None:
-            e = z.exp_()
-        else:
-            e = z.exp()
+        e = z.exp_() if self.weighted is None else z.exp()
+        e.scatter_(1, index, e.gather(1, index).where(~inside, 0.0))
+        if self.weighted is not None:
             # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
-            moved = self.weighted[r] + self.total[r] * shift.clamp_min(-1e30)
+            moved = self.weighted[r] + self.others[r] * shift.clamp_min(-1e30)
             self.weighted[r] = moved * decay + (e * z.clamp_min_(-1e30)).sum(1)
-        self.total[r] = self.total[r] * decay + e.sum(1)
+        self.others[r] = self.others[r] * decay + e.sum(1)
         self.maximum[r] = maximum
         if self.expected is not None:
             if slope is not None:
@@ -196,30 +196,48 @@ class _OnlineHead:
         return self.options.softcap is not None and self.expected is not None
 
     @property
+    def target_share(self) -> Tensor:
+        """e^(z_y - max); 0 where the target is not in this vocabulary."""
+        return (self.target_logits - self.maximum).exp().nan_to_num(0.0)
+
+    @property
+    def log_total(self) -> Tensor:
+        """log sum_v e^(z_v - max)."""
+        target_is_max = self.target_logits == self.maximum
+        return torch.where(
+            target_is_max, self.others.log1p(), (self.others + self.target_share).log()
+        )
+
+    @property
     def lse(self) -> Tensor:
-        return self.maximum + self.total.log()
+        return self.maximum + self.log_total
 
     @property
     def logps(self) -> Tensor:
-        # (z_y - max) - log(sum) keeps digits that z_y - lse loses where all logits are large.
-        return (self.target_logits - self.maximum) - self.total.log()
+        # (z_y - max) - log(total) keeps digits that z_y - lse loses where all logits are large.
+        return (self.target_logits - self.maximum) - self.log_total
 
     @property
     def entropy(self) -> Tensor:
-        return self.total.log() - self.weighted / self.total
+        target_logits = (self.target_logits - self.maximum).nan_to_num(0.0, neginf=-1e30)
+        weighted = self.weighted + self.target_share * target_logits
+        return self.log_total - weighted / (self.others + self.target_share)
 
     def finish_direction(self) -> Tensor:
-        """scale * (J_y W[y] - sum_v p_v J_v W_v) in place of the sum; NaN without a target."""
-        direction, scale = self.expected, self.options.scale
-        slope = torch.ones_like(self.target_logits)
+        """scale * ((1 - p_y) J_y W[y] - sum over v != y of p_v J_v W_v), in place of the sum.
+
+        NaN where the target is outside the vocabulary, as logps is.
+        """
+        total = self.others + self.target_share
+        others, own = -self.options.scale / total, self.options.scale * self.others / total
         if self.options.softcap is not None:
-            slope = _softcap_slope(self.target_logits, self.options)
-        slope = slope.where(~self.target_logits.isnan(), torch.nan)
+            own *= _softcap_slope(self.target_logits, self.options)
+        own = own.where(~self.target_logits.isnan(), torch.nan)
         for r in self.row_slices():
-            rows = direction[r].mul_((-scale / self.total[r])[:, None])
-            own = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)].to(self.dtype)
-            rows.addcmul_(own, (slope[r] * scale)[:, None])
-        return direction
+            target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
+            rows = self.expected[r].mul_(others[r][:, None])
+            rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
+        return self.expected
 
 
 class _Gradients:
@@ -281,12 +299,17 @@ def _dlogits(
             log_p.clamp_min(-1e30) + entropy[:, None]
         )
     dlogits = p.mul_(coefficient)
-    inside = (local_targets >= 0) & (local_targets < dlogits.shape[1])
-    index = local_targets.clamp(0, dlogits.shape[1] - 1)[:, None]
-    dlogits.scatter_add_(1, index, grad_logps.where(inside, 0.0)[:, None])
+    index, inside = _target_columns(local_targets, dlogits.shape[1])
+    dlogits.scatter_add_(1, index, grad_logps[:, None].where(inside, 0.0))
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(options.scale)
+
+
+def _target_columns(local_targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[n, 1] columns of the targets in a tile, clamped to it, and whether they lie in it."""
+    local = local_targets[:, None]
+    return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
 def _softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:

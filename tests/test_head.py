@@ -430,3 +430,20 @@ def test_unchecked_target_out_of_range_is_nan():
     assert out.logps[3].isnan() and out.direction[3].isnan().all()
     others = torch.arange(len(targets)) != 3
     assert out.logps[others].isfinite().all() and out.direction[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_direction_keeps_its_digits_where_the_policy_is_confident(dtype):
+    """W[y] - sum_v p_v W_v cancels where p_y is near 1; 1 - p_y must not be formed from rounded p."""
+    hidden, weight, targets, _ = draw(n=8, dtype=dtype)
+    targets = torch.arange(8)
+    weight[:8] = (hidden * 0.8).to(dtype)  # every target far ahead of the rest
+    hidden.requires_grad_()
+    logps = linear_logprobs(hidden, weight, targets)
+    exact, _ = reference.linear_logprobs(hidden, weight, targets)
+    assert (exact > -0.1).all() and (exact > -1e-9).any()
+    assert ((logps - exact) / exact).abs().max() <= 1e-4  # digits of 1 - p, not of p
+    logps.sum().backward()
+    [expected, _, _] = reference_gradients((hidden, weight, None), targets, torch.ones(8))
+    for row, exact_row in zip(hidden.grad, expected, strict=True):
+        assert relative_error(row, exact_row) <= 5 * gradient_tolerance(dtype)

@@ -9,9 +9,9 @@ from powerflow_fast import tb_loss
 
 
 class Enumerable:
-    """All sequences over a small vocabulary and their probabilities under a tabular next-token model.
+    """All sequences over a small vocabulary and their probabilities under a tabular model.
 
-    With `stop`, token 0 ends a sequence, so lengths run from 1 to `length`; without, all are equal.
+    With `stop`, token 0 ends a sequence, so lengths run from 1 to `length`; else all are equal.
     """
 
     def __init__(self, vocab: int, length: int, stop: bool, scale: float = 0.7) -> None:
@@ -89,7 +89,7 @@ def test_equal_lengths_reach_the_power_distribution(alpha):
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
 def test_unequal_lengths_reach_the_exponential_length_tilt(alpha):
-    """pi(y) = p(y)^alpha exp(-lambda |y|) with lambda = log Z' (Prop. 3.2), and lambda normalises it."""
+    """pi(y) = p(y)^alpha exp(-lambda |y|), lambda = log Z' (Prop. 3.2), which normalises it."""
     model = Enumerable(vocab=3, length=4, stop=True)
     table, log_z, _ = train(model, alpha)
     tilted = alpha * model.totals(model.base) - log_z * model.lengths
