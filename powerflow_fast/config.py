@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-# Options of GRPO's own loss. This trainer replaces that loss, so a value other than the default would
-# be silently ignored; it is refused instead.
+# Options of GRPO's own loss, which this trainer replaces. A value other than the default would be
+# silently ignored; it is refused instead.
 NOT_HONOURED = {
     "beta": "alpha sets the distance to the reference, there is no KL term",
     "loss_type": "the loss is LA-TB; see balance",
@@ -48,7 +48,7 @@ class PowerFlowConfig(GRPOConfig):
     log_z: str = field(
         default="group",
         metadata={
-            "help": "log Z': 'group' (mean over the completions of a prompt) or 'learned' (an MLP).",
+            "help": "log Z': 'group' (mean over a prompt's completions) or 'learned' (an MLP).",
             "choices": ["group", "learned"],
         },
     )
@@ -102,8 +102,8 @@ class PowerFlowConfig(GRPOConfig):
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         if self.num_generations < 2:
             raise ValueError(
-                "num_generations: expected at least 2 completions per prompt (log_z='group' compares "
-                f"them, and TRL's sampler needs them too), got {self.num_generations}"
+                "num_generations: expected at least 2 completions per prompt (log_z='group' "
+                f"compares them, and so does TRL), got {self.num_generations}"
             )
         for name, reason in NOT_HONOURED.items():
             if name in fields and getattr(self, name) != fields[name].default:
@@ -115,6 +115,28 @@ class PowerFlowConfig(GRPOConfig):
         if self.log_z == "learned" and self.fp16:
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
         super().__post_init__()
+
+
+def check_data(dataset) -> None:
+    """ValueError unless `dataset` has prompts to train on."""
+    if dataset is None:
+        raise ValueError("train_dataset: expected a dataset with a column 'prompt', got None")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("train_dataset: it is empty")
+
+
+def check_reference(model, peft_config) -> None:
+    """ValueError where full fine-tuning has no place to load the reference from."""
+    if isinstance(model, str) or peft_config is not None or hasattr(model, "peft_config"):
+        return
+    if not getattr(model.config, "_name_or_path", ""):
+        raise ValueError(
+            "model: full fine-tuning loads the reference from the model's path, and this model has "
+            "none; save it and pass the path, or pass peft_config="
+        )
 
 
 def _positive(name: str, value: float) -> None:

@@ -1,8 +1,8 @@
 """How a causal language model turns its last hidden states into logits, read in one place.
 
 Known forms are `softcap(scale * (hidden @ weight.T + bias))`, with the scale and the cap named
-differently by each family (table below, read from transformers 5.23). A head that carries an adapter,
-is quantised, or does anything else first is refused: the loss would silently be that of another model.
+differently by each family (below, read from transformers 5.23). A head that carries an adapter, is
+quantised, or does anything else first is refused: the loss would silently be another model's.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def read_head(model: PreTrainedModel) -> ModelHead:
         raise ValueError(f"{type(model).__name__} has no output layer to read log-probs from")
     if hasattr(layer, "base_layer"):  # PEFT's BaseTunerLayer
         raise ValueError(
-            "the head (lm_head) carries an adapter, which reading its weight would ignore: remove it "
-            "from target_modules, or train the whole head with modules_to_save"
+            "the head (lm_head) carries an adapter, which reading its weight would ignore: remove "
+            "it from target_modules, or train the whole head with modules_to_save"
         )
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if not weight.is_floating_point():
@@ -76,7 +76,7 @@ def logit_transform(config) -> dict[str, float]:
 
 
 def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
-    """Compare the head as read with the model's own logits on `tokens` tokens; costs one forward pass.
+    """Compare the head as read with the model's own logits on `tokens` tokens, in two passes.
 
     Raises:
         ValueError: where they differ by more than the rounding of the model's dtype.
@@ -102,9 +102,27 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
     error = (ours - logits.to(device)).abs().max() if ours.shape == logits.shape else math.inf
     if not error <= 32 * eps * max(1.0, float(logits.abs().max())):
         raise ValueError(
-            f"{type(model).__name__}: its logits {tuple(logits.shape)} are not the softcap(scale * "
-            f"(hidden @ weight.T + bias)) read from its configuration (largest difference {error:.2g})"
+            f"{type(model).__name__}: its logits {tuple(logits.shape)} are not the softcap(scale "
+            "* (hidden @ weight.T + bias)) read from its configuration (largest difference "
+            f"{error:.2g})"
         )
+
+
+def base_model(policy):
+    """The transformers model inside a PeftModel, or the model itself."""
+    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
+
+
+def disable_dropout(model) -> None:
+    """Set every dropout to 0: modules, and the numbers attention layers keep for themselves."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

