@@ -41,6 +41,7 @@ def forward(
     if ref is not None:
         ref_hidden, ref_weight, ref_bias = ref
         models.append(_OnlineHead(_take(ref_hidden, rows), ref_weight, ref_bias, kept, options))
+        models[1].buffer = policy.buffer  # their tiles are formed one after the other
     with _bf16_products(policy.product_dtype, hidden):
         _sweep(models)
         direction = policy.finish_direction() if want_direction else None
@@ -132,7 +133,7 @@ class _OnlineHead:
         self.weighted = torch.zeros(n, **stats) if options.entropy else None  # times (z_v - max)
         self.expected = torch.zeros(n, hidden.shape[1], **stats) if want_direction else None
         self.target_logits = torch.full((n,), torch.nan, **stats)
-        self.buffer = torch.empty(min(n, self.tile[0]) * min(len(weight), self.tile[1]), **stats)
+        self.buffer = torch.empty(0, **stats)
 
     def row_slices(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.tile[0]):
@@ -147,7 +148,10 @@ class _OnlineHead:
     def logits(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> Tensor:
         """Logits of rows r and columns start:stop, in a buffer that the next call overwrites."""
         options, x = self.options, self.hidden[r].to(self.product_dtype)
-        z = self.buffer[: len(x) * (stop - start)].view(len(x), stop - start)
+        size = len(x) * (stop - start)
+        if len(self.buffer) < size:
+            self.buffer.resize_(size)
+        z = self.buffer[:size].view(len(x), stop - start)
         _matmul(x, weight_tile.T, out=z)
         if self.bias is not None:
             z += self.bias[start:stop].to(self.dtype)

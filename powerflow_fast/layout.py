@@ -55,6 +55,16 @@ class Layout:
     def sequences(self) -> int:
         return len(self.lengths)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """[S] int32 first token of each sequence, and the one behind its last, when flattened."""
+        if self.cu_seqlens is not None:
+            offsets = self.cu_seqlens.int()
+        else:
+            rows, width = self.shape
+            device = self.lengths.device
+            offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
+        return offsets[:-1].contiguous(), offsets[1:].contiguous()
+
     def check_tokens(self, name: str, values: Tensor) -> None:
         if values.shape != self.shape:
             raise ValueError(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from powerflow_fast import validation
 from powerflow_fast.head import HeadKeywords, linear_logprobs, paired_linear_logprobs
 from powerflow_fast.layout import Layout
+from powerflow_fast.ops import choose_backend, sequence_residual
+from powerflow_fast.options import BACKENDS
 
 BALANCES = ("length", "trajectory", "token")
 IMPORTANCES = ("mean", "sum")
@@ -51,6 +53,7 @@ def tb_loss(
     normalizer: Tensor | float | None = None,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
+    backend: str = "auto",
     validate: bool = False,
 ) -> TBOutput:
     """LA-TB loss of token log-probs (arXiv 2603.18363, eq. 10).
@@ -74,6 +77,7 @@ def tb_loss(
             call that are not empty.
         group_size: completions of one prompt are consecutive, this many each.
         group_ids: [S] integers, equal for completions of one prompt.
+        backend: as in `linear_logprobs`; the triton one forms the residuals in one kernel.
         validate: check values on a GPU too, which synchronises. On a CPU it is always done.
 
     An empty sequence counts for nothing. With no counted token the loss is 0 and still has a graph.
@@ -83,6 +87,7 @@ def tb_loss(
     """
     validation.check_choice("balance", balance, BALANCES)
     validation.check_choice("importance", importance, IMPORTANCES)
+    validation.check_choice("backend", backend, BACKENDS)
     layout = Layout.of(logps, cu_seqlens, mask, validate)
     layout.check_tokens("ref_logps", ref_logps)
     sequences = layout.sequences
@@ -90,17 +95,12 @@ def tb_loss(
     validation.check_per_sequence("psi", psi, sequences, validate)
     log_z_is_group = _check_log_z(log_z, sequences, group_size, group_ids, validate)
 
-    lengths = layout.lengths
-    policy_sum, ref_sum = layout.sum(logps), layout.sum(ref_logps.detach())
-    divisor = lengths.clamp(min=1)
-    policy_term = policy_sum / divisor if balance == "length" else policy_sum
-    ref_term = ref_sum if balance == "trajectory" else ref_sum / divisor
-    energy = alpha * (ref_term + (0.0 if psi is None else psi))
-    counted = lengths > 0
+    psi = 0.0 if psi is None else psi
+    delta0 = _residual_without_log_z(layout, logps, ref_logps, alpha, psi, balance, backend)
+    counted = layout.lengths > 0
     if log_z_is_group:
-        estimate = (energy - policy_term).detach()
-        log_z = _group_mean(estimate, counted, group_size, group_ids)
-    residual = (log_z + policy_term - energy).where(counted, 0.0)
+        log_z = _group_mean(-delta0.detach(), counted, group_size, group_ids)
+    residual = (log_z + delta0).where(counted, 0.0)
 
     raw, weight = _importance(layout, logps, old_logps, clip_eps, importance)
     if normalizer is None:
@@ -112,7 +112,7 @@ def tb_loss(
     kept_logps, kept_ref = layout.keep(logps), layout.keep(ref_logps)
     metrics = _metrics(layout, kept_logps, kept_ref, residual, log_z, raw, weight)
     metrics |= {"loss": loss.detach()}
-    return TBOutput(loss, kept_logps, kept_ref, residual, weight, lengths, metrics)
+    return TBOutput(loss, kept_logps, kept_ref, residual, weight, layout.lengths, metrics)
 
 
 def fused_linear_tb_loss(
@@ -188,6 +188,7 @@ def fused_linear_tb_loss(
         normalizer=normalizer,
         group_size=group_size,
         group_ids=group_ids,
+        backend=head.get("backend", "auto"),
         validate=head.get("validate", False),
     )
     if not entropy:
@@ -233,6 +234,41 @@ class FusedLinearTBLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _residual_without_log_z(
+    layout: Layout,
+    logps: Tensor,
+    ref_logps: Tensor,
+    alpha: Tensor | float,
+    psi: Tensor | float,
+    balance: str,
+    backend: str,
+) -> Tensor:  # [S]
+    """l_pi - alpha (l_ref + psi), with means or sums by `balance`; differentiable in logps."""
+    if logps.dtype == torch.float32 and choose_backend(backend, logps.device)[0] == "triton":
+        starts, ends = layout.bounds()
+        mask = None if layout.mask is None else layout.mask.reshape(-1)
+        per_sequence = [
+            torch.as_tensor(x, dtype=logps.dtype, device=logps.device) for x in (alpha, psi)
+        ]
+        delta0, _ = sequence_residual(
+            logps.reshape(-1),
+            ref_logps.detach().reshape(-1),
+            starts,
+            ends,
+            mask,
+            *(x.expand(layout.sequences).contiguous() for x in per_sequence),
+            balance,
+        )
+        return delta0
+    policy_term, ref_term = layout.sum(logps), layout.sum(ref_logps.detach())
+    length = layout.lengths.clamp(min=1)
+    if balance == "length":
+        policy_term = policy_term / length
+    if balance != "trajectory":
+        ref_term = ref_term / length
+    return policy_term - alpha * (ref_term + psi)
 
 
 def _check_log_z(

@@ -191,3 +191,69 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, _grad_lse, _grad_directi
 
 
 head_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("powerflow_fast::sequence_residual", mutates_args=())
+def sequence_residual(
+    logps: Tensor,  # [N] float32
+    ref_logps: Tensor,  # [N] float32
+    starts: Tensor,  # [S] int32
+    ends: Tensor,  # [S] int32
+    mask: Tensor | None,  # [N] bool
+    alpha: Tensor,  # [S] float32
+    psi: Tensor,  # [S] float32
+    balance: str,
+) -> tuple[Tensor, Tensor]:
+    """The Triton epilogue: l_pi - alpha (l_ref + psi) and counted tokens of each sequence, [S]."""
+    from powerflow_fast import backend_triton
+
+    delta0, _, _, lengths = backend_triton.sequence_residual_forward(
+        logps, ref_logps, starts, ends, mask, alpha, psi, balance
+    )
+    return delta0, lengths
+
+
+@sequence_residual.register_fake
+def _(logps, ref_logps, starts, ends, mask, alpha, psi, balance):
+    return torch.empty_like(alpha), torch.empty_like(starts)
+
+
+@torch.library.custom_op("powerflow_fast::sequence_residual_backward", mutates_args=())
+def sequence_residual_backward(
+    grad_delta0: Tensor,  # [S]
+    lengths: Tensor,  # [S] int32
+    starts: Tensor,  # [S] int32
+    ends: Tensor,  # [S] int32
+    mask: Tensor | None,  # [N] bool
+    num_tokens: int,
+    balance: str,
+) -> Tensor:  # [N]
+    """The coefficient of every token; 0 where it does not count."""
+    from powerflow_fast import backend_triton
+
+    return backend_triton.sequence_residual_backward(
+        grad_delta0, lengths, starts, ends, mask, num_tokens, balance
+    )
+
+
+@sequence_residual_backward.register_fake
+def _(grad_delta0, lengths, starts, ends, mask, num_tokens, balance):
+    return grad_delta0.new_empty(num_tokens)
+
+
+def _residual_context(ctx, inputs, output):
+    logps, _, starts, ends, mask, _, _, ctx.balance = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.num_tokens = len(logps)
+    ctx.save_for_backward(output[1], starts, ends, mask)
+
+
+def _residual_backward(ctx, grad_delta0, _grad_lengths):
+    lengths, starts, ends, mask = ctx.saved_tensors
+    grad = sequence_residual_backward(
+        grad_delta0, lengths, starts, ends, mask, ctx.num_tokens, ctx.balance
+    )
+    return grad, *(None,) * 7
+
+
+sequence_residual.register_autograd(_residual_backward, setup_context=_residual_context)

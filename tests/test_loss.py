@@ -132,6 +132,25 @@ def test_start_of_training():
     torch.testing.assert_close(out.residual, 0.1 - 3.0 * means)
 
 
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_triton_epilogue_equals_the_torch_one(device, balance, padded):
+    logps, ref_logps, _ = (x.float().to(device) for x in tokens(torch.float32))
+    keywords = {"cu_seqlens": CU_SEQLENS.to(device)}
+    if padded:
+        logps, ref_logps = pad(logps.cpu()).to(device), pad(ref_logps.cpu()).to(device)
+        keywords = {"mask": MASK.to(device)}
+    options = {"log_z": "group", "group_size": 2, "alpha": 3.0, "psi": torch.rand(4, device=device)}
+    leaves, results = [], []
+    for backend in ("torch", "triton"):
+        leaf = logps.detach().clone().requires_grad_()
+        out = tb_loss(leaf, ref_logps, balance=balance, backend=backend, **options, **keywords)
+        out.loss.backward()
+        leaves.append(leaf), results.append(out)
+    torch.testing.assert_close(results[1].residual, results[0].residual, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("log_z", [0.0, "group"])
 def test_empty_sequences_count_for_nothing(log_z):
     logps, ref_logps, old_logps = tokens()
@@ -309,6 +328,7 @@ def test_module_takes_either_order_and_per_call_options():
         ("group_ids", {"log_z": "group", "group_ids": torch.tensor([0, 0])}),
         ("balance", {"balance": "tokens"}),
         ("importance", {"importance": "max"}),
+        ("backend", {"backend": "cuda"}),
         ("clip_eps", {"clip_eps": -0.1}),
         ("normalizer", {"normalizer": 0}),
         ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 3, 2, 9, 11])}),

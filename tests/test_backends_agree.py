@@ -1,0 +1,105 @@
+"""The public API gives the same on the triton back end (interpreted without a GPU) as on torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from powerflow_fast import fused_linear_tb_loss, linear_logprobs
+from tests.numerics import relative_error
+
+
+def inputs(device, dtype=torch.float32):
+    hidden, ref_hidden = torch.randn(2, 3, 7, 32, device=device).to(dtype)
+    weight = (torch.randn(75, 32, device=device) * 0.3).to(dtype)
+    targets = torch.randint(0, 75, (3, 7), device=device)
+    mask = torch.ones(3, 7, dtype=torch.bool, device=device)
+    mask[0, 4:] = mask[2, 2:] = False
+    return hidden, weight, targets, ref_hidden, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+def test_fused_loss(device, dtype, trained_head, entropy):
+    hidden, weight, targets, ref_hidden, mask = inputs(device, dtype)
+    bias = torch.randn(75, device=device).to(dtype)
+    results = []
+    for backend in ("torch", "triton"):
+        x = hidden.detach().clone().requires_grad_()
+        w = weight.detach().clone().requires_grad_(trained_head)
+        b = bias.detach().clone().requires_grad_(trained_head)
+        out = fused_linear_tb_loss(
+            x,
+            w,
+            targets,
+            ref_hidden,
+            bias=b,
+            mask=mask,
+            log_z=torch.tensor([0.5, -0.2, 0.1], device=device),
+            alpha=4.0,
+            temperature=0.8,
+            softcap=6.0,
+            return_entropy=entropy,
+            backend=backend,
+        )
+        loss = out.loss + (out.entropy.square().mean() if entropy else 0.0)
+        loss.backward()
+        grads = [leaf.grad for leaf in (x, w, b) if leaf.requires_grad]
+        results.append([out.logps, out.ref_logps, out.residual, *grads])
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(theirs, ours) <= tolerance
+
+
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen", "trained"])
+def test_compiles_without_graph_break(device, trained_head):
+    hidden, weight, targets, ref_hidden, mask = inputs(device)
+
+    def loss(x, w):
+        return fused_linear_tb_loss(
+            2 * x, w, targets, ref_hidden, mask=mask, log_z=0.1, alpha=2.0, backend="triton"
+        ).loss
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        x = hidden.detach().clone().requires_grad_()
+        function(x, weight.detach().clone().requires_grad_(trained_head)).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-6)
+
+
+def test_opcheck_of_the_epilogue(device):
+    from powerflow_fast.ops import sequence_residual
+
+    logps = torch.randn(10, device=device, requires_grad=True)
+    starts = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    ends = torch.tensor([4, 10], dtype=torch.int32, device=device)
+    ones = torch.ones(2, device=device)
+    args = (logps, logps.detach() - 1, starts, ends, None, ones, 0 * ones, "length")
+    torch.library.opcheck(sequence_residual, args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_triton_without_a_gpu_is_refused_by_name():
+    code = (
+        "import torch\nfrom powerflow_fast import linear_logprobs\n"
+        "try:\n"
+        "    linear_logprobs(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]),"
+        " backend='triton')\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.stdout.startswith("backend: 'triton' needs a CUDA or ROCm device"), result.stderr
+
+
+def test_auto_is_torch_without_a_gpu():
+    from powerflow_fast.ops import choose_backend
+
+    assert choose_backend("auto", torch.device("cpu"))[0] == "torch"
+    hidden, weight, targets, _, _ = inputs("cpu")
+    auto = linear_logprobs(hidden, weight, targets)
+    assert torch.equal(auto, linear_logprobs(hidden, weight, targets, backend="torch"))
