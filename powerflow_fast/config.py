@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from trl import GRPOConfig
 
 # Options of GRPO's own loss, which this trainer replaces. A value other than the default would be
@@ -114,6 +115,8 @@ class PowerFlowConfig(GRPOConfig):
             raise ValueError("disable_dropout: the policy must start at the reference; leave it on")
         if self.log_z == "learned" and self.fp16:
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
+        if self.bf16 is None:  # TRL's default is bf16, which a machine without accelerator refuses
+            self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
         super().__post_init__()
 
 

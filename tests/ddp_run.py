@@ -1,0 +1,56 @@
+"""One of the runs that test_two_processes_equal_one compares: `ddp_run.py OUT PER_RANK`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from powerflow_fast import PowerFlowTrainer  # noqa: E402
+from tests import tiny  # noqa: E402
+
+
+def main(out: str, per_rank: int) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    results = {"losses": [], "parameters": {}}
+    for log_z in ("group", "learned"):
+        seen = tiny.Gradients()
+        trainer = PowerFlowTrainer(
+            model=tiny.model(),
+            args=tiny.config(
+                f"{out}.run",
+                log_z=log_z,
+                max_steps=2,
+                per_device_train_batch_size=per_rank,
+                gradient_accumulation_steps=16 // (per_rank * world),
+                optim="sgd",
+                lr_scheduler_type="constant",
+                ddp_backend="gloo" if world > 1 else None,
+            ),
+            train_dataset=tiny.dataset(),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora(),
+            rollout_func=tiny.rollout,
+            callbacks=[seen],
+        )
+        assert trainer.accelerator.num_processes == world
+        trainer.train()
+        results["losses"] += [row["loss"] for row in seen.logs]
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        parts = {log_z: policy, f"{log_z}.head": trainer.log_z_head}
+        for prefix, module in parts.items():
+            for name, value in module.named_parameters() if module is not None else ():
+                if value.requires_grad:
+                    results["parameters"][f"{prefix}.{name}"] = value.detach().clone()
+    if trainer.accelerator.is_main_process:
+        torch.save(results, out)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
