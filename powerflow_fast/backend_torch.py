@@ -9,8 +9,9 @@ log-probs cost three products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def backward(
     lse: Tensor,  # [N]
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: Sequence[bool],  # hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by recomputing the logits tile by tile; sums are float32 and cast once."""
     rows = _counted_rows(targets, options)
@@ -125,15 +126,15 @@ class _OnlineHead:
         self.product_dtype = hidden.dtype if native else self.dtype
         self.tile = _GPU_TILE if hidden.is_cuda else _CPU_TILE
         n = len(hidden)
-        stats = {"dtype": self.dtype, "device": hidden.device}
-        self.maximum = torch.full((n,), -torch.inf, **stats)
+        full = partial(torch.full, dtype=self.dtype, device=hidden.device)
+        self.maximum = full((n,), -torch.inf)
         # The sums leave the target out: where it has nearly all the mass, log(1 + others) and
         # 1 - p_y = others / total keep the digits that a sum with it would round away.
-        self.others = torch.zeros(n, **stats)  # sum_v e^(z_v - max)
-        self.weighted = torch.zeros(n, **stats) if options.entropy else None  # times (z_v - max)
-        self.expected = torch.zeros(n, hidden.shape[1], **stats) if want_direction else None
-        self.target_logits = torch.full((n,), torch.nan, **stats)
-        self.buffer = torch.empty(0, **stats)
+        self.others = full((n,), 0.0)  # sum_v e^(z_v - max)
+        self.weighted = full((n,), 0.0) if options.entropy else None  # times (z_v - max)
+        self.expected = full(hidden.shape, 0.0) if want_direction else None
+        self.target_logits = full((n,), torch.nan)
+        self.buffer = full((0,), 0.0)
 
     def row_slices(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.tile[0]):
@@ -247,14 +248,15 @@ class _OnlineHead:
 class _Gradients:
     """Float32 sums of the gradients that are needed, each cast once."""
 
-    def __init__(self, head: _OnlineHead, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(self, head: _OnlineHead, needs: Sequence[bool]) -> None:
         self.head = head
-        weight, stats = head.weight, {"dtype": head.dtype, "device": head.hidden.device}
-        self.hidden = torch.zeros(head.hidden.shape, **stats) if needs[0] else None
+        weight = head.weight
+        full = partial(torch.full, dtype=head.dtype, device=weight.device)
+        self.hidden = full(head.hidden.shape, 0.0) if needs[0] else None
         self.weight = weight.new_empty(weight.shape) if needs[1] else None
-        self.bias = torch.zeros(len(weight), **stats) if needs[2] else None
+        self.bias = full((len(weight),), 0.0) if needs[2] else None
         width = min(len(weight), head.tile[1])
-        self.tile = torch.zeros(width, weight.shape[1], **stats) if needs[1] else None
+        self.tile = full((width, weight.shape[1]), 0.0) if needs[1] else None
 
     def add(self, dlogits: Tensor, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
         if self.bias is not None:
@@ -340,7 +342,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def _bf16_matmul_precision() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from powerflow_fast import validation
 from powerflow_fast.ops import head_forward
 from powerflow_fast.options import HeadOptions
+from powerflow_fast.vocab_parallel import resolve_group
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -120,15 +121,15 @@ def paired_linear_logprobs(
         (logps, ref_logps), each [...] float32, 0 where ignored; with `return_entropy` also the
         policy's entropy.
     """
-    keywords = dict(keywords)
-    bias = keywords.pop("bias", None)
-    return_entropy = keywords.pop("return_entropy", False)
-    validate = keywords.pop("validate", False)
-    validation.check_grad_tolerance(keywords.pop("grad_tolerance", 0.0))
+    rest: dict[str, Any] = dict(keywords)
+    bias = rest.pop("bias", None)
+    return_entropy = rest.pop("return_entropy", False)
+    validate = rest.pop("validate", False)
+    validation.check_grad_tolerance(rest.pop("grad_tolerance", 0.0))
     options = HeadOptions(
         entropy=_wants_entropy(return_entropy),
-        group_name=_group_name(keywords.pop("process_group", None)),
-        **keywords,
+        group_name=_group_name(rest.pop("process_group", None)),
+        **rest,
     )
     ref = (ref_hidden, ref_weight, bias if ref_weight is None and ref_bias is None else ref_bias)
     logps, ref_logps, entropy = _head(
@@ -157,12 +158,12 @@ def _head(
                 f"got {ref_weight.shape[0]}"
             )
     if validation.wants_values(targets, validate):
-        world = 1 if options.group_name is None else validation.world_size(options.group_name)
-        validation.check_targets(targets, weight.shape[0] * world, options.ignore_index)
+        slices = 1 if options.group_name is None else resolve_group(options.group_name).size()
+        validation.check_targets(targets, weight.shape[0] * slices, options.ignore_index)
 
     dtype = _product_dtype(hidden, weight)
     flat = _flat(policy, dtype)
-    flat_ref = (None, None, None)
+    flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
     # The exact route needs nothing but the upstream gradient of logps; a trained head, bias or

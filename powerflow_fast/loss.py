@@ -93,12 +93,12 @@ def tb_loss(
     sequences = layout.sequences
     validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
     validation.check_per_sequence("psi", psi, sequences, validate)
-    log_z_is_group = _check_log_z(log_z, sequences, group_size, group_ids, validate)
+    _check_log_z(log_z, sequences, group_size, group_ids, validate)
 
     psi = 0.0 if psi is None else psi
     delta0 = _residual_without_log_z(layout, logps, ref_logps, alpha, psi, balance, backend)
     counted = layout.lengths > 0
-    if log_z_is_group:
+    if isinstance(log_z, str):
         log_z = _group_mean(-delta0.detach(), counted, group_size, group_ids)
     residual = (log_z + delta0).where(counted, 0.0)
 
@@ -164,10 +164,9 @@ def fused_linear_tb_loss(
             )
         targets = targets.where(mask.bool(), ignore_index)
     if ref_hidden is not None:
-        out = paired_linear_logprobs(
+        logps, ref_logps, *entropy = paired_linear_logprobs(
             hidden, weight, targets, ref_hidden, ref_weight, ref_bias=ref_bias, **head
         )
-        logps, ref_logps, *entropy = out
     else:
         if ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
@@ -277,13 +276,13 @@ def _check_log_z(
     group_size: int | None,
     group_ids: Tensor | None,
     validate: bool,
-) -> bool:
-    """Whether log Z' is the group estimate, with its arguments checked."""
+) -> None:
+    """log_z is a number or [S], or "group" with groups of at least two."""
     if not isinstance(log_z, str):
         validation.check_per_sequence("log_z", log_z, sequences, validate)
         if log_z is None:
             raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")
-        return False
+        return
     validation.check_choice("log_z", log_z, ("group",))
     if (group_size is None) == (group_ids is None):
         raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
@@ -304,7 +303,6 @@ def _check_log_z(
                 raise ValueError(
                     "group_ids: expected at least 2 completions per prompt, got a group of 1"
                 )
-    return True
 
 
 def _group_mean(

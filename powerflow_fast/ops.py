@@ -127,10 +127,13 @@ def head_backward(
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            grads = backend.backward(*arguments, tuple(needs))
+            grads = backend.backward(*arguments, needs)
         else:
-            grads = vocab_parallel.backward(backend, *arguments, tuple(needs))
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+            grads = vocab_parallel.backward(backend, *arguments, needs)
+    grad_hidden, grad_weight, grad_bias = (
+        hidden.new_empty(0) if grad is None else grad for grad in grads
+    )
+    return grad_hidden, grad_weight, grad_bias
 
 
 @head_backward.register_fake

@@ -121,12 +121,6 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
         )
 
 
-def world_size(group_name: str) -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size(dist.distributed_c10d._resolve_process_group(group_name))
-
-
 def _refuse_dtensor(name: str, x: Tensor) -> None:
     if type(x).__name__ == "DTensor":
         raise ValueError(

@@ -7,6 +7,7 @@ gradient of hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -52,7 +53,7 @@ def backward(
     lse: Tensor,  # [N], of the whole vocabulary
     entropy: Tensor | None,  # [N], likewise
     options: HeadOptions,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As a back end's `backward`; the gradient of hidden is summed over the ranks."""
     own_targets = _own_targets(targets, weight, options)
@@ -64,8 +65,13 @@ def backward(
     return grads
 
 
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group that `ProcessGroup.group_name` named."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def _group(options: HeadOptions) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(options.group_name)
+    return resolve_group(options.group_name)
 
 
 def _own_targets(targets: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
