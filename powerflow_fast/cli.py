@@ -81,6 +81,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--steps", type=int, help="optimizer steps")
     demo.add_argument("--seed", type=int, help="seed of sampling, LoRA and prompt order (0)")
     demo.add_argument("--learning-rate", type=float, help="peak learning rate")
+    demo.add_argument("--held-out", type=int, help="held-out prompts to measure on (90)")
     demo.add_argument("--output-dir", help="folder for adapter, table and curves (runs/demo)")
     demo.add_argument("--threads", type=int, help="CPU threads (all cores)")
     demo.add_argument("--overwrite", action="store_true", help="write over another run's files")
@@ -135,6 +136,7 @@ def _prepare_training(argv: list[str]):
     if options.lora_rank > 0:
         targets = options.lora_targets.split(",")
         lora = LoraConfig(
+            task_type="CAUSAL_LM",
             r=options.lora_rank,
             lora_alpha=options.lora_alpha,
             target_modules=targets[0] if targets == ["all-linear"] else targets,
@@ -152,12 +154,14 @@ def _prepare_training(argv: list[str]):
 def _demo(args: argparse.Namespace) -> int:
     from powerflow_fast.demo import DemoSettings, run_demo
 
-    names = ("alpha", "steps", "seed", "learning_rate", "output_dir")
+    names = ("alpha", "steps", "seed", "learning_rate", "held_out", "output_dir")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = DemoSettings(**given)
-    for name in ("alpha", "steps", "learning_rate"):
+    for name in ("alpha", "steps", "learning_rate", "held_out"):
         if not getattr(settings, name) > 0:
-            raise UsageError(f"--{name}: expected a number > 0, got {getattr(settings, name)}")
+            raise UsageError(
+                f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(settings, name)}"
+            )
     _check_output(settings.output_dir, args.overwrite)
     _user_input(_find_demo_parts)
     import torch

@@ -1,0 +1,157 @@
+"""The command line: exit codes, one-line errors, and a real run of `train` and `eval`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+from powerflow_fast.cli import main  # noqa: E402
+from tests import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
+    return path
+
+
+def refused(capsys, *argv):
+    """The one line that a refused command prints."""
+    assert main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("powerflow-fast: error: ")
+    return err
+
+
+def train_flags(model_folder, prompts, output):
+    flags = {
+        "model": model_folder,
+        "data": prompts,
+        "output_dir": output,
+        "use_cpu": True,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "activation_checkpointing": False,
+        "lora_rank": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return ["train", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
+
+
+def test_help_and_import_are_light():
+    """--help must not load torch; it answers from a fresh interpreter."""
+    code = (
+        "import sys, powerflow_fast.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "demo", "eval", "info"):
+        assert command in done.stdout
+
+
+def test_errors_have_no_traceback_in_a_real_process(tmp_path):
+    argv = [
+        sys.executable,
+        "-m",
+        "powerflow_fast.cli",
+        "eval",
+        "--data",
+        str(tmp_path / "no.jsonl"),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"powerflow-fast: error: {tmp_path / 'no.jsonl'}: no such file\n"
+
+
+def test_bad_commands(capsys, tmp_path):
+    assert "command" in refused(capsys)
+    assert "invalid choice" in refused(capsys, "fly")
+    assert "--steps" in refused(capsys, "demo", "--steps", "many")
+    assert "alpha" in refused(capsys, "demo", "--alpha", "-1", "--output-dir", tmp_path / "a")
+    assert "samples" in refused(capsys, "eval", "--samples", "0")
+
+
+def test_bad_prompt_file_is_named_with_its_line(capsys, tmp_path, model_folder):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "rain"}\n\n')
+    line = refused(capsys, *train_flags(model_folder, bad, tmp_path / "out"))
+    assert f"{bad}: line 2 is empty" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
+    out = tmp_path / "out"
+    nothing = tmp_path / "nothing"
+    assert "no such folder" in refused(capsys, *train_flags(nothing, prompts, out))
+    assert "no such file" in refused(capsys, *train_flags(model_folder, nothing, out))
+    assert "no such file" in refused(capsys, "train", "--config", nothing)
+    assert "--config" in refused(capsys, "train", "--config")
+    assert "--model and --data" in refused(capsys, "train", "--output_dir", out)
+    assert "adapter_config.json" in refused(capsys, "eval", "--adapter", nothing)
+    assert not out.exists()
+
+
+def test_bad_options_are_refused(capsys, tmp_path, model_folder, prompts):
+    flags = train_flags(model_folder, prompts, tmp_path / "out")
+    assert "alpha" in refused(capsys, *flags, "--alpha", "-1")
+    assert "alpha" in refused(capsys, *flags, "--alpha", "much")
+    assert "beta" in refused(capsys, *flags, "--beta", "0.1")
+    assert "num_generations" in refused(capsys, *flags, "--num_generations", "1")
+    assert "nonsense" in refused(capsys, *flags, "--nonsense", "1")
+    assert main([*flags, "--lora_targets", "lm_head"]) == 2  # after a progress bar of loading
+    assert "lm_head" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_not_overwritten(capsys, tmp_path, model_folder, prompts):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("kept")
+    for argv in (train_flags(model_folder, prompts, out), ["demo", "--output-dir", str(out)]):
+        assert "holds another run" in refused(capsys, *argv)
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused(capsys, "demo", "--output-dir", tmp_path / "file")
+
+
+def test_train_from_yaml_then_eval_with_the_adapter(capsys, tmp_path, model_folder, prompts):
+    flags = train_flags(model_folder, prompts, tmp_path / "out")
+    pairs = dict(zip(flags[1::2], flags[2::2], strict=True))
+    config = tmp_path / "run.yaml"
+    config.write_text("".join(f"{k[2:]}: {v}\n" for k, v in pairs.items()) + "alpha: 9.0\n")
+    assert main(["train", "--config", str(config), "--alpha", "2.0"]) == 0  # a flag wins
+    adapter = tmp_path / "out"
+    assert (adapter / "adapter_config.json").is_file()
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "rain", "answers": ["sea"]}\n')
+    capsys.readouterr()
+    argv = ["eval", "--model", model_folder, "--adapter", adapter, "--data", questions, "--json"]
+    assert main([str(a) for a in [*argv, "--max-new-tokens", 3, "--samples", 5]]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= scores["accuracy_sampled"] <= 1 and scores["samples"] == 5
+    assert scores["base_logp"] < 0 and 1 <= scores["mean_length"] <= 3
+
+
+def test_info_says_which_back_end_and_why(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "back end" in out and "(" in out.splitlines()[-1]
