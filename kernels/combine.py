@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.statistics import Statistics
-from powerflow_fast.kernels.tiles import LN2, LOG2E
+from powerflow_fast.kernels.tiles import LN2, above_shift
 
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
 
@@ -76,7 +76,7 @@ def combine_kernel(
     counted = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index) != ignore_index
     target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
     log_total = tl.log2(row_total)
-    logps = (tl.fma(target_logit, LOG2E, -base) - log_total) * LN2
+    logps = (above_shift(target_logit, base) - log_total) * LN2
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
     tl.store(logps_ptr + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
     tl.store(lse_ptr + offs_out, (row_shift + log_total) * LN2, mask=mask_r)

@@ -24,6 +24,7 @@ from powerflow_fast.kernels.config import Tile
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,
+    above_shift,
     can_describe,
     describe,
     form_logits,
@@ -75,7 +76,7 @@ def write_statistics(
 
     shift = tl.ceil(tl.max(logits, 1) * LOG2E)
     # A tile of -inf alone has shift -inf and total 0; subtracting that shift would give NaN.
-    centred = tl.fma(logits, LOG2E, -tl.where(shift == float("-inf"), 0.0, shift)[:, None])
+    centred = above_shift(logits, tl.where(shift == float("-inf"), 0.0, shift)[:, None])
     soft = tl.exp2(centred)
     # The part's index is a product with the row count: int64, as V / PART * rows can be large.
     offs = (start_v // PART).to(tl.int64) * num_rows + offs_r
@@ -221,6 +222,17 @@ class Statistics(NamedTuple):
     target_logit: torch.Tensor  # [rows], NaN where the target is outside the vocabulary
 
 
+def _allocate(parts: int, rows: int, entropy: bool, device: torch.device) -> Statistics:
+    tile_shift = torch.empty((parts, rows), dtype=torch.float32, device=device)
+    return Statistics(
+        tile_shift,
+        torch.empty_like(tile_shift),
+        torch.empty_like(tile_shift) if entropy else None,
+        # No program owns an out-of-range target: its row stays NaN, never a plausible number.
+        torch.full((rows,), float("nan"), dtype=torch.float32, device=device),
+    )
+
+
 def soft_exponent(dtype: torch.dtype) -> int:
     """Power of two by which stored softmax numerators are enlarged.
 
@@ -250,14 +262,8 @@ def logit_statistics(
     models = 1 if reference is None else 2
     num_n, num_h = hidden.shape
     num_v = weight.shape[0]
-    num_rows = models * num_n
     num_tiles = triton.cdiv(num_v, tile.columns)
-    shape = (num_tiles * tile.parts, num_rows)
-    tile_shift = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    tile_total = torch.empty_like(tile_shift)
-    tile_spread = torch.empty_like(tile_shift) if options.entropy else None
-    # No program owns an out-of-range target: its row stays NaN, never a plausible number.
-    target_logit = torch.full((num_rows,), float("nan"), dtype=torch.float32, device=hidden.device)
+    out = _allocate(num_tiles * tile.parts, models * num_n, options.entropy, hidden.device)
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     form = logit_form(options)
     grid = (triton.cdiv(num_n, tile.rows) * models * num_tiles,)
@@ -270,10 +276,10 @@ def logit_statistics(
             ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
             ref_bias_ptr=ref_bias,
             targets_ptr=targets,
-            tile_shift_ptr=tile_shift,
-            tile_total_ptr=tile_total,
-            tile_spread_ptr=tile_spread,
-            target_logit_ptr=target_logit,
+            tile_shift_ptr=out.tile_shift,
+            tile_total_ptr=out.tile_total,
+            tile_spread_ptr=out.tile_spread,
+            target_logit_ptr=out.target_logit,
             soft_ptr=soft,
             num_n=num_n,
             num_v=num_v,
@@ -303,4 +309,4 @@ def logit_statistics(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return Statistics(tile_shift, tile_total, tile_spread, target_logit)
+    return out

@@ -20,9 +20,18 @@ INTERPRETED = tl.constexpr(is_interpreted())
 @triton.jit
 def as_factor(tile):
     """A tile that arithmetic may be done with: itself, except in the interpreter."""
-    if INTERPRETED:
+    if INTERPRETED and tile.dtype == tl.bfloat16:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def above_shift(logits, shift):
+    """logits * log2(e) - shift with one rounding: a large offset common to both cancels exactly."""
+    if INTERPRETED:  # its fma rounds the product
+        return (logits.to(tl.float64) * LOG2E - shift.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(logits, LOG2E, -shift)
 
 
 @triton.jit

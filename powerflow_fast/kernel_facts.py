@@ -244,9 +244,11 @@ def table(rows: list[Facts]) -> str:
         f"{'matrix':>12} {'TMA':>4} {'s':>5}"
     ]
     for row in rows:
-        flags = [name for name, value in asdict(row.variant).items() if value is True]
-        flags = ["tma"[: 3 * (row.tma > 0)]] * (row.tma > 0) + [f for f in flags if f != "tma"]
-        flags += ["two models"] * (row.variant.models == 2)
+        variant = row.variant
+        named = ("entropy", "softcap", "soft", "bias")
+        flags = ["two models"] * (variant.models == 2)
+        flags += [name for name in named if getattr(variant, name)]
+        flags += ["tma"] * (row.tma > 0)
         spills = f"{row.spill_stores}/{row.spill_loads}"
         matrix = f"{row.matrix} {MATRIX_NAME[row.chip]}" if row.matrix else "-"
         lines.append(
