@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint kernels clean
+.PHONY: help setup demo test lint bench report kernels clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)  ## time and memory of one LA-TB step against other heads
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pytest benchmarks/ --write-results
+	$(BIN)/python -m benchmarks.report
+
+report: $(STAMP)  ## the README's tables from benchmarks/results/
+	$(BIN)/python -m benchmarks.report
 
 kernels: $(STAMP)  ## compile every kernel for every chip and print its machine-code facts
 	$(BIN)/python -m powerflow_fast.kernel_facts

@@ -1,4 +1,4 @@
-"""Inputs of the benchmarks: one LA-TB step over N tokens of S sequences, as a trainer hands it over."""
+"""Inputs of the benchmarks: one LA-TB step over N tokens of S sequences."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Inputs:
 def draw(
     shape: Shape, dtype: torch.dtype, device: str, *, seed: int = 0, train_head=False
 ) -> Inputs:
-    """Random inputs whose logits have a standard deviation of about 3; half of the targets likely."""
+    """Random inputs; logits have a standard deviation of about 3, half the targets are likely."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:

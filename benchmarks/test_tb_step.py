@@ -1,6 +1,6 @@
 """One LA-TB step, forward and backward, with a frozen head: ours against what a user has today.
 
-Every head must first give the float64 gradient of a small case; then time and peak memory are taken.
+Every head must first give the float64 gradient of a small case; then time and memory are taken.
 """
 
 from __future__ import annotations
