@@ -124,7 +124,8 @@ def _prepare_training(argv: list[str]):
     class Parser(TrlParser):
         error = _Parser.error
 
-    parser = Parser((TrainArguments, PowerFlowConfig), prog="powerflow-fast train")
+    types: Any = (TrainArguments, PowerFlowConfig)
+    parser = Parser(types, prog="powerflow-fast train")
     options, config = parser.parse_args_and_config(argv)
     if not options.model or not options.data:
         raise UsageError("train needs --model and --data (or both in the --config file)")

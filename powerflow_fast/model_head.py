@@ -8,10 +8,11 @@ quantised, or does anything else first is refused: the loss would silently be an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -24,9 +25,9 @@ REFUSED_MODELS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "mod
 class ModelHead(NamedTuple):
     """The language-model head; `transform` holds keywords of `linear_logprobs`."""
 
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    transform: dict[str, float]  # logit_scale, softcap
+    weight: Parameter  # [V, H]
+    bias: Parameter | None  # [V]
+    transform: dict[str, Any]  # logit_scale, softcap
 
 
 def read_head(model: PreTrainedModel) -> ModelHead:
@@ -54,7 +55,7 @@ def read_head(model: PreTrainedModel) -> ModelHead:
     return ModelHead(weight, bias, logit_transform(model.config))
 
 
-def logit_transform(config) -> dict[str, float]:
+def logit_transform(config) -> dict[str, Any]:
     """Keywords `logit_scale` and `softcap` of `linear_logprobs` from a model's configuration."""
     config = config.get_text_config()
     if config.model_type in REFUSED_MODELS:
@@ -84,8 +85,7 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
     import torch
 
     head, training = read_head(model), model.training
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, tokens + 1, device=model.device)[None] % vocabulary
+    ids = torch.arange(1, tokens + 1, device=model.device)[None] % head.weight.shape[0]
     model.eval()
     try:
         with torch.no_grad():

@@ -75,6 +75,7 @@ class PowerFlowTrainer(GRPOTrainer):
         ValueError: before any generation, for data, models and options it cannot train.
     """
 
+    args: PowerFlowConfig  # type: ignore[assignment]
     _tag_names = ["trl", "powerflow"]
     _name = "PowerFlow"
     _paper = {
@@ -101,11 +102,12 @@ class PowerFlowTrainer(GRPOTrainer):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
         check_data(train_dataset)
         check_reference(model, peft_config)
+        reward_funcs: Any = no_psi if psi_funcs is None else psi_funcs
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         try:
             super().__init__(
                 model=model,
-                reward_funcs=no_psi if psi_funcs is None else psi_funcs,
+                reward_funcs=reward_funcs,
                 args=args,
                 train_dataset=train_dataset,
                 peft_config=peft_config,
@@ -122,9 +124,11 @@ class PowerFlowTrainer(GRPOTrainer):
         for part in (policy, self.ref_model):
             if part is not None:
                 disable_dropout(part)
-        self.log_z_head, self._log_z_optimizer, self._log_z_started = None, None, False
+        self.log_z: LearnedLogZ | None = None
         if args.log_z == "learned":
-            self._make_log_z_head(policy)
+            size = base_model(policy).get_input_embeddings().weight.shape[1]
+            self.log_z = LearnedLogZ(size, args, self.accelerator)
+            self.add_callback(self.log_z)
 
     def _check_model(self, policy) -> None:
         if self._is_vlm:
@@ -192,12 +196,12 @@ class PowerFlowTrainer(GRPOTrainer):
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name in [key for key in metrics if key.startswith(("reward", "frac_reward"))]:
                 del metrics[name]
-        starts_log_z = self.log_z_head is not None and not self._log_z_started
-        if starts_log_z or (self.args.log_z == "group" and not self._groups_are_whole()):
+        if self.log_z is None and not self._groups_are_whole():
             self._add_group_log_z(output)
-        if starts_log_z:
-            self.log_z_head.warm_start(self.accelerator.gather(output["group_log_z"]))
-            self._log_z_started = True
+        if self.log_z is not None and not self.log_z.started:
+            self._add_group_log_z(output)
+            self.log_z.head.warm_start(self.accelerator.gather(output["group_log_z"]))
+            self.log_z.started = True
         return output
 
     @torch.no_grad()
@@ -249,7 +253,7 @@ class PowerFlowTrainer(GRPOTrainer):
         head = read_head(base_model(policy))
         hidden = last_hidden_state(base_model(policy), *_model_inputs(inputs))
         if log_z is None:
-            log_z = self._log_z(hidden[:, :prompt_length], inputs)
+            log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
         options = {"log_z": log_z} if not isinstance(log_z, str) else {
             "log_z": log_z, "group_ids": inputs["group"]}  # fmt: skip
         with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
@@ -297,9 +301,9 @@ class PowerFlowTrainer(GRPOTrainer):
         }
         return keywords, () if shared else (head.weight, head.bias)
 
-    def _log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
-        if self.log_z_head is not None:
-            return self.log_z_head(prompt_hidden.detach(), inputs["prompt_mask"])
+    def _estimate_log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
+        if self.log_z is not None:
+            return self.log_z.head(prompt_hidden.detach(), inputs["prompt_mask"])
         return inputs.get("group_log_z", "group")
 
     def _old_logps(self, inputs, mask) -> Tensor | None:
@@ -326,55 +330,54 @@ class PowerFlowTrainer(GRPOTrainer):
                     stacklevel=2,
                 )
 
-    # Learned log Z': its own optimizer, which no scheduler touches
-
-    def _make_log_z_head(self, policy) -> None:
-        size = base_model(policy).get_input_embeddings().weight.shape[1]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)  # the same start on every rank
-            head = LogZHead(size, num_layers=self.args.log_z_layers)
-        self.log_z_head = head.to(self.accelerator.device)
-        self._log_z_optimizer = torch.optim.AdamW(
-            self.log_z_head.parameters(), lr=self.args.log_z_lr, weight_decay=0.0
-        )
-        self.add_callback(_StepLogZ(self))
-
-    def _step_log_z(self) -> None:
-        """One step of the log Z' head, with its gradients averaged over ranks as DDP's are."""
-        for parameter in self.log_z_head.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        self._log_z_optimizer.step()
-        self._log_z_optimizer.zero_grad(set_to_none=True)
-
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
-        if self.log_z_head is not None and self.args.should_save:
+        if self.log_z is not None and self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             path = os.path.join(self._get_output_dir(trial=trial), folder, LOG_Z_FILE)
-            state = {"head": self.log_z_head.state_dict()}
-            torch.save(state | {"optimizer": self._log_z_optimizer.state_dict()}, path)
+            torch.save(self.log_z.state_dict(), path)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.log_z_head is None or checkpoint is None:
+        if self.log_z is None or checkpoint is None:
             return
         path = os.path.join(checkpoint, LOG_Z_FILE)
         if not os.path.exists(path):
             raise ValueError(f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}")
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self.log_z_head.load_state_dict(state["head"])
-        self._log_z_optimizer.load_state_dict(state["optimizer"])
-        self._log_z_started = True
+        self.log_z.load_state_dict(state)
 
 
-class _StepLogZ(TrainerCallback):
-    def __init__(self, trainer: PowerFlowTrainer) -> None:
-        self.trainer = trainer
+class LearnedLogZ(TrainerCallback):
+    """The log Z' head and its own optimizer: outside DDP, clipping and every scheduler.
+
+    It steps whenever the policy's optimizer does, with gradients averaged over ranks as DDP's are.
+    """
+
+    def __init__(self, hidden_size: int, args: PowerFlowConfig, accelerator) -> None:
+        self.accelerator, self.started = accelerator, False
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # the same start on every rank
+            head = LogZHead(hidden_size, num_layers=args.log_z_layers)
+        self.head = head.to(accelerator.device)
+        parameters = self.head.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=args.log_z_lr, weight_decay=0.0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer._step_log_z()
+        for parameter in self.head.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.started = True
 
 
 def _counted_mask(inputs) -> Tensor:  # [B, T] bool
@@ -383,10 +386,8 @@ def _counted_mask(inputs) -> Tensor:  # [B, T] bool
 
 
 def _model_inputs(inputs) -> tuple[Tensor, Tensor]:
-    return tuple(
-        torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1)
-        for kind in ("ids", "mask")
-    )
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
 
 
 def _counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:

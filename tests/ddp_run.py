@@ -41,7 +41,7 @@ def main(out: str, per_rank: int) -> None:
         trainer.train()
         results["losses"] += [row["loss"] for row in seen.logs]
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        parts = {log_z: policy, f"{log_z}.head": trainer.log_z_head}
+        parts = {log_z: policy, f"{log_z}.head": trainer.log_z and trainer.log_z.head}
         for prefix, module in parts.items():
             for name, value in module.named_parameters() if module is not None else ():
                 if value.requires_grad:

@@ -185,22 +185,22 @@ def test_learned_log_z_has_its_own_rate_and_a_warm_start(tmp_path):
         learning_rate=1e-4,
     )
     rates = []
-    step = trainer._log_z_optimizer.step
-    trainer._log_z_optimizer.step = lambda: (
-        rates.append(trainer._log_z_optimizer.param_groups[0]["lr"]),
+    step = trainer.log_z.optimizer.step
+    trainer.log_z.optimizer.step = lambda: (
+        rates.append(trainer.log_z.optimizer.param_groups[0]["lr"]),
         step(),
     )
     group, group_seen = make(tmp_path / "group", learning_rate=1e-4)
-    start = [p.clone() for p in trainer.log_z_head.parameters()]
+    start = [p.clone() for p in trainer.log_z.head.parameters()]
     trainer.train()
     group.train()
     assert rates == [0.02] * 3
     assert seen.logs[0]["log_z"] == pytest.approx(group_seen.logs[0]["log_z"], rel=1e-5)
     assert seen.logs[0]["residual/mean"] == pytest.approx(0.0, abs=1e-5)
-    moved = [not torch.equal(a, b) for a, b in zip(start, trainer.log_z_head.parameters())]  # noqa: B905
+    moved = [not torch.equal(a, b) for a, b in zip(start, trainer.log_z.head.parameters())]  # noqa: B905
     assert any(moved)
     names = {n for group in trainer.optimizer.param_groups for n in map(id, group["params"])}
-    assert not names & {id(p) for p in trainer.log_z_head.parameters()}
+    assert not names & {id(p) for p in trainer.log_z.head.parameters()}
 
 
 def test_resuming_equals_not_stopping(tmp_path):
@@ -212,7 +212,7 @@ def test_resuming_equals_not_stopping(tmp_path):
     resumed, seen = make(tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert len(seen.steps) == 2
-    for one, other in ((whole.log_z_head, resumed.log_z_head), (whole.model, resumed.model)):
+    for one, other in ((whole.log_z.head, resumed.log_z.head), (whole.model, resumed.model)):
         theirs = other.state_dict()
         for name, value in one.state_dict().items():
             torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-6)
