@@ -38,6 +38,10 @@ class Tile:
     def part(self) -> int:
         return self.columns // self.parts
 
+    @property
+    def launch_options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @dataclass(frozen=True)
 class Config:

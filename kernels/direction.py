@@ -209,6 +209,5 @@ def write_directions(
             BLOCK_H=tile.columns,
             BLOCK_V=tile.depth,
             PARTS=tile.parts,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.launch_options,
         )

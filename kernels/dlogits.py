@@ -221,6 +221,5 @@ def write_dlogits_chunk(
             BLOCK_V=tile.columns,
             BLOCK_H=tile.depth,
             PARTS=tile.parts,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.launch_options,
         )

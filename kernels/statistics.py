@@ -257,21 +257,19 @@ def logit_statistics(
     use_tma: bool,
 ) -> Statistics:
     """One launch over both models, whose shapes and dtypes must agree."""
-    hidden, weight, bias = policy
-    ref_hidden, ref_weight, ref_bias = policy if reference is None else reference
-    models = 1 if reference is None else 2
-    num_n, num_h = hidden.shape
-    num_v = weight.shape[0]
+    hidden, weight, _ = policy
+    ref_hidden, ref_weight, ref_bias = reference or policy
+    models = 1 + (reference is not None)
+    (num_n, num_h), num_v = hidden.shape, weight.shape[0]
     num_tiles = triton.cdiv(num_v, tile.columns)
     out = _allocate(num_tiles * tile.parts, models * num_n, options.entropy, hidden.device)
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     form = logit_form(options)
-    grid = (triton.cdiv(num_n, tile.rows) * models * num_tiles,)
     with torch.cuda.device_of(hidden):
-        statistics_kernel[grid](
+        statistics_kernel[(triton.cdiv(num_n, tile.rows) * models * num_tiles,)](
             hidden=describe(hidden, tile.rows, tile.depth, use_tma),
             weight=describe(weight, tile.columns, tile.depth, use_tma),
-            bias_ptr=bias,
+            bias_ptr=policy.bias,
             ref_hidden=describe(ref_hidden, tile.rows, tile.depth, use_tma),
             ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
             ref_bias_ptr=ref_bias,
@@ -306,7 +304,6 @@ def logit_statistics(
             BLOCK_V=tile.columns,
             BLOCK_H=tile.depth,
             PARTS=tile.parts,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.launch_options,
         )
     return out

@@ -44,8 +44,9 @@ def forward(
     if reference is not None and not _fit_one_launch(policy, reference):
         _check_inputs(reference.hidden, reference.weight)
         out = forward(hidden, weight, bias, targets, None, options, want_direction)
-        ref_out = forward(*ref, targets, None, options, False)
-        return out._replace(ref_logps=ref_out.logps)
+        ref_hidden, ref_weight, ref_bias = reference
+        alone = forward(ref_hidden, ref_weight, ref_bias, targets, None, options, False)
+        return out._replace(ref_logps=alone.logps)
 
     num_n, num_h = hidden.shape
     models = 1 if reference is None else 2
@@ -134,7 +135,7 @@ def sequence_residual_forward(
     balance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> l_pi - alpha * (l_ref + psi), l_pi, l_ref and int32 lengths, all [S], zero where empty."""
-    from powerflow_fast.kernels import residual
+    from powerflow_fast.kernels import residual  # type: ignore[attr-defined]  # kernels.py says why
 
     floats = (_vector(logps), _vector(ref_logps))
     bounds = (_vector(starts, torch.int32), _vector(ends, torch.int32))
@@ -154,7 +155,7 @@ def sequence_residual_backward(
     balance: str,
 ) -> Tensor:
     """-> d delta0 / d logps times the upstream gradient, [N]; 0 on tokens that are not counted."""
-    from powerflow_fast.kernels import residual
+    from powerflow_fast.kernels import residual  # type: ignore[attr-defined]  # kernels.py says why
 
     bounds = [_vector(x, torch.int32) for x in (lengths, starts, ends)]
     mask = None if mask is None else _vector(mask, torch.bool)

@@ -80,8 +80,8 @@ _INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr"}
 
 
 def _source(variant: Variant, chip: str):
-    """-> (jit function, {argument: tile shape of its descriptor}, constants, tile)."""
-    from powerflow_fast.kernels import combine, direction, dlogits, residual, statistics
+    """-> (jit function, {argument: tile shape of its descriptor}, constants, tile, use_tma)."""
+    from powerflow_fast.kernels import direction, dlogits, statistics
     from powerflow_fast.kernels.config import TABLE
 
     config = TABLE[chip]
@@ -110,12 +110,8 @@ def _source(variant: Variant, chip: str):
             constants["soft_ptr"] = None
         operands = {"hidden": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]}
         operands |= {f"ref_{name}": shape for name, shape in operands.items()}
-        kernel = (
-            statistics.statistics_kernel
-            if variant.kernel == "statistics"
-            else dlogits.dlogits_kernel
-        )
-        return kernel, operands, constants, tile, use_tma
+        kernels = {"statistics": statistics.statistics_kernel, "dlogits": dlogits.dlogits_kernel}
+        return kernels[variant.kernel], operands, constants, tile, use_tma
     if variant.kernel == "direction":
         tile = config.direction
         constants = {
@@ -130,15 +126,22 @@ def _source(variant: Variant, chip: str):
         }
         operands = {"soft": [tile.rows, tile.depth], "weight": [tile.depth, tile.columns]}
         return direction.direction_kernel, operands, constants, tile, use_tma
+    return *_elementwise_source(variant), None, False
+
+
+def _elementwise_source(variant: Variant):
+    """-> (jit function, no descriptors, constants) of the kernels without a product."""
+    from powerflow_fast.kernels import combine, residual  # type: ignore[attr-defined]
+
     if variant.kernel == "combine":
         constants = dict(combine.BLOCKS)
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "entropy_ptr": None}
-        return combine.combine_kernel, {}, constants, None, False
+        return combine.combine_kernel, {}, constants
     constants = {"BLOCK": residual.BLOCK, "MEAN_POLICY": True, "MEAN_REFERENCE": True}
     if variant.kernel == "residual":
-        return residual.residual_kernel, {}, constants, None, False
-    return residual.residual_gradient_kernel, {}, constants, None, False
+        return residual.residual_kernel, {}, constants
+    return residual.residual_gradient_kernel, {}, constants
 
 
 def compile_variant(variant: Variant, chip: str):
@@ -166,7 +169,7 @@ def compile_variant(variant: Variant, chip: str):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip[3:]), 32)
-    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {} if tile is None else tile.launch_options
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target, options=options
     )
