@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def cpu_name() -> str:
 
 def run_seed(seed: int, args: argparse.Namespace, folder: Path) -> dict:
     output = folder / f"seed-{seed}"
+    if (output / "summary.json").exists():  # finished earlier, with --folder
+        summary = json.loads((output / "summary.json").read_text())
+        if summary["settings"]["alpha"] != args.alpha:
+            raise SystemExit(f"{output} holds a run with another alpha")
+        return summary
     command = [sys.executable, "-m", "powerflow_fast.cli", "demo", "--seed", str(seed)]
     command += ["--alpha", str(args.alpha), "--output-dir", str(output)]
     command += ["--threads", str(args.threads)]
@@ -70,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
-    parser.add_argument("--folder", help="keep logs and runs here (default: a temporary folder)")
+    parser.add_argument("--folder", help="keep runs here, and take finished ones from here")
     parser.add_argument("--note", default="", help="kept in the result, e.g. what else ran")
     args = parser.parse_args()
     load = os.getloadavg()
@@ -78,7 +84,7 @@ def main() -> None:
         folder = Path(args.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            runs = list(pool.map(lambda seed: run_seed(seed, args, folder), args.seeds))
+            runs = list(pool.map(partial(run_seed, args=args, folder=folder), args.seeds))
     result = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),

@@ -77,9 +77,16 @@ def distinct_per_prompt(completions: Sequence[str], samples: int) -> float:
 
 @torch.no_grad()
 def complete(
-    model, tokenizer, prompts: Sequence[str], sampling: Sampling, greedy: bool = False
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    greedy: bool = False,
+    likelihood: bool = True,
 ) -> tuple[list[str], float, float]:
     """(completions, mean length in tokens, mean base log-prob per token) of prompt texts.
+
+    Without `likelihood` the last is 0 and its forward pass is saved.
 
     `sampling.samples` consecutive completions per prompt, or one if `greedy`. The caller's random
     state is left as it was.
@@ -103,7 +110,8 @@ def complete(
                 ids, mask = _generate(model, tokenizer, inputs, sampling, greedy)
                 for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
                     texts[i] = text
-                total += float(_base_logps(model, inputs, ids, mask).sum())
+                if likelihood:
+                    total += float(_base_logps(model, inputs, ids, mask).sum())
                 tokens += int(mask.sum())
     finally:
         model.train(training)
@@ -119,7 +127,7 @@ def evaluate(
     if all(question.answers for question in questions):
         answers = [q.answers for q in questions for _ in range(sampling.samples)]
         accuracy_sampled = _accuracy(sampled, answers)
-        greedy, _, _ = complete(model, tokenizer, prompts, sampling, greedy=True)
+        greedy, _, _ = complete(model, tokenizer, prompts, sampling, True, likelihood=False)
         accuracy_greedy = _accuracy(greedy, [q.answers for q in questions])
     return Scores(
         accuracy_sampled=accuracy_sampled,

@@ -292,6 +292,13 @@ def test_truncated_sampling_warns(tmp_path):
         make(tmp_path, top_p=0.9)
 
 
+def test_an_adapter_that_does_not_start_at_zero_warns(tmp_path):
+    trainer, _ = make(tmp_path)
+    start_from_nonzero_adapter(trainer)
+    with pytest.warns(UserWarning, match="before the first step"):
+        trainer.train()
+
+
 def test_config_needs_no_accelerator():
     assert PowerFlowConfig("unused", use_cpu=True).bf16 is False
 
