@@ -245,7 +245,7 @@ def _residual_without_log_z(
     backend: str,
 ) -> Tensor:  # [S]
     """l_pi - alpha (l_ref + psi), with means or sums by `balance`; differentiable in logps."""
-    if logps.dtype == torch.float32 and choose_backend(backend, logps.device)[0] == "triton":
+    if choose_backend(backend, logps.device, logps.dtype)[0] == "triton":
         starts, ends = layout.bounds()
         mask = None if layout.mask is None else layout.mask.reshape(-1)
         per_sequence = [

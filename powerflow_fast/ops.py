@@ -23,9 +23,9 @@ from powerflow_fast import vocab_parallel
 from powerflow_fast.options import HeadOptions
 
 
-def backend_module(options: HeadOptions, device: torch.device) -> ModuleType:
-    """The module that computes on `device`; "auto" is triton on a GPU and torch elsewhere."""
-    name, _ = choose_backend(options.backend, device)
+def backend_module(options: HeadOptions, hidden: Tensor) -> ModuleType:
+    """The module that computes for these hidden states."""
+    name, _ = choose_backend(options.backend, hidden.device, hidden.dtype)
     if name == "triton":
         from powerflow_fast import backend_triton
 
@@ -35,8 +35,10 @@ def backend_module(options: HeadOptions, device: torch.device) -> ModuleType:
     return backend_torch
 
 
-def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """(name, reason) of the back end that `backend` means on `device`."""
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """(name, reason) of the back end that `backend` means; "auto" is triton on a GPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "torch":
         return "torch", "asked for"
@@ -49,6 +51,8 @@ def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
         return "triton", "asked for"
     if device.type != "cuda":
         return "torch", f"no Triton kernels for device type {device.type!r}"
+    if dtype == torch.float64:
+        return "torch", "the kernels have no float64"
     if not _has_triton():
         return "torch", "triton is not installed"
     return "triton", "a GPU, and triton is installed"
@@ -74,7 +78,7 @@ def head_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> logps [N], ref_logps [N], entropy [N], lse [N], direction [N, H]; empty if not wanted."""
     opts = HeadOptions.decode(options)
-    backend = backend_module(opts, hidden.device)
+    backend = backend_module(opts, hidden)
     ref = None
     if ref_hidden is not None:
         ref = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
@@ -123,7 +127,7 @@ def head_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recompute route: gradients of hidden, weight and bias; empty where not needed."""
     opts = HeadOptions.decode(options)
-    backend = backend_module(opts, hidden.device)
+    backend = backend_module(opts, hidden)
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:

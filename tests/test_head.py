@@ -434,7 +434,7 @@ def test_unchecked_target_out_of_range_is_nan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_direction_keeps_its_digits_where_the_policy_is_confident(dtype):
-    """W[y] - sum_v p_v W_v cancels where p_y is near 1; 1 - p_y must not be formed from rounded p."""
+    """W[y] - sum_v p_v W_v cancels where p_y is near 1: 1 - p_y must not come from a rounded p."""
     hidden, weight, targets, _ = draw(n=8, dtype=dtype)
     targets = torch.arange(8)
     weight[:8] = (hidden * 0.8).to(dtype)  # every target far ahead of the rest
