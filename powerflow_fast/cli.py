@@ -136,6 +136,9 @@ def _prepare_training(argv: list[str]):
     lora = None
     if options.lora_rank > 0:
         targets = options.lora_targets.split(",")
+        if config.learning_rate == PowerFlowConfig.learning_rate:
+            note = f"learning_rate is {config.learning_rate:g}, meant for training all parameters"
+            print(f"note: {note}; LoRA usually takes 1e-4 to 3e-4", file=sys.stderr)
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=options.lora_rank,

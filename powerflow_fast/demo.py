@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     print(f"Measuring {len(held_out)} held-out prompts before training ...", flush=True)
     before = evaluate(model, tokenizer, held_out, sampling, prompts)
 
-    trainer, curves = _make_trainer(settings, model, tokenizer)
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, between one another
+        trainer, curves = _make_trainer(settings, model, tokenizer)
+        trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     after = evaluate(trained, tokenizer, held_out, sampling, prompts)
     seconds = time.perf_counter() - started

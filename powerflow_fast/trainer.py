@@ -126,7 +126,7 @@ class PowerFlowTrainer(GRPOTrainer):
                 disable_dropout(part)
         self.log_z: LearnedLogZ | None = None
         if args.log_z == "learned":
-            size = base_model(policy).get_input_embeddings().weight.shape[1]
+            size = base_model(policy).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
 
