@@ -25,7 +25,7 @@ demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minu
 	$(BIN)/powerflow-fast demo $(ARGS)
 
 test: lint  ## everything that CI checks
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
 BENCH = ["pytest", "pytest-benchmark", "liger-kernel", "cut-cross-entropy", "matplotlib"]
-DEV = [*DEMO, "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
+DEV = [*DEMO, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
 
 setup(
     name="powerflow-fast",

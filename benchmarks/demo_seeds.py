@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--folder", help="keep runs here, and take finished ones from here")
     parser.add_argument("--note", default="", help="kept in the result, e.g. what else ran")
+    parser.add_argument("--suffix", default="", help="added to the result's file name")
     args = parser.parse_args()
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,7 +106,7 @@ def main() -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")
     prefix = "demo" if args.alpha == 4.0 else f"demo-alpha{args.alpha:g}"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{prefix}-{slug}.json"
+    path = RESULTS / f"{prefix}-{slug}{args.suffix}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["mean"], indent=2), f"\nWritten to {path}")
 

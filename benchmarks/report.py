@@ -48,9 +48,10 @@ def _head_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(rows, key=lambda row: row["seconds"]):
         name = f"**{row['peer']}**" if row["peer"] == "powerflow-fast" else row["peer"]
+        extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
         lines.append(
-            f"| {name} | {_seconds(row['seconds'])} | {row['ratio_to_bare']:.2f}x "
-            f"| {row['extra_bytes'] / 1e6:.0f} MB | {row['gradient_error']:.0e} |"
+            f"| {name} | {_seconds(row['seconds'])} | {row['ratio_to_bare']:.2f}x | {extra} "
+            f"| {row['gradient_error']:.0e} |"
         )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """One of the runs that test_two_processes_equal_one compares: `ddp_run.py OUT PER_RANK`."""
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests import tiny  # noqa: E402
 
 
 def main(out: str, per_rank: int) -> None:
+    faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
     world = int(os.environ.get("WORLD_SIZE", "1"))
     results = {"losses": [], "parameters": {}}
     for log_z in ("group", "learned"):
@@ -48,9 +50,12 @@ def main(out: str, per_rank: int) -> None:
                     results["parameters"][f"{prefix}.{name}"] = value.detach().clone()
     if trainer.accelerator.is_main_process:
         torch.save(results, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if world > 1:
+        torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    # Torn down with the interpreter, gloo's thread can wait for the interpreter lock while the main
+    # thread, which holds it, waits for that thread (seen once with torch 2.13).
+    os._exit(0)

@@ -1,6 +1,8 @@
 """PowerFlowTrainer on a random model small enough to recompute everything naively."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -331,20 +333,34 @@ def test_config_needs_no_accelerator():
     assert PowerFlowConfig("unused", use_cpu=True).bf16 is False
 
 
+def run_ranks(world, *argv, timeout=180):
+    """Start `world` processes with the variables that torch's launcher would set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = []
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (common | own if world > 1 else {})
+        command = [sys.executable, *map(str, argv)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
 @pytest.mark.parametrize("per_rank", [8, 2])  # whole groups per micro-batch; groups over both ranks
 def test_two_processes_equal_one(tmp_path, per_rank):
     """Same global batch of 16: loss, adapter and log Z' head agree with the run of one process."""
     results = {}
     for world in (1, 2):
         out = tmp_path / f"{world}.pt"
-        arguments = [str(Path(__file__).with_name("ddp_run.py")), str(out), str(per_rank)]
-        launch = [sys.executable, *arguments]
-        if world == 2:
-            launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-            launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-            launch = [sys.executable, *launcher, *arguments]
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(world, Path(__file__).with_name("ddp_run.py"), str(out), str(per_rank))
         results[world] = torch.load(out, weights_only=True)
     assert results[2]["losses"] == pytest.approx(results[1]["losses"], rel=1e-4)
     for name, value in results[1]["parameters"].items():
