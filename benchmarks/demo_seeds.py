@@ -42,14 +42,19 @@ def run_seed(seed: int, args: argparse.Namespace, folder: Path) -> dict:
         summary = json.loads((output / "summary.json").read_text())
         if summary["settings"]["alpha"] != args.alpha:
             raise SystemExit(f"{output} holds a run with another alpha")
-        return summary
+        return without_paths(summary)
     command = [sys.executable, "-m", "powerflow_fast.cli", "demo", "--seed", str(seed)]
     command += ["--alpha", str(args.alpha), "--output-dir", str(output)]
     command += ["--threads", str(args.threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     with open(folder / f"seed-{seed}.log", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    return json.loads((output / "summary.json").read_text())
+    return without_paths(json.loads((output / "summary.json").read_text()))
+
+
+def without_paths(summary: dict) -> dict:
+    summary["settings"].pop("output_dir")
+    return summary
 
 
 def summarise(runs: list[dict]) -> dict:

@@ -7,6 +7,7 @@ needs it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -112,7 +113,8 @@ def _train(argv: list[str]) -> int:
 
 def _prepare_training(argv: list[str]):
     """The trainer that flags and YAML file describe; every check of input happens here."""
-    _need_file(argv, "--config")
+    argv = [part for word in argv for part in _split_config(word)]
+    _check_config_file(argv)
     from datasets import Dataset
     from peft import LoraConfig
     from trl import TrlParser
@@ -132,10 +134,17 @@ def _prepare_training(argv: list[str]):
     records = read_prompts(options.data, options.chat)
     if not config.resume_from_checkpoint:
         _check_output(config.output_dir, options.overwrite)
+    elif not Path(config.resume_from_checkpoint).is_dir():
+        raise UsageError(
+            f"--resume_from_checkpoint {config.resume_from_checkpoint}: no such folder"
+        )
     model, tokenizer = _load_model(options.model)
     lora = None
     if options.lora_rank > 0:
         targets = options.lora_targets.split(",")
+        if config.learning_rate == PowerFlowConfig.learning_rate:
+            note = f"learning_rate is {config.learning_rate:g}, meant for training all parameters"
+            print(f"note: {note}; LoRA usually takes 1e-4 to 3e-4", file=sys.stderr)
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=options.lora_rank,
@@ -159,7 +168,7 @@ def _demo(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = DemoSettings(**given)
     for name in ("alpha", "steps", "learning_rate", "held_out"):
-        if not getattr(settings, name) > 0:
+        if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(
                 f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(settings, name)}"
             )
@@ -281,11 +290,25 @@ def _check_output(folder: str, overwrite: bool) -> None:
         raise UsageError(f"{folder}: holds another run; name another folder, or pass --overwrite")
 
 
-def _need_file(argv: list[str], flag: str) -> None:
-    if flag in argv:
-        rest = argv[argv.index(flag) + 1 :]
-        if not rest or not Path(rest[0]).is_file():
-            raise UsageError(f"{flag} {rest[0] if rest else ''}: no such file")
+def _split_config(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """TRL's parser opens and reads the YAML file; say first, in one line, why it could not."""
+    if "--config" not in argv:
+        return
+    rest = argv[argv.index("--config") + 1 :]
+    if not rest or not Path(rest[0]).is_file():
+        raise UsageError(f"--config {rest[0] if rest else ''}: no such file")
+    import yaml
+
+    try:
+        yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"{rest[0]}: {where}not YAML") from error
 
 
 def _user_input(step: Callable, *arguments: Any):

@@ -81,8 +81,7 @@ class PowerFlowTrainer(GRPOTrainer):
     _paper = {
         "title": "PowerFlow",
         "id": "2603.18363",
-        "citation": "@article{powerflow2026, title={PowerFlow}, eprint={2603.18363}, "
-        "archivePrefix={arXiv}, year={2026}}",
+        "citation": "@article{powerflow, title={PowerFlow}, eprint={2603.18363}, year={2026}}",
     }
 
     def __init__(
@@ -126,7 +125,7 @@ class PowerFlowTrainer(GRPOTrainer):
                 disable_dropout(part)
         self.log_z: LearnedLogZ | None = None
         if args.log_z == "learned":
-            size = base_model(policy).get_input_embeddings().weight.shape[1]
+            size = base_model(policy).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
 
@@ -152,8 +151,6 @@ class PowerFlowTrainer(GRPOTrainer):
                 stacklevel=3,
             )
 
-    # Rollouts
-
     def _prepare_inputs(self, generation_batch):
         """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""
         if not (self.model.training and self._groups_are_whole()):
@@ -169,10 +166,9 @@ class PowerFlowTrainer(GRPOTrainer):
 
     def _groups_are_whole(self) -> bool:
         """Whether every micro-batch holds all completions of its prompts, for the group log Z'."""
-        args = self.args
-        training = self.model.training
-        size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        return args.log_z == "group" and size % self._group_size() == 0
+        mode = "train" if self.model.training else "eval"
+        size = getattr(self.args, f"per_device_{mode}_batch_size")
+        return self.args.log_z == "group" and size % self._group_size() == 0
 
     def _calculate_rewards(self, *args, **kwargs):
         self._psi_of_all = super()._calculate_rewards(*args, **kwargs)  # [global B, functions]
@@ -188,13 +184,13 @@ class PowerFlowTrainer(GRPOTrainer):
         count, rank = len(inputs), self.accelerator.process_index
         psi = (self._psi_of_all * self.reward_weights.to(self._psi_of_all.device)).nansum(1)
         output["psi"] = psi[rank * count : (rank + 1) * count]
-        position = torch.arange(count, device=psi.device) + rank * count
-        output["group"] = position // self._group_size()
+        places = torch.arange(rank * count, (rank + 1) * count, device=psi.device)
+        output["group"] = places // self._group_size()
         counted = _counted_mask(output).any(1)
         output["num_sequences"] = self.accelerator.gather(counted.sum()).sum()
-        if not self._has_psi:
+        if not self._has_psi:  # TRL's reward figures would be those of no_psi
             metrics = self._metrics["train" if self.model.training else "eval"]
-            for name in [key for key in metrics if key.startswith(("reward", "frac_reward"))]:
+            for name in [key for key in metrics if "reward" in key]:
                 del metrics[name]
         if self.log_z is None and not self._groups_are_whole():
             self._add_group_log_z(output)
@@ -213,19 +209,17 @@ class PowerFlowTrainer(GRPOTrainer):
         for start in range(0, count, size):
             part = {k: v[start : start + size] if v.ndim else v for k, v in output.items()}
             parts.append(self._run(self.model, part, log_z=0.0))
-        ref_logps = torch.zeros(output["completion_ids"].shape, device=parts[0].logps.device)
-        ref_logps[_counted_mask(output)] = torch.cat([out.ref_logps for out in parts])
+        mask = _counted_mask(output)
+        ref_logps = torch.zeros(mask.shape, device=mask.device)
+        ref_logps[mask] = torch.cat([out.ref_logps for out in parts]).to(mask.device)
         output["ref_per_token_logps"] = ref_logps
         # With log Z' = 0 the residual is minus the estimate. All ranks together hold whole groups.
-        local = torch.stack([torch.cat([getattr(out, name).float() for out in parts])
-                             for name in ("residual", "lengths")], dim=1)  # fmt: skip
-        residual, lengths = self.accelerator.gather(local).unbind(1)
-        counted = (lengths > 0).view(-1, self._group_size())
+        residual = torch.cat([out.residual for out in parts]).to(mask.device)
+        residual = self.accelerator.gather(residual)
+        counted = self.accelerator.gather(mask.any(1)).view(-1, self._group_size())
         total = -residual.view_as(counted).where(counted, 0.0).sum(1)
         mean = total / counted.sum(1).clamp(min=1)
         output["group_log_z"] = mean[output["group"]]
-
-    # Loss
 
     def _compute_loss(self, model, inputs) -> Tensor:
         training = self.model.training
@@ -237,7 +231,7 @@ class PowerFlowTrainer(GRPOTrainer):
             normalizer = inputs["num_sequences"].clamp(min=1) * share
         out = self._run(model, inputs, normalizer=normalizer)
         self._record(out, "train" if training else "eval")
-        return out.loss
+        return out.loss.to(self.accelerator.device)
 
     def _run(self, model, inputs, **options: Any) -> TBOutput:
         """The loss of one micro-batch, entered through the wrapped model's own forward."""
@@ -252,16 +246,19 @@ class PowerFlowTrainer(GRPOTrainer):
         reference, ref_head = self._reference(policy, inputs, mask)
         head = read_head(base_model(policy))
         hidden = last_hidden_state(base_model(policy), *_model_inputs(inputs))
+        # A model split over devices (`device_map`) may end on another one than it starts.
+        device = head.weight.device
+        inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
+        mask = mask.to(device)
         if log_z is None:
             log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
-        options = {"log_z": log_z} if not isinstance(log_z, str) else {
-            "log_z": log_z, "group_ids": inputs["group"]}  # fmt: skip
+        group_ids = inputs["group"] if isinstance(log_z, str) else None
         with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
             return fused_linear_tb_loss(
                 _counted(hidden, mask, head),
                 head.weight,
-                inputs["completion_ids"][mask].to(head.weight.device),
-                **reference,
+                inputs["completion_ids"][mask],
+                **{k: None if v is None else v.to(device) for k, v in reference.items()},
                 cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int(),
                 alpha=args.alpha,
                 psi=inputs["psi"],
@@ -274,8 +271,9 @@ class PowerFlowTrainer(GRPOTrainer):
                 temperature=self.temperature,
                 return_entropy="detached",
                 backend=args.loss_backend,
+                log_z=log_z,
+                group_ids=group_ids,
                 **head.transform,
-                **options,
             )
 
     def _reference(self, policy, inputs, mask) -> tuple[dict[str, Any], tuple]:
@@ -284,10 +282,10 @@ class PowerFlowTrainer(GRPOTrainer):
             return {"ref_logps": inputs["ref_per_token_logps"][mask]}, ()
         with torch.no_grad():
             if self.ref_model is not None:
-                model = self.accelerator.unwrap_model(self.ref_model)
-                ids = _model_inputs(inputs)
-                hidden = self._redirect(self.ref_model, model, last_hidden_state, model, *ids)
-                head = read_head(model)
+                base = self.accelerator.unwrap_model(self.ref_model)
+                call = (self.ref_model, base, last_hidden_state, base)
+                hidden = self._redirect(*call, *_model_inputs(inputs))
+                head = read_head(base)
             else:
                 base = base_model(policy)
                 with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
@@ -303,7 +301,9 @@ class PowerFlowTrainer(GRPOTrainer):
 
     def _estimate_log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
         if self.log_z is not None:
-            return self.log_z.head(prompt_hidden.detach(), inputs["prompt_mask"])
+            mask = inputs["prompt_mask"].to(self.accelerator.device)
+            log_z = self.log_z.head(prompt_hidden.detach().to(mask.device), mask)
+            return log_z.to(inputs["prompt_mask"].device)
         return inputs.get("group_log_z", "group")
 
     def _old_logps(self, inputs, mask) -> Tensor | None:
@@ -317,7 +317,8 @@ class PowerFlowTrainer(GRPOTrainer):
     @torch.no_grad()
     def _record(self, out: TBOutput, mode: str) -> None:
         values = torch.stack([out.metrics[name].float() for name in METRICS])
-        values = self.accelerator.gather(values[None]).mean(0).tolist()
+        values = values[None].to(self.accelerator.device)
+        values = self.accelerator.gather(values).mean(0).tolist()
         for name, value in zip(METRICS.values(), values, strict=True):
             self._metrics[mode][name].append(value)
         if mode == "train" and not self._start_checked:
@@ -392,4 +393,5 @@ def _model_inputs(inputs) -> tuple[Tensor, Tensor]:
 
 def _counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
     """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
-    return hidden[:, -mask.shape[1] - 1 : -1][mask].to(head.weight.device)
+    hidden = hidden[:, -mask.shape[1] - 1 : -1]
+    return hidden[mask.to(hidden.device)].to(head.weight.device)

@@ -87,6 +87,7 @@ def test_bad_commands(capsys, tmp_path):
     assert "invalid choice" in refused(capsys, "fly")
     assert "--steps" in refused(capsys, "demo", "--steps", "many")
     assert "alpha" in refused(capsys, "demo", "--alpha", "-1", "--output-dir", tmp_path / "a")
+    assert "alpha" in refused(capsys, "demo", "--alpha", "inf", "--output-dir", tmp_path / "a")
     assert "samples" in refused(capsys, "eval", "--samples", "0")
 
 
@@ -107,6 +108,12 @@ def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
     assert "--config" in refused(capsys, "train", "--config")
     assert "--model and --data" in refused(capsys, "train", "--output_dir", out)
     assert "adapter_config.json" in refused(capsys, "eval", "--adapter", nothing)
+    flags = train_flags(model_folder, prompts, out)
+    assert "no such folder" in refused(capsys, *flags, "--resume_from_checkpoint", nothing)
+    (tmp_path / "bad.yaml").write_text("alpha: 2\nmodel: [broken\n")
+    assert "bad.yaml: line" in refused(capsys, "train", f"--config={tmp_path / 'bad.yaml'}")
+    (tmp_path / "list.yaml").write_text("- alpha\n")
+    assert "mapping" in refused(capsys, "train", "--config", tmp_path / "list.yaml")
     assert not out.exists()
 
 

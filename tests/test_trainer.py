@@ -299,6 +299,34 @@ def test_an_adapter_that_does_not_start_at_zero_warns(tmp_path):
         trainer.train()
 
 
+def test_conversational_prompts_and_psi_on_messages(tmp_path):
+    seen, told = tiny.Gradients(), []
+
+    def psi(prompts, completions, topic, **_):
+        told.append((prompts[0], completions[0], topic[0]))
+        return [-0.5] * len(prompts)
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": p}], "topic": "t"} for p in tiny.PROMPTS]
+    trainer = PowerFlowTrainer(
+        tiny.model(),
+        tiny.config(tmp_path),
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=tiny.lora(),
+        psi_funcs=psi,
+        callbacks=[seen],
+    )
+    trainer.train()
+    prompt, completion, topic = told[0]
+    assert prompt == rows[0]["prompt"] and completion[0]["role"] == "assistant" and topic == "t"
+    # psi is the same for all: it moves log Z' by alpha * psi and leaves the residual alone.
+    assert seen.logs[0]["rewards/psi/mean"] == -0.5
+    at_start = 4.0 * (seen.logs[0]["logps/reference"] - 0.5) - seen.logs[0]["logps/policy"]
+    assert seen.logs[0]["log_z"] == pytest.approx(at_start, abs=1.0)
+
+
 def test_config_needs_no_accelerator():
     assert PowerFlowConfig("unused", use_cpu=True).bf16 is False
 
