@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from powerflow_fast.certified import Peaks, certified_direction
 from powerflow_fast.options import HeadForward, HeadOptions
 
 # Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
@@ -37,15 +38,20 @@ def forward(
     """Log-probs of the targets under both models, and d logps / d hidden if wanted."""
     rows = _counted_rows(targets, options)
     kept = targets if rows is None else targets[rows]
-    policy = _OnlineHead(_take(hidden, rows), weight, bias, kept, options, want_direction)
+    policy = OnlineHead(_take(hidden, rows), weight, bias, kept, options, want_direction)
     models = [policy]
     if ref is not None:
         ref_hidden, ref_weight, ref_bias = ref
-        models.append(_OnlineHead(_take(ref_hidden, rows), ref_weight, ref_bias, kept, options))
+        models.append(OnlineHead(_take(ref_hidden, rows), ref_weight, ref_bias, kept, options))
         models[1].buffer = policy.buffer  # their tiles are formed one after the other
     with _bf16_products(policy.product_dtype, hidden):
         _sweep(models)
-        direction = policy.finish_direction() if want_direction else None
+        direction = certificate = None
+        if want_direction and options.grad_tolerance > 0:
+            direction, certificate = certified_direction(policy)
+        elif want_direction:
+            total = policy.others + policy.target_share
+            direction = policy.finish_direction(policy.expected, total)
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None or rows is None:
@@ -58,6 +64,7 @@ def forward(
         entropy=spread(policy.entropy) if options.entropy else None,
         direction=spread(direction),
         ref_logps=spread(models[1].logps) if ref is not None else None,
+        certificate=certificate,
     )
 
 
@@ -78,12 +85,12 @@ def backward(
     if rows is not None:
         grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
         grad_entropy, entropy = _take(grad_entropy, rows), _take(entropy, rows)
-    head = _OnlineHead(_take(hidden, rows), weight, bias, targets, options)
+    head = OnlineHead(_take(hidden, rows), weight, bias, targets, options)
     grads = _Gradients(head, needs)
     with _bf16_products(head.product_dtype, hidden):
         for start, stop, weight_tile in head.weight_tiles():
             for r in head.row_slices():
-                logits = head.logits(r, start, stop, weight_tile)
+                logits = head.logits(r, weight_tile, head.bias_tile(start, stop))
                 dlogits = _dlogits(
                     logits,
                     grad_logps[r],
@@ -105,7 +112,7 @@ def backward(
     )
 
 
-class _OnlineHead:
+class OnlineHead:
     """One model's head over the counted rows: logits tile by tile, running softmax statistics."""
 
     def __init__(
@@ -127,14 +134,16 @@ class _OnlineHead:
         self.tile = _GPU_TILE if hidden.is_cuda else _CPU_TILE
         n = len(hidden)
         full = partial(torch.full, dtype=self.dtype, device=hidden.device)
-        self.maximum = full((n,), -torch.inf)
-        # The sums leave the target out: where it has nearly all the mass, log(1 + others) and
+        self.buffer = full((0,), 0.0)
+        self.target_logits = self._target_logits()
+        # Sums leave the target out: where it has nearly all the mass, log(1 + others) and
         # 1 - p_y = others / total keep the digits that a sum with it would round away.
+        self.maximum = self.target_logits.where(~self.target_logits.isnan(), -torch.inf)
         self.others = full((n,), 0.0)  # sum_v e^(z_v - max)
         self.weighted = full((n,), 0.0) if options.entropy else None  # times (z_v - max)
-        self.expected = full(hidden.shape, 0.0) if want_direction else None
-        self.target_logits = full((n,), torch.nan)
-        self.buffer = full((0,), 0.0)
+        certified = want_direction and options.grad_tolerance > 0
+        self.expected = full(hidden.shape, 0.0) if want_direction and not certified else None
+        self.peaks = Peaks(n, weight) if certified else None
 
     def row_slices(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.tile[0]):
@@ -146,16 +155,24 @@ class _OnlineHead:
             tile = self.weight[start : start + self.tile[1]]
             yield start, start + len(tile), tile.to(self.product_dtype)
 
-    def logits(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> Tensor:
-        """Logits of rows r and columns start:stop, in a buffer that the next call overwrites."""
-        options, x = self.options, self.hidden[r].to(self.product_dtype)
-        size = len(x) * (stop - start)
+    def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
+        """Logits of rows r and the tile's columns, in a buffer that the next call overwrites."""
+        x = self.hidden[r].to(self.product_dtype)
+        size = len(x) * len(weight_tile)
         if len(self.buffer) < size:
             self.buffer.resize_(size)
-        z = self.buffer[:size].view(len(x), stop - start)
+        z = self.buffer[:size].view(len(x), len(weight_tile))
         _matmul(x, weight_tile.T, out=z)
-        if self.bias is not None:
-            z += self.bias[start:stop].to(self.dtype)
+        return self._transform(z, bias_tile)
+
+    def bias_tile(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop]
+
+    def _transform(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Products to logits, in place."""
+        options = self.options
+        if bias is not None:
+            z += bias.to(self.dtype)
         if options.round_logits:
             z.copy_(z.to(self.hidden.dtype))
         if options.softcap is not None:
@@ -165,22 +182,32 @@ class _OnlineHead:
             z.mul_(options.scale)
         return z
 
+    def _target_logits(self) -> Tensor:
+        """[n] logits of the targets; NaN where the target is outside the vocabulary."""
+        inside = (self.targets >= 0) & (self.targets < len(self.weight))
+        index = self.targets.where(inside, 0)
+        z = torch.empty(len(index), dtype=self.dtype, device=index.device)
+        for r in self.row_slices():
+            own = self.weight[index[r]].to(self.dtype)
+            z[r] = own.mul_(self.hidden[r]).sum(1)
+        z = self._transform(z, None if self.bias is None else self.bias[index])
+        return z.where(inside, torch.nan)
+
     def update(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop into the running statistics of rows r."""
-        z = self.logits(r, start, stop, weight_tile)
+        z = self.logits(r, weight_tile, self.bias_tile(start, stop))
+        slope = softcap_slope(z, self.options) if self._wants_slope else None
         index, inside = _target_columns(self.targets[r] - start, stop - start)
-        picked = z.gather(1, index)
-        self.target_logits[r] = torch.where(inside, picked, self.target_logits[r][:, None])[:, 0]
-
+        z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
         maximum = torch.maximum(self.maximum[r], z.amax(1))
         # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
         finite = maximum.where(maximum != -torch.inf, 0.0)
         shift = self.maximum[r] - finite
         decay = shift.exp()
-        slope = _softcap_slope(z, self.options) if self._wants_slope else None
         z.sub_(finite[:, None])
+        if self.peaks is not None:
+            self.peaks.update(z, r.start, start, stop)
         e = z.exp_() if self.weighted is None else z.exp()
-        e.scatter_(1, index, e.gather(1, index).where(~inside, 0.0))
         if self.weighted is not None:
             # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
             moved = self.weighted[r] + self.others[r] * shift.clamp_min(-1e30)
@@ -190,11 +217,14 @@ class _OnlineHead:
         if self.expected is not None:
             if slope is not None:
                 e.mul_(slope)
-            rows = self.expected[r].mul_(decay[:, None])
-            if self.product_dtype == self.dtype:
-                rows.addmm_(e, weight_tile)
-            else:
-                rows += _matmul(e.to(self.product_dtype), weight_tile)
+            self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
+
+    def accumulate(self, rows: Tensor, e: Tensor, weight_tile: Tensor) -> None:
+        """rows += e @ weight_tile, summed in float32."""
+        if self.product_dtype == self.dtype:
+            rows.addmm_(e, weight_tile)
+        else:
+            rows += _matmul(e.to(self.product_dtype), weight_tile)
 
     @property
     def _wants_slope(self) -> bool:
@@ -228,27 +258,31 @@ class _OnlineHead:
         weighted = self.weighted + self.target_share * target_logits
         return self.log_total - weighted / (self.others + self.target_share)
 
-    def finish_direction(self) -> Tensor:
-        """scale * ((1 - p_y) J_y W[y] - sum over v != y of p_v J_v W_v), in place of the sum.
+    @property
+    def other_share(self) -> Tensor:
+        """[n] 1 - p_y, which is known to more digits than p_y."""
+        return self.others / (self.others + self.target_share)
+
+    def finish_direction(self, sums: Tensor, divisor: Tensor) -> Tensor:
+        """scale * ((1 - p_y) J_y W[y] - sums / divisor), in place of `sums` [n, H].
 
         NaN where the target is outside the vocabulary, as logps is.
         """
-        total = self.others + self.target_share
-        others, own = -self.options.scale / total, self.options.scale * self.others / total
+        own = self.options.scale * self.other_share
         if self.options.softcap is not None:
-            own *= _softcap_slope(self.target_logits, self.options)
+            own = own * softcap_slope(self.target_logits, self.options)
         own = own.where(~self.target_logits.isnan(), torch.nan)
         for r in self.row_slices():
             target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
-            rows = self.expected[r].mul_(others[r][:, None])
+            rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
             rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
-        return self.expected
+        return sums
 
 
 class _Gradients:
     """Float32 sums of the gradients that are needed, each cast once."""
 
-    def __init__(self, head: _OnlineHead, needs: Sequence[bool]) -> None:
+    def __init__(self, head: OnlineHead, needs: Sequence[bool]) -> None:
         self.head = head
         weight = head.weight
         full = partial(torch.full, dtype=head.dtype, device=weight.device)
@@ -274,7 +308,7 @@ class _Gradients:
             self.tile.zero_()
 
 
-def _sweep(models: list[_OnlineHead]) -> None:
+def _sweep(models: list[OnlineHead]) -> None:
     """One pass over the vocabulary for all models; a shared weight's tiles are converted once."""
     policy = models[0]
     for start, stop, weight_tile in policy.weight_tiles():
@@ -296,7 +330,7 @@ def _dlogits(
     options: HeadOptions,
 ) -> Tensor:  # [n, v]
     """g (1[y=v] - p_v) - e p_v (log p_v + entropy), times the transform's derivative."""
-    slope = None if options.softcap is None else _softcap_slope(logits, options)
+    slope = None if options.softcap is None else softcap_slope(logits, options)
     log_p = logits.sub_(lse[:, None])
     p = log_p.exp()
     coefficient = -grad_logps[:, None]
@@ -318,7 +352,7 @@ def _target_columns(local_targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
-def _softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
+def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
     """1 - tanh(x)^2 from the capped logits: tanh(x) = logits * temperature / softcap."""
     return 1.0 - (logits * (options.temperature / options.softcap)) ** 2
 

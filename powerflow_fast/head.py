@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -66,8 +66,9 @@ def linear_logprobs(
         return_entropy: also return the entropy [nats] of each row. `True` is differentiable and
             takes the recompute route in backward; `"detached"` has no gradient and costs little.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
-        grad_tolerance: largest probability mass per row that the gradient may leave out. Every
-            route in this version is exact, which meets any tolerance.
+        grad_tolerance: largest probability mass per row that the gradient of a frozen head may
+            leave out (arrangement and check: certified.py). 0 is exact. The triton back end and a
+            trained head are always exact, which meets any tolerance.
         process_group: the vocabulary is split over these ranks in equal slices, rank by rank;
             `weight` and `bias` are this rank's slices, `hidden` and `targets` the same everywhere.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
@@ -80,21 +81,23 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    options = HeadOptions(
+    out = head_outputs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
         ignore_index=ignore_index,
-        round_logits=round_logits,
-        entropy=_wants_entropy(return_entropy),
+        return_entropy=return_entropy,
         backend=backend,
-        group_name=_group_name(process_group),
+        grad_tolerance=grad_tolerance,
+        process_group=process_group,
+        round_logits=round_logits,
+        validate=validate,
     )
-    validation.check_grad_tolerance(grad_tolerance)
-    logps, _, entropy = _head(
-        (hidden, weight, bias), targets, None, options, return_entropy == "detached", validate
-    )
-    return (logps, entropy) if options.entropy else logps
+    return out.logps if out.entropy is None else (out.logps, out.entropy)
 
 
 def paired_linear_logprobs(
@@ -121,37 +124,49 @@ def paired_linear_logprobs(
         (logps, ref_logps), each [...] float32, 0 where ignored; with `return_entropy` also the
         policy's entropy.
     """
-    rest: dict[str, Any] = dict(keywords)
-    bias = rest.pop("bias", None)
-    return_entropy = rest.pop("return_entropy", False)
-    validate = rest.pop("validate", False)
-    validation.check_grad_tolerance(rest.pop("grad_tolerance", 0.0))
+    ref = (ref_hidden, ref_weight, ref_bias)
+    out = head_outputs(hidden, weight, targets, ref, **keywords)
+    assert out.ref_logps is not None
+    pair = (out.logps, out.ref_logps)
+    return pair if out.entropy is None else (*pair, out.entropy)
+
+
+class HeadOutputs(NamedTuple):
+    """What one call of the head gives; tensors of tokens are shaped as `targets`."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    entropy: Tensor | None
+    certificate: Tensor  # [3] columns kept, worst skipped mass, dense blocks
+
+
+def head_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref: tuple[Tensor, Tensor | None, Tensor | None] | None = None,  # hidden, weight, bias
+    *,
+    bias: Tensor | None = None,
+    return_entropy: bool | str = False,
+    process_group: ProcessGroup | None = None,
+    validate: bool = False,
+    **transform: Any,
+) -> HeadOutputs:
+    """Check, flatten, choose the route and call the operator, for all public functions."""
     options = HeadOptions(
         entropy=_wants_entropy(return_entropy),
-        group_name=_group_name(rest.pop("process_group", None)),
-        **rest,
+        group_name=None if process_group is None else process_group.group_name,
+        **transform,
     )
-    ref = (ref_hidden, ref_weight, bias if ref_weight is None and ref_bias is None else ref_bias)
-    logps, ref_logps, entropy = _head(
-        (hidden, weight, bias), targets, ref, options, return_entropy == "detached", validate
-    )
-    return (logps, ref_logps, entropy) if options.entropy else (logps, ref_logps)
-
-
-def _head(
-    policy: tuple[Tensor, Tensor, Tensor | None],
-    targets: Tensor,
-    ref: tuple[Tensor, Tensor | None, Tensor | None] | None,
-    options: HeadOptions,
-    detach_entropy: bool,
-    validate: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Check, flatten, choose the route and call the operator; results are shaped as `targets`."""
-    hidden, weight, bias = policy
+    detach_entropy = return_entropy == "detached"
     validation.check_head(hidden, weight, bias, targets, "")
     if ref is not None:
-        ref_weight = weight if ref[1] is None else ref[1]
-        validation.check_head(ref[0], ref_weight, ref[2], targets, "ref_")
+        ref_hidden, ref_weight, ref_bias = ref
+        if ref_weight is None and ref_bias is None:
+            ref_bias = bias
+        ref = (ref_hidden, ref_weight, ref_bias)
+        ref_weight = weight if ref_weight is None else ref_weight
+        validation.check_head(ref_hidden, ref_weight, ref_bias, targets, "ref_")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"ref_weight: expected the policy's vocabulary, {weight.shape[0]} rows, "
@@ -162,7 +177,7 @@ def _head(
         validation.check_targets(targets, weight.shape[0] * slices, options.ignore_index)
 
     dtype = _product_dtype(hidden, weight)
-    flat = _flat(policy, dtype)
+    flat = _flat((hidden, weight, bias), dtype)
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
@@ -172,16 +187,16 @@ def _head(
     differentiable_entropy = options.entropy and not detach_entropy
     exact = not (trains_head or differentiable_entropy or options.group_name)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad and exact
-    logps, ref_logps, entropy, _, _ = head_forward(
+    logps, ref_logps, entropy, _, _, certificate = head_forward(
         *flat, targets.reshape(-1), *flat_ref, options.encode(), want_direction
     )
-    shape = targets.shape
-    if options.entropy:
-        entropy = (entropy.detach() if detach_entropy else entropy).reshape(shape)
-    return (
-        logps.reshape(shape),
-        ref_logps.reshape(shape) if ref is not None else None,
-        entropy if options.entropy else None,
+    if detach_entropy:
+        entropy = entropy.detach()
+    return HeadOutputs(
+        logps.reshape(targets.shape),
+        None if ref is None else ref_logps.reshape(targets.shape),
+        entropy.reshape(targets.shape) if options.entropy else None,
+        certificate,
     )
 
 
@@ -208,7 +223,3 @@ def _wants_entropy(return_entropy: bool | str) -> bool:
             f"return_entropy: expected True, False or 'detached', got {return_entropy!r}"
         )
     return bool(return_entropy)
-
-
-def _group_name(process_group: ProcessGroup | None) -> str | None:
-    return None if process_group is None else process_group.group_name

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from powerflow_fast import validation
-from powerflow_fast.head import HeadKeywords, linear_logprobs, paired_linear_logprobs
+from powerflow_fast.head import HeadKeywords, head_outputs
 from powerflow_fast.layout import Layout
 from powerflow_fast.ops import choose_backend, sequence_residual
 from powerflow_fast.options import BACKENDS
 
 BALANCES = ("length", "trajectory", "token")
 IMPORTANCES = ("mean", "sum")
+CERTIFICATE = ("columns_kept", "skipped_mass", "dense_blocks")
 
 
 class TBOutput(NamedTuple):
@@ -163,18 +164,15 @@ def fused_linear_tb_loss(
                 f"got {tuple(mask.shape)}"
             )
         targets = targets.where(mask.bool(), ignore_index)
+    ref = None
     if ref_hidden is not None:
-        logps, ref_logps, *entropy = paired_linear_logprobs(
-            hidden, weight, targets, ref_hidden, ref_weight, ref_bias=ref_bias, **head
-        )
-    else:
-        if ref_weight is not None or ref_bias is not None:
-            raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
-        out = linear_logprobs(hidden, weight, targets, **head)
-        logps, *entropy = out if isinstance(out, tuple) else (out,)
+        ref = (ref_hidden, ref_weight, ref_bias)
+    elif ref_weight is not None or ref_bias is not None:
+        raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
+    out = head_outputs(hidden, weight, targets, ref, **head)
     result = tb_loss(
-        logps,
-        ref_logps,
+        out.logps,
+        ref_logps if ref is None else out.ref_logps,
         log_z=log_z,
         alpha=alpha,
         cu_seqlens=cu_seqlens,
@@ -190,11 +188,12 @@ def fused_linear_tb_loss(
         backend=head.get("backend", "auto"),
         validate=head.get("validate", False),
     )
-    if not entropy:
-        return result
-    tokens = result.lengths.sum().clamp(min=1)
-    metrics = result.metrics | {"entropy": entropy[0].detach().sum() / tokens}
-    return result._replace(entropy=entropy[0], metrics=metrics)
+    metrics = dict(result.metrics)
+    if out.entropy is not None:
+        metrics["entropy"] = out.entropy.detach().sum() / result.lengths.sum().clamp(min=1)
+    if head.get("grad_tolerance", 0.0) > 0:
+        metrics |= zip(CERTIFICATE, out.certificate.unbind(), strict=True)
+    return result._replace(entropy=out.entropy, metrics=metrics)
 
 
 class FusedLinearTBLoss(nn.Module):

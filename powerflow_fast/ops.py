@@ -75,8 +75,11 @@ def head_forward(
     ref_bias: Tensor | None,  # [V]
     options: str,
     want_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps [N], ref_logps [N], entropy [N], lse [N], direction [N, H]; empty if not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H] and certificate [3].
+
+    What is not wanted is empty; the certificate of an exact route is (1, 0, 0).
+    """
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
     ref = None
@@ -95,6 +98,7 @@ def head_forward(
         empty.clone() if out.entropy is None else out.entropy.where(counted, 0.0),
         out.lse,
         empty.clone() if out.direction is None else out.direction,
+        out.logps.new_tensor([1, 0, 0]) if out.certificate is None else out.certificate,
     )
 
 
@@ -109,6 +113,7 @@ def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, options, 
         hidden.new_empty(n if entropy else 0, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(hidden.shape if want_direction else 0, dtype=dtype),
+        hidden.new_empty(3, dtype=dtype),
     )
 
 
@@ -151,9 +156,9 @@ def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opt
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, targets, _, _, _, options, want_direction = inputs
-    _, ref_logps, entropy, lse, direction = output
+    _, ref_logps, entropy, lse, direction, certificate = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ref_logps, lse, direction)
+    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate)
     ctx.options, ctx.want_direction, ctx.hidden_dtype = options, want_direction, hidden.dtype
     if want_direction:
         ctx.save_for_backward(targets, direction)
@@ -161,7 +166,7 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
 
 
-def _backward(ctx, grad_logps, _grad_ref, grad_entropy, _grad_lse, _grad_direction):
+def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     nothing = (None,) * 9
     if grad_logps is None and grad_entropy is None:
         return nothing

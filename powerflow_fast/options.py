@@ -27,6 +27,7 @@ class HeadOptions:
     ignore_index: int = -100
     round_logits: bool = False
     entropy: bool = False
+    grad_tolerance: float = 0.0
     backend: str = "auto"
     group_name: str | None = None
 
@@ -35,6 +36,11 @@ class HeadOptions:
         _require_finite("logit_scale", self.logit_scale)
         if self.softcap is not None:
             _require_positive("softcap", self.softcap)
+        if not 0.0 <= self.grad_tolerance < 1.0:
+            raise ValueError(
+                "grad_tolerance: expected a probability mass in [0, 1), "
+                f"got {self.grad_tolerance!r}"
+            )
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {self.backend!r}")
 
@@ -63,6 +69,7 @@ class HeadForward(NamedTuple):
     entropy: Tensor | None  # [N] if options.entropy
     direction: Tensor | None  # [N, H] d logps / d hidden, the exact route's product
     ref_logps: Tensor | None  # [N] as logps, for the reference
+    certificate: Tensor | None = None  # [3] of the certified route, see certified.py
 
 
 def _require_finite(name: str, value: float) -> None:

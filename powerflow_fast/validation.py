@@ -63,13 +63,6 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def check_grad_tolerance(grad_tolerance: float) -> None:
-    if not 0.0 <= grad_tolerance < 1.0:
-        raise ValueError(
-            f"grad_tolerance: expected a probability mass in [0, 1), got {grad_tolerance!r}"
-        )
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
