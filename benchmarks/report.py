@@ -17,6 +17,7 @@ DEMO_ROWS = {  # measure -> (title, factor, unit)
     "accuracy_sampled": ("accuracy, sampled at T=1", 100, " %"),
     "accuracy_greedy": ("accuracy, greedy", 100, " %"),
     "distinct_answers": ("distinct answers per prompt, of 4", 1, ""),
+    "distinct_openings": ("distinct openings (two words), of 4", 1, ""),
     "distinct_bigrams": ("distinct word pairs", 100, " %"),
     "mean_length": ("mean length, tokens", 1, ""),
     "base_logp": ("log-prob under the base, nats/token", 1, ""),
@@ -35,7 +36,7 @@ def head_tables() -> str:
 
 def _source(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"Measured on {results['device']}; {results['date']}; {versions}."
+    return f"{results['device']}; {results['date']}; {versions}."
 
 
 def _head_table(rows: list[dict[str, Any]]) -> str:
@@ -63,13 +64,14 @@ def _seconds(value: float) -> str:
 def demo_tables() -> str:
     """Held-out scores before and after the demo, mean over seeds, with each seed's change."""
     blocks = []
-    for results in results_file.load("demo"):
-        settings = results["runs"][0]["settings"]
-        minutes = max(run["seconds"] for run in results["runs"]) / 60
+    measured = results_file.load("demo")
+    for results in sorted(measured, key=lambda r: -r["runs"][0]["settings"]["alpha"]):
+        settings, count = results["runs"][0]["settings"], len(results["runs"])
+        minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in results["runs"])
+        seeds = f"mean of {count} seeds" if count > 1 else "one seed"
         blocks.append(
-            f"| alpha = {settings['alpha']:g}, {settings['steps']} steps, mean of "
-            f"{len(results['runs'])} seeds | before | after | change per seed |\n"
-            "| --- | --- | --- | --- |"
+            f"| alpha = {settings['alpha']:g}, {settings['steps']} steps, {seeds} "
+            "| before | after | change per seed |\n| --- | --- | --- | --- |"
         )
         for measure, (title, factor, unit) in DEMO_ROWS.items():
             if measure not in results["mean"]:
@@ -78,7 +80,8 @@ def demo_tables() -> str:
             cells = [f"{mean[when] * factor:.3g}{unit}" for when in ("before", "after")]
             changes = ", ".join(f"{value * factor:+.2g}" for value in mean["change_per_seed"])
             blocks[-1] += f"\n| {title} | {cells[0]} | {cells[1]} | {changes} |"
-        blocks.append(f"{_source(results)} The slowest seed took {minutes:.1f} minutes.")
+        note = f" ({results['note']})" if results["note"] else ""
+        blocks.append(f"{_source(results)} Minutes: {minutes}{note}.")
     return "\n\n".join(blocks)
 
 

@@ -83,7 +83,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--seed", type=int, help="seed of sampling, LoRA and prompt order (0)")
     demo.add_argument("--learning-rate", type=float, help="peak learning rate")
     demo.add_argument("--held-out", type=int, help="held-out prompts to measure on (90)")
-    demo.add_argument("--output-dir", help="folder for adapter, table and curves (runs/demo)")
+    demo.add_argument("--output-dir", help="folder for adapter, table, curves (runs/demo)")
     demo.add_argument("--threads", type=int, help="CPU threads (all cores)")
     demo.add_argument("--overwrite", action="store_true", help="write over another run's files")
     demo.set_defaults(run=_demo)

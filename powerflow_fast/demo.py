@@ -39,7 +39,7 @@ class DemoSettings:
 
     alpha: float = 4.0
     seed: int = 0
-    output_dir: str = "runs/demo"
+    output_dir: str = ""  # default: runs/demo, for another alpha runs/demo-alpha-<alpha>
     steps: int = 16
     prompts_per_step: int = 8
     num_generations: int = 4
@@ -48,6 +48,11 @@ class DemoSettings:
     lora_rank: int = 16
     samples: int = 4  # per held-out prompt
     held_out: int = 90  # prompts to measure on, at most
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            name = "demo" if self.alpha == 4.0 else f"demo-alpha-{self.alpha:g}"
+            object.__setattr__(self, "output_dir", f"runs/{name}")
 
     @property
     def data(self) -> Path:
@@ -233,6 +238,7 @@ ROWS = {  # of Scores -> (title, as percentage)
     "accuracy_sampled": ("accuracy, sampled at T=1", True),
     "accuracy_greedy": ("accuracy, greedy", True),
     "distinct_answers": ("distinct answers per prompt", False),
+    "distinct_openings": ("distinct openings (two words)", False),
     "distinct_bigrams": ("distinct word pairs", True),
     "mean_length": ("mean length, tokens", False),
     "base_logp": ("log-prob under the base, nats/token", False),
@@ -248,7 +254,7 @@ def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str,
     rows = [("held-out prompts", "before", "after")]
     for key, (title, percent) in ROWS.items():
         if before[key] is not None:
-            if key == "distinct_answers":
+            if key in ("distinct_answers", "distinct_openings"):
                 title = f"{title}, of {before['samples']}"
             rows.append((title, cell(before[key], percent), cell(after[key], percent)))
     return rows

@@ -37,6 +37,7 @@ class Scores:
     accuracy_sampled: float | None
     accuracy_greedy: float | None
     distinct_answers: float  # different completions per prompt, of `samples`
+    distinct_openings: float  # different first two words, likewise
     distinct_bigrams: float  # share of word pairs that differ, over all sampled completions
     mean_length: float  # tokens, end-of-text included
     base_logp: float  # mean log-prob of sampled tokens under the base [nats/token]
@@ -67,12 +68,13 @@ def distinct_ngrams(completions: Sequence[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct_per_prompt(completions: Sequence[str], samples: int) -> float:
-    """Mean number of different completions among each prompt's consecutive `samples`."""
-    groups = range(0, len(completions), samples)
-    return sum(len({tuple(words(c)) for c in completions[g : g + samples]}) for g in groups) / len(
-        groups
-    )
+def distinct_per_prompt(
+    completions: Sequence[str], samples: int, first: int | None = None
+) -> float:
+    """Mean number of different completions (or of their `first` words) among `samples` a prompt."""
+    texts = [tuple(words(completion)[:first]) for completion in completions]
+    groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    return sum(len(set(group)) for group in groups) / len(groups)
 
 
 @torch.no_grad()
@@ -133,6 +135,7 @@ def evaluate(
         accuracy_sampled=accuracy_sampled,
         accuracy_greedy=accuracy_greedy,
         distinct_answers=distinct_per_prompt(sampled, sampling.samples),
+        distinct_openings=distinct_per_prompt(sampled, sampling.samples, first=2),
         distinct_bigrams=distinct_ngrams(sampled),
         mean_length=length,
         base_logp=base_logp,
