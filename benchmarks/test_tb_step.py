@@ -88,10 +88,14 @@ def test_tb_step_with_a_frozen_head(benchmark, record, device, name, dtype):
         peers.step(loss, cases[next(turn) % len(cases)])  # no case is hot in a cache
         synchronize(device)
 
-    run()  # compiles, where there is something to compile
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
+    def seconds() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    first = seconds()
+    if first <= VERY_SLOW:  # the first step may have compiled something
+        first = seconds()
     row = {
         "group": "tb_step_frozen_head",
         "peer": name,
