@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,8 @@ def _train(argv: list[str]) -> int:
 
 def _prepare_training(argv: list[str]):
     """The trainer that flags and YAML file describe; every check of input happens here."""
+    # transformers' notes about TRL's own use of it would stand before the one line of an error.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     argv = [part for word in argv for part in _split_config(word)]
     _check_config_file(argv)
     from datasets import Dataset
