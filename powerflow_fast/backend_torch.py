@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -230,12 +230,12 @@ class OnlineHead:
     def _wants_slope(self) -> bool:
         return self.options.softcap is not None and self.expected is not None
 
-    @property
+    @cached_property  # read once the sweep is over
     def target_share(self) -> Tensor:
         """e^(z_y - max); 0 where the target is not in this vocabulary."""
         return (self.target_logits - self.maximum).exp().nan_to_num(0.0)
 
-    @property
+    @cached_property  # read once the sweep is over
     def log_total(self) -> Tensor:
         """log sum_v e^(z_v - max)."""
         target_is_max = self.target_logits == self.maximum
@@ -258,7 +258,7 @@ class OnlineHead:
         weighted = self.weighted + self.target_share * target_logits
         return self.log_total - weighted / (self.others + self.target_share)
 
-    @property
+    @cached_property  # read once the sweep is over
     def other_share(self) -> Tensor:
         """[n] 1 - p_y, which is known to more digits than p_y."""
         return self.others / (self.others + self.target_share)

@@ -157,8 +157,6 @@ def test_empty_sequences_count_for_nothing(log_z):
     group = {"group_ids": torch.tensor([0, 0, 1, 1])} if log_z == "group" else {}
     options = {"log_z": log_z, "alpha": 2.0}
     plain = tb_loss(logps, ref_logps, cu_seqlens=CU_SEQLENS, **options, **group)
-    if group:
-        group = {"group_ids": torch.tensor([0, 0, 0, 1, 1, 1])}
     cu = torch.tensor([0, 0, 3, 4, 9, 11, 11])
     if group:
         group = {"group_ids": torch.tensor([0, 0, 0, 1, 1, 1])}
