@@ -1,30 +1,146 @@
-"""`pytest benchmarks/`: the device, and rows for the results file."""
+"""`pytest benchmarks/`: options, the order of cases, and rows for the results file.
+
+    pytest benchmarks/ --groups tb-frozen,forward --peers powerflow-fast,"naive PyTorch"
+    pytest benchmarks/ --results benchmarks/results --budget 450
+
+pytest-benchmark's own options (--benchmark-json, --benchmark-compare, ...) work as usual.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import results_file
+from benchmarks import budget, results_file
+from benchmarks.cases import GROUPS
+from benchmarks.method import Ceilings, Clock, ceilings
+from benchmarks.peers import PEERS
 
-_rows: list[dict] = []
+# In order of importance; a file without a group of its own is the group its name says.
+ORDER = ("tb-frozen", "certified", "training-step", *[g for g in GROUPS if g != "tb-frozen"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-results", action="store_true", help="write benchmarks/results/")
+    parser.addoption("--groups", help=f"comma-separated, of: {', '.join(ORDER)}")
+    parser.addoption("--peers", help=f"comma-separated, of: {', '.join(PEERS)}")
+    parser.addoption("--results", type=Path, help="folder to write the results file to")
+    parser.addoption("--tiny", action="store_true", help="tiny sizes: walk the code, time nothing")
+    parser.addoption("--case-seconds", type=float, help="seconds of rounds per case")
+    if not any(option.dest == "budget" for option in parser._anonymous.options):
+        budget.pytest_addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for option, known in (("groups", ORDER), ("peers", PEERS)):
+        _chosen(config, option, known)
+    if not config.pluginmanager.has_plugin("budget"):
+        budget.pytest_configure(config)
+    config.stash[SESSION] = Session(config)
+
+
+def _chosen(config: pytest.Config, option: str, known) -> set[str]:
+    given = config.getoption(option)
+    names = set(known) if given is None else {name.strip() for name in given.split(",")}
+    if unknown := sorted(names - set(known)):
+        raise pytest.UsageError(
+            f"--{option}: expected some of {', '.join(known)}; got {', '.join(unknown)}"
+        )
+    return names
+
+
+def group_of(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("benchmark")
+    stem = item.path.stem.removeprefix("test_").replace("_", "-")
+    return stem if marker is None else marker.kwargs.get("group", stem)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    groups, peers = _chosen(config, "groups", ORDER), _chosen(config, "peers", PEERS)
+    kept = []
+    for item in ours:
+        peer = getattr(item, "callspec", None) and item.callspec.params.get("peer")
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        peer = case.peer if case is not None else peer
+        if group_of(item) in groups and (peer is None or peer in peers):
+            kept.append(item)
+        if torch.cuda.is_available():
+            item.add_marker(pytest.mark.benchmark(timer=Clock(torch.device("cuda"))))
+    kept.sort(key=lambda item: ORDER.index(group_of(item)))
+    others = [item for item in items if item not in set(ours)]
+    config.hook.pytest_deselected(items=[item for item in ours if item not in set(kept)])
+    items[:] = [*kept, *others]
+
+
+class Session:
+    """What one run of the benchmarks shares, and what it leaves."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.tiny = config.getoption("tiny")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        default = 0.01 if self.tiny else 2.0 if self.device.type == "cuda" else 4.0
+        self.case_seconds = config.getoption("case_seconds") or default
+        self.rows: list[dict] = []
+        self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
+        self.best_setting: dict[tuple, str] = {}
+        self.cached: dict[tuple, object] = {}  # inputs of the case before: peers share them
+        self._ceilings: dict[torch.dtype, Ceilings] = {}
+
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        if dtype not in self._ceilings:
+            self._ceilings[dtype] = ceilings(self.device, dtype, tiny=self.tiny)
+        return self._ceilings[dtype]
+
+    def skip(self, group: str, peer: str, reason: str) -> None:
+        """Skip the test and keep the reason for the results file."""
+        self.unavailable[f"{group}: {peer}"] = reason
+        pytest.skip(f"{peer}: {reason}")
+
+    def content(self, dropped: list[str]) -> dict:
+        reached = {str(d).removeprefix("torch."): vars(c) for d, c in self._ceilings.items()}
+        return {
+            "ceilings": reached,
+            "rows": self.rows,
+            "unavailable": self.unavailable,
+            "dropped": dropped,
+        }
+
+
+SESSION = pytest.StashKey[Session]()
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def session(request: pytest.FixtureRequest) -> Session:
+    return request.config.stash[SESSION]
+
+
+@pytest.fixture(scope="session")
+def device(session: Session) -> torch.device:
+    return session.device
 
 
 @pytest.fixture
-def record():
+def record(session: Session):
     """Call with a row (a dict) to have it written to the results file."""
-    return _rows.append
+    return session.rows.append
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    session = config.stash[SESSION]
+    for line in results_file.summary(session.rows):
+        terminalreporter.line(line)
+    for what, reason in session.unavailable.items():
+        terminalreporter.line(f"not measured, {what}: {reason}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _rows and session.config.getoption("--write-results"):
-        results_file.write("head", {"rows": _rows})
+    config = session.config
+    folder, ours = config.getoption("results"), config.stash[SESSION]
+    if folder is not None and ours.rows:
+        dropped = config.pluginmanager.get_plugin("budget").dropped
+        path = results_file.write("head", ours.content(dropped), folder)
+        print(f"\nWritten to {path}")

@@ -1,8 +1,8 @@
-"""Inputs of the benchmarks: one LA-TB step over N tokens of S sequences."""
+"""Inputs of the benchmarks: hidden states, head and targets of N tokens in S sequences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 class Shape:
     """Tokens N, hidden size H, vocabulary V; sequences of `length` tokens."""
 
-    n: int = 1024
-    h: int = 576
-    v: int = 49152
-    length: int = 64
+    n: int
+    h: int
+    v: int
+    length: int
 
     @property
     def product_flops(self) -> int:
@@ -31,21 +31,24 @@ class Inputs:
     ref_hidden: Tensor  # [N, H]
     cu_seqlens: Tensor  # [S + 1]
 
+    def sequences(self, count: int) -> Inputs:
+        """The first `count` sequences alone."""
+        n = int(self.cu_seqlens[count])
+        return replace(
+            self,
+            hidden=self.hidden[:n],
+            targets=self.targets[:n],
+            ref_hidden=self.ref_hidden[:n],
+            cu_seqlens=self.cu_seqlens[: count + 1],
+        )
+
 
 def draw(
-    shape: Shape, dtype: torch.dtype, device: str, *, seed: int = 0, train_head=False
+    source: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, seed=0, train_head=False
 ) -> Inputs:
-    """Random inputs; logits have a standard deviation of about 3, half the targets are likely."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    hidden = normal(shape.n, shape.h)
-    weight = normal(shape.v, shape.h) * (3 / shape.h**0.5)
-    targets = torch.randint(shape.v, (shape.n,), generator=generator, device=device)
-    hidden[::2] += 0.5 * weight[targets[::2]]
-    ref_hidden = hidden + 0.1 * normal(shape.n, shape.h)
+    """Inputs of one set; `source` is "random" or "SmolLM2" (text that the model wrote)."""
+    make = {"random": _random, "SmolLM2": _smollm2}[source]
+    hidden, weight, targets, ref_hidden = make(shape, device, seed)
     return Inputs(
         hidden.to(dtype).requires_grad_(),
         weight.to(dtype).requires_grad_(train_head),
@@ -53,3 +56,30 @@ def draw(
         ref_hidden.to(dtype),
         torch.arange(0, shape.n + 1, shape.length, dtype=torch.int32, device=device),
     )
+
+
+def _random(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """Logits have a standard deviation of about 3, half the targets are likely."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    hidden = normal(shape.n, shape.h)
+    weight = normal(shape.v, shape.h).mul_(3 / shape.h**0.5)
+    targets = torch.randint(shape.v, (shape.n,), generator=generator, device=device)
+    hidden[::2] += 0.5 * weight[targets[::2]]
+    return hidden, weight, targets, hidden + 0.1 * normal(shape.n, shape.h)
+
+
+def _smollm2(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """Text at temperature 1 under its own model; the policy is a step away from the reference."""
+    from benchmarks.real_text import real_text
+
+    text = real_text(shape.n, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape.n, shape.h, generator=generator)
+    ref_hidden = text.hidden[: shape.n]
+    hidden = ref_hidden + 0.01 * ref_hidden.std() * noise
+    whole = (hidden, text.weight, text.targets[: shape.n], ref_hidden)
+    return tuple(x.to(device) for x in whole)

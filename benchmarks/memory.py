@@ -1,13 +1,15 @@
-"""Peak memory of one LA-TB step beside its inputs and gradients, in a process of its own.
+"""Peak memory of one run of a case beside its inputs and what it returns.
 
-    python -m benchmarks.memory "TRL fused head" bfloat16 1024 576 49152
+On a GPU the allocator's peak. On a CPU the peak resident size of a process of its own during the
+second run, less the resident size just before it (Linux resets the peak through
+/proc/self/clear_refs):
 
-On a CPU: the peak resident size during the second step less the resident size just before it (Linux
-resets the peak through /proc/self/clear_refs). On a GPU: the allocator's peak.
+    python -m benchmarks.memory '{"group": "tb-frozen", "peer": "TRL fused head", ...}'
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,7 +18,46 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import inputs, peers
+from benchmarks import peers
+from benchmarks.cases import GROUPS, Case
+from benchmarks.inputs import Inputs, Shape, draw
+
+CPU = torch.device("cpu")
+
+
+def on_gpu(case: Case, method: peers.Composed, inputs: Inputs) -> int:
+    """Extra bytes at the peak; the case must have run before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = GROUPS[case.group].run(method, inputs)
+    returned = sum(x.nbytes for x in outputs)
+    return max(torch.cuda.max_memory_allocated() - before - returned, 0)
+
+
+def on_cpu(case: Case, setting: str) -> int:
+    """Extra bytes at the peak, from a child process; raises RuntimeError if it fails."""
+    request = {
+        "group": case.group,
+        "peer": case.peer,
+        "setting": setting,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": vars(case.shape),
+    }
+    return run_child("benchmarks.memory", request)
+
+
+def run_child(module: str, request: dict) -> int:
+    """The number that `python -m module REQUEST` prints last; RuntimeError with its last words."""
+    # glibc raises this threshold as blocks are freed, and then keeps freed blocks: they would be
+    # resident before the measurement and not count.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, json.dumps(request)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the child process failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
 
 
 def resident(field: str) -> int:
@@ -25,39 +66,27 @@ def resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) * 1024
 
 
-def measure(peer: str, dtype: torch.dtype, shape: inputs.Shape, device: str) -> int:
-    loss = peers.loss_function(peer, torch.device(device))
-    small = inputs.draw(inputs.Shape(64, shape.h, 4096), dtype, device)
-    peers.step(loss, small)  # loads libraries and starts thread pools
-    case = inputs.draw(shape, dtype, device)
-    gradient = torch.zeros_like(case.hidden)  # the one that stays is not extra
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        del gradient
-        peers.step(loss, case)
-        return torch.cuda.max_memory_allocated() - before
+def reset_resident_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(request: dict) -> int:
+    """The child's part."""
+    group, shape = GROUPS[request["group"]], Shape(**request["shape"])
+    method = peers.methods(request["peer"], CPU)[request["setting"]]
+    dtype = getattr(torch, request["dtype"])
+    inputs = draw("random", shape, dtype, CPU, train_head=group.train_head)
+    # Loads libraries, compiles, starts thread pools; what is returned is not extra, so it stays.
+    outputs = group.run(method, inputs)
+    returned = sum(x.nbytes for x in outputs)
+    del outputs
+    reset_resident_peak()
     before = resident("VmRSS")
-    del gradient
-    peers.step(loss, case)
-    return resident("VmHWM") - before
-
-
-def in_child_process(peer: str, dtype: torch.dtype, shape: inputs.Shape, device: str) -> int:
-    """Extra bytes at the peak of one step; raises CalledProcessError if the child fails."""
-    arguments = [peer, str(dtype).removeprefix("torch."), shape.n, shape.h, shape.v, device]
-    command = [sys.executable, "-m", "benchmarks.memory", *map(str, arguments)]
-    root = Path(__file__).parent.parent
-    # glibc raises this threshold as blocks are freed, and then keeps freed blocks: they would be
-    # resident before the measurement and not count.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True)
-    return int(result.stdout.split()[-1])
+    outputs = group.run(method, inputs)  # alive until the peak is read
+    extra = resident("VmHWM") - before - returned
+    del outputs
+    return max(extra, 0)
 
 
 if __name__ == "__main__":
-    peer, dtype, n, h, v, device = sys.argv[1:]
-    shape = inputs.Shape(int(n), int(h), int(v))
-    print(measure(peer, getattr(torch, dtype), shape, device))
+    print(measure(json.loads(sys.argv[1])))

@@ -1,20 +1,30 @@
-"""The same LA-TB step on every head that a user may have: each recipe is one small function.
+"""The same log-probs and LA-TB step on every head that a user may have: one function per peer.
 
-A head maps (hidden, weight, targets) to log-probs; `tb_loss` does the rest, so that the heads alone
-differ. Each runs the reference without a gradient, as its users would.
+A head maps (hidden [N, H], weight [V, H], targets [N]) to log-probs [N]. `Composed` puts the rest
+on top of it, so that the heads alone differ: the reference runs without a gradient, as its users
+run it, and `tb_loss` is the loss. A peer with several settings gets the one that is fastest here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.inputs import Inputs
-from powerflow_fast import fused_linear_tb_loss, tb_loss
+from powerflow_fast import (
+    fused_linear_tb_loss,
+    linear_logprobs,
+    paired_linear_logprobs,
+    tb_loss,
+)
+from powerflow_fast.loss import TBOutput
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 ALPHA = 4.0
@@ -24,16 +34,37 @@ class Unavailable(Exception):
     """This peer cannot run here; the message says why."""
 
 
-def powerflow_fast(inputs: Inputs) -> Tensor:
-    return fused_linear_tb_loss(
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        inputs.ref_hidden,
-        log_z=0.0,
-        alpha=ALPHA,
-        cu_seqlens=inputs.cu_seqlens,
-    ).loss
+class Composed:
+    """What a user of `head` would write."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def logps(self, inputs: Inputs) -> Tensor:
+        return self.head(inputs.hidden, inputs.weight, inputs.targets)
+
+    def pair(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            ref_logps = self.head(inputs.ref_hidden, inputs.weight, inputs.targets)
+        return self.logps(inputs), ref_logps
+
+    def tb(self, inputs: Inputs) -> TBOutput:
+        pair = self.pair(inputs)
+        return tb_loss(*pair, log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
+
+
+class PowerflowFast(Composed):
+    def __init__(self) -> None:
+        super().__init__(linear_logprobs)
+
+    def pair(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        both = (inputs.hidden, inputs.weight, inputs.targets, inputs.ref_hidden)
+        logps, ref_logps = paired_linear_logprobs(*both)
+        return logps, ref_logps
+
+    def tb(self, inputs: Inputs) -> TBOutput:
+        both = (inputs.hidden, inputs.weight, inputs.targets, inputs.ref_hidden)
+        return fused_linear_tb_loss(*both, log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -43,94 +74,179 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @cache
-def compiled_naive() -> Head:
+def _compiled_naive() -> Head:
     return torch.compile(naive, dynamic=False)
 
 
-def linear_cross_entropy() -> Head:
-    """`torch.nn.functional.linear_cross_entropy`, chunked, torch 2.13 and newer."""
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+def compiled(device: torch.device) -> dict[str, Head]:
+    return {"": _compiled_naive()}
+
+
+def compiled_chunks(device: torch.device) -> dict[str, Head]:
+    """Chunks of rows, each compiled and recomputed in backward, so that one chunk is alive."""
+
+    def head(rows: int, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        function = _compiled_naive()
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        parts = [checkpoint(function, x, weight, t, use_reentrant=False) for x, t in chunks]
+        return torch.cat(parts)
+
+    sizes = (1024, 4096) if device.type == "cuda" else (128,)
+    return {f"{rows} rows": partial(head, rows) for rows in sizes}
+
+
+def linear_cross_entropy(device: torch.device) -> dict[str, Head]:
+    """PyTorch's own, whole or in chunks."""
+    function = getattr(functional, "linear_cross_entropy", None)
     if function is None:
-        raise Unavailable("needs torch >= 2.13")
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda x, w, t: -function(x, w, t, reduction="none", options=options)
+        raise Unavailable(f"needs torch >= 2.13, this is {torch.__version__}")
+
+    def head(options, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -function(hidden, weight, targets, reduction="none", options=options)
+
+    chunked = torch.nn.LinearCrossEntropyOptions()
+    return {"no chunks": partial(head, None), "chunks": partial(head, chunked)}
 
 
-def trl() -> Head:
-    """The chunked head that TRL's trainers call by default."""
-    if find_spec("trl") is None:
-        raise Unavailable("trl is not installed")
+def trl(device: torch.device) -> dict[str, Head]:
+    """The chunked head that TRL's trainers call, with its own chunk size and a smaller one."""
+    _require("trl")
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer import utils
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    return lambda x, w, t: ChunkedLogProbFunction.apply(
-        x, w, None, t, 1.0, size, None, 1.0, ("log_probs",)
-    )[0]
+    def head(columns: int, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        arguments = (hidden, weight, None, targets, 1.0, columns, None, 1.0, ("log_probs",))
+        return ChunkedLogProbFunction.apply(*arguments)[0]
+
+    sizes = (_CHUNKED_LOGPROB_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE // 4)
+    return {f"{columns} columns": partial(head, columns) for columns in sizes}
 
 
-def cut_cross_entropy(device: torch.device) -> Head:
-    """CCE: its Triton kernels (exact variant) on a GPU, its compiled PyTorch elsewhere."""
-    if find_spec("cut_cross_entropy") is None:
-        raise Unavailable("cut-cross-entropy is not installed")
+def liger_grpo(device: torch.device) -> dict[str, Head]:
+    """The log-probs of `chunked_loss`'s GRPO loss; the loss itself has no trajectory balance."""
+    _require("liger_kernel")
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    forward = LigerFusedLinearPPOBase.chunk_forward
+    return {"": lambda hidden, weight, targets: forward(hidden[None], weight, targets[None])[0]}
+
+
+def liger_scaled(device: torch.device) -> dict[str, Head]:
+    """Fused linear scaled cross-entropy: its CuTe kernel on SM90, chunked PyTorch elsewhere."""
+    _require("liger_kernel")
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        _require("cutlass", "nvidia-cutlass-dsl, which Liger's CuTe kernel needs on SM90,")
+    apply = module.LigerFusedLinearScaledCrossEntropyFunction.apply
+    return {"": lambda hidden, weight, targets: -apply(hidden, weight, targets)}
+
+
+def cce(device: torch.device, **options) -> dict[str, Head]:
+    """cut-cross-entropy: Triton with its filter of small gradients or without, or compiled."""
+    _require("cut_cross_entropy")
+    if options["impl"] == "cce" and device.type != "cuda":
+        raise Unavailable("its Triton kernels need a GPU")
     from cut_cross_entropy import linear_cross_entropy
 
-    impl = "cce_exact" if device.type == "cuda" else "torch_compile"
-    return lambda x, w, t: -linear_cross_entropy(x, w, t, reduction="none", impl=impl)
+    return {"": lambda x, w, t: -linear_cross_entropy(x, w, t, reduction="none", **options)}
 
 
-def heads(device: torch.device) -> dict[str, Callable[[], Head]]:
-    return {
-        "naive PyTorch": lambda: naive,
-        "torch.compile": compiled_naive,
-        "F.linear_cross_entropy": linear_cross_entropy,
-        "TRL fused head": trl,
-        "cut-cross-entropy": lambda: cut_cross_entropy(device),
-    }
+def verl(device: torch.device) -> dict[str, Head]:
+    """verl's Triton kernel; it forms the entropy and the weight's gradient whether asked or not."""
+    if device.type != "cuda":
+        raise Unavailable("its Triton kernel needs a GPU")
+    _require("verl")
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return {"": lambda x, w, t: linear_cross_entropy(x, w, t, 1.0, "none", None)[0]}
 
 
-def names() -> list[str]:
-    return ["powerflow-fast", *heads(torch.device("cpu"))]
+def quack(device: torch.device) -> dict[str, Head]:
+    """quack's linear cross-entropy for per-token losses: one product and its softmax kernel.
 
-
-def loss_function(name: str, device: torch.device) -> Callable[[Inputs], Tensor]:
-    """inputs -> LA-TB loss with the head of that name; raises Unavailable or KeyError."""
-    if name == "powerflow-fast":
-        return powerflow_fast
-    head = heads(device)[name]()
-
-    def loss(inputs: Inputs) -> Tensor:
-        logps = head(inputs.hidden, inputs.weight, inputs.targets)
-        with torch.no_grad():
-            ref_logps = head(inputs.ref_hidden, inputs.weight, inputs.targets)
-        return tb_loss(logps, ref_logps, log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens).loss
-
-    return loss
-
-
-def step(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """Forward and backward; returns the gradient of hidden."""
-    inputs.hidden.grad = inputs.weight.grad = None
-    loss(inputs).backward()
-    return inputs.hidden.grad
-
-
-def bare_products(inputs: Inputs) -> Callable[[], None]:
-    """The three products that no route can do without, in the faster of two types.
-
-    Chips without bf16 units multiply bf16 slower than float32; the floor is the better one.
+    Its chunked form reduces to a scalar inside, so a loss over sequences cannot be put on top.
     """
-    probabilities = torch.rand(
-        len(inputs.targets), len(inputs.weight), device=inputs.hidden.device
-    ).to(inputs.hidden.dtype)
-    tensors = [inputs.hidden, inputs.weight, inputs.ref_hidden, probabilities]
-    hidden, weight, ref_hidden, p = (x.detach() for x in tensors)
-    if hidden.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        hidden, weight, ref_hidden, p = (x.float() for x in (hidden, weight, ref_hidden, p))
+    if device.type != "cuda":
+        raise Unavailable("its CuTe kernels need a GPU of SM90 or newer")
+    _require("quack", "quack-kernels")
+    from quack.linear_cross_entropy import linear_cross_entropy_func
 
-    def products() -> None:
-        torch.mm(hidden, weight.T)
-        torch.mm(ref_hidden, weight.T)
-        torch.mm(p, weight)
+    return {"": lambda x, w, t: -linear_cross_entropy_func(x, w, None, t, reduction="none")}
 
-    return products
+
+def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
+    """quack's chunked pipelines, which form the input's gradient in the forward pass.
+
+    Their public function reduces to a scalar; the pipelines under it give the loss of each token
+    and its gradient, and backward scales the rows. For a frozen head.
+    """
+    if device.type != "cuda":
+        raise Unavailable("its CuTe kernels need a GPU of SM90 or newer")
+    _require("quack", "quack-kernels")
+    from quack import linear_cross_entropy as module
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets, rows):
+            if module.scaled_exp_lce_supported(hidden, weight, rows, "sum"):
+                pipeline = module.scaled_exp_linear_cross_entropy_fwd
+            else:
+                pipeline = module.chunked_linear_cross_entropy_fwd
+            needs = dict(need_dx=ctx.needs_input_grad[0], need_dw=False)
+            loss, grad_hidden, *_ = pipeline(hidden, weight, targets, rows, **needs)
+            ctx.save_for_backward(grad_hidden)
+            return -loss[: len(hidden)]
+
+        @staticmethod
+        def backward(ctx, grad):
+            (grad_hidden,) = ctx.saved_tensors
+            scaled = grad_hidden[: len(grad)] * -grad[:, None].to(grad_hidden.dtype)
+            return scaled, None, None, None
+
+    def head(rows: int, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if weight.requires_grad:
+            raise Unavailable("its log-probs by token have no gradient for the head")
+        if not torch.is_grad_enabled():
+            hidden = hidden.detach()  # needs_input_grad does not know of no_grad
+        return Function.apply(hidden, weight, targets, rows)
+
+    return {f"{rows} rows": partial(head, rows) for rows in (4096, 2048)}
+
+
+def _require(module: str, package: str | None = None) -> None:
+    if find_spec(module) is None:
+        raise Unavailable(f"{package or module} is not installed")
+
+
+@dataclass(frozen=True)
+class Peer:
+    heads: Callable[[torch.device], dict[str, Head]]  # by setting
+    logit_bytes: int = 0  # bytes alive per [token, vocabulary] pair at the peak; 0: chunks
+    approximate: bool = False  # leaves gradients out by design: its error is shown, not bounded
+
+
+# The bytes are those of float32 logits, log-probs and their gradients, plus 16-bit copies.
+PEERS: dict[str, Peer] = {
+    "powerflow-fast": Peer(lambda device: {"": linear_logprobs}),
+    "naive PyTorch": Peer(lambda device: {"": naive}, logit_bytes=14),
+    "torch.compile": Peer(compiled, logit_bytes=10),
+    "compiled chunks": Peer(compiled_chunks),
+    "F.linear_cross_entropy": Peer(linear_cross_entropy, logit_bytes=14),
+    "TRL fused head": Peer(trl),
+    "Liger GRPO head": Peer(liger_grpo),
+    "Liger scaled CE": Peer(liger_scaled),
+    "CCE": Peer(partial(cce, impl="cce"), approximate=True),
+    "CCE exact": Peer(partial(cce, impl="cce", filter_eps=None)),
+    "CCE torch_compile": Peer(partial(cce, impl="torch_compile"), logit_bytes=10),
+    "verl": Peer(verl),
+    "quack": Peer(quack, logit_bytes=6),
+    "quack chunked": Peer(quack_scaled_exp),
+}
+
+
+def methods(name: str, device: torch.device) -> dict[str, Composed]:
+    """Ways to run a peer, by setting; raises Unavailable with the reason."""
+    if name == "powerflow-fast":
+        return {"": PowerflowFast()}
+    return {setting: Composed(head) for setting, head in PEERS[name].heads(device).items()}

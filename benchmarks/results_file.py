@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import re
+import statistics
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     "torch",
@@ -24,6 +26,9 @@ PACKAGES = (
     "accelerate",
     "liger-kernel",
     "cut-cross-entropy",
+    "verl",
+    "quack-kernels",
+    "pytest-benchmark",
 )
 
 
@@ -58,8 +63,9 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")
 
 
-def write(measurement: str, content: dict[str, Any]) -> Path:
+def write(measurement: str, content: dict[str, Any], folder: Path | None = None) -> Path:
     """Write `content` under the device's name, with date, commit and versions; returns the path."""
+    folder = FOLDER if folder is None else folder
     device = device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     head = {
@@ -69,10 +75,41 @@ def write(measurement: str, content: dict[str, Any]) -> Path:
         "commit": commit(),
         "versions": versions(),
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{measurement}-{slug}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{measurement}-{slug}.json"
     path.write_text(json.dumps({**head, **content}, indent=1) + "\n")
     return path
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines for the end of a run: time over floor and TFLOP/s by case, then the slopes."""
+    lines = []
+    for row in rows:
+        if "ratio_to_floor" not in row:
+            continue
+        where = f"{row['group']} {row['shape_name']} {row['source']} {row['dtype']} {row['peer']}"
+        lines.append(
+            f"{where}: {row['seconds']:.4g} s ({row['rounds']} runs), {row['ratio_to_floor']:.2f}x "
+            f"the floor, {row['tflops']:.3g} TFLOP/s, error {row['error']:.1e}"
+        )
+    for (peer, axis), value in slopes(rows).items():
+        lines.append(f"slope of {peer} in {axis}: time doubles with exponent {value:.2f}")
+    return lines
+
+
+def slopes(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(peer, axis) -> exponent b of seconds ~ size^b, a least-squares line in logarithms."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("axis"):
+            factor = float(row["shape_name"].rpartition("_x")[2])
+            point = (math.log(factor), math.log(row["seconds"]))
+            points.setdefault((row["peer"], row["axis"]), []).append(point)
+    return {
+        key: statistics.linear_regression(*zip(*line, strict=True)).slope
+        for key, line in points.items()
+        if len(line) > 1
+    }
 
 
 def load(measurement: str) -> list[dict[str, Any]]:

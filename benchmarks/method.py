@@ -1,0 +1,108 @@
+"""How a case is measured: clock, rounds by a budget, ceilings of the machine, memory at hand."""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Group
+from benchmarks.inputs import Shape
+
+
+class Clock:
+    """Seconds on the device: its own events on a GPU, wall time on a CPU. Waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.total = 0.0
+        self.last: torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self.last is not None:  # events hold float32 milliseconds: sum short spans
+            self.total += self.last.elapsed_time(event) / 1e3
+        self.last = event
+        return self.total
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        start = self()
+        function()
+        return self() - start
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reached in the same session."""
+
+    flops: float  # multiply-adds counted as two, per second, in a bare matrix product
+    bandwidth: float  # bytes read and written per second in a copy
+
+    def floor(self, group: Group, shape: Shape, itemsize: int) -> tuple[float, str]:
+        """Seconds that `group` takes at the ceilings, and which of the two sets them."""
+        products = group.products * shape.product_flops / self.flops
+        moves = group.floor_bytes(shape, itemsize) / self.bandwidth
+        return max((products, "products"), (moves, "bytes"))
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Ceilings:
+    """The best of several rounds: large square products and ones of a head's shape; a copy.
+
+    On a CPU without units for `dtype` the float32 product is the faster one, and counts.
+    """
+    side = 64 if tiny else 8192 if device.type == "cuda" else 2048
+    sizes = [(side, side, side), (side // 4, side // 4, 16 * side)]
+    types = {dtype} if device.type == "cuda" else {dtype, torch.float32}
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        types = {torch.float32}
+    clock, rate = Clock(device), 0.0
+    for type_ in types:
+        for n, h, v in sizes:
+            left = torch.randn(n, h, device=device, dtype=type_)
+            right = torch.randn(v, h, device=device, dtype=type_)
+            torch.mm(left, right.T)
+            best = min(clock.seconds(lambda a=left, b=right: torch.mm(a, b.T)) for _ in range(6))
+            rate = max(rate, 2 * n * h * v / best)
+    source = torch.zeros((1 << 20 if tiny else 1 << 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = min(clock.seconds(lambda: target.copy_(source)) for _ in range(6))
+    return Ceilings(rate, 2 * source.numel() / best)
+
+
+def rounds_within(budget: float, one: float) -> int:
+    """Rounds of a case whose one run took `one` seconds: at most 15, one where they are long."""
+    return max(1, min(15, int(budget / max(one, 1e-9))))
+
+
+def spread(seconds: list[float]) -> dict[str, float | int | None]:
+    """Median, minimum, interquartile range (None below 4 rounds) and number of rounds."""
+    quarters = statistics.quantiles(seconds, n=4) if len(seconds) >= 4 else None
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_iqr": None if quarters is None else quarters[2] - quarters[0],
+        "rounds": len(seconds),
+    }
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a case may use."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 1 << 62
+    return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()).group(1)) * 1024

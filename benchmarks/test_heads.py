@@ -1,0 +1,128 @@
+"""The head by itself, every group of cases.GROUPS: ours against what a user has today.
+
+Each peer must first give the float64 result on the first sequences of the inputs it is timed on.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import memory, method, peers
+from benchmarks.cases import GROUPS, Case, Outputs, table
+from benchmarks.conftest import SESSION, Session
+from benchmarks.inputs import Inputs, draw
+
+INPUT_SETS = 3  # used in turn, so that no cache holds them
+CHECKED_ROWS = 128
+# Relative error: a rounding of logits to the input's type (naive bf16) is what its users accept;
+# float32 has no excuse.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    session = metafunc.config.stash[SESSION]
+    marked = [
+        pytest.param(case, id=case.id, marks=pytest.mark.benchmark(group=case.group))
+        for case in table(session.device, tiny=session.tiny)
+    ]
+    metafunc.parametrize("case", marked)
+
+
+def test_head(benchmark, session, record, device, case):
+    needed, free = case.bytes_needed(INPUT_SETS), method.free_bytes(device)
+    if needed > free:
+        reason = f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        session.skip(case.group, case.peer, reason)
+    try:
+        row = measure(benchmark, session, case)
+    except peers.Unavailable as reason:
+        session.skip(case.group, case.peer, str(reason))
+    except torch.OutOfMemoryError:
+        session.skip(case.group, case.peer, "out of memory")
+    benchmark.extra_info.update(row)
+    record(row)
+
+
+def measure(benchmark, session: Session, case: Case) -> dict:
+    group, device = GROUPS[case.group], session.device
+    methods = peers.methods(case.peer, device)
+    sets, sequences, expected = input_sets(session, case)
+    errors = {}
+    for name, candidate in methods.items():
+        errors[name] = check(case, candidate, sets[0], sequences, expected)
+    turns = itertools.cycle(sets)
+    clock = method.Clock(device)
+
+    def seconds(name: str) -> float:
+        return clock.seconds(lambda: group.run(methods[name], next(turns)))
+
+    key = (case.peer, case.dtype, case.shape_name)
+    if key not in session.best_setting:
+        session.best_setting[key] = min(methods, key=seconds) if len(methods) > 1 else ""
+    setting = session.best_setting[key]
+    rounds = method.rounds_within(session.case_seconds, seconds(setting))
+    benchmark.pedantic(lambda: group.run(methods[setting], next(turns)), rounds=rounds)
+    times = benchmark.stats.stats.data if benchmark.enabled else [seconds(setting)]
+    floor, bound_by = session.ceilings(case.dtype).floor(group, case.shape, case.dtype.itemsize)
+    timed = method.spread(times)
+    return {
+        "group": case.group,
+        "peer": case.peer,
+        "setting": setting,
+        "shape_name": case.shape_name,
+        "shape": vars(case.shape),
+        "source": case.source,
+        "axis": case.axis,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **timed,
+        "floor_seconds": floor,
+        "floor_set_by": bound_by,
+        "ratio_to_floor": timed["seconds"] / floor,
+        "tflops": group.products * case.shape.product_flops / timed["seconds"] / 1e12,
+        "extra_bytes": extra_bytes(case, setting, methods[setting], sets[0]),
+        "error": errors[setting],
+    }
+
+
+def input_sets(session: Session, case: Case) -> tuple[list[Inputs], int, Outputs]:
+    """Inputs that the peers of a group share, the sequences that are checked, and their truth."""
+    group = GROUPS[case.group]
+    key = (case.group, case.shape, case.source, case.dtype)
+    if key not in session.cached:
+        session.cached.clear()  # only one shape at a time has to fit
+        arguments = (case.source, case.shape, case.dtype, session.device)
+        try:
+            sets = [
+                draw(*arguments, seed=seed, train_head=group.train_head)
+                for seed in range(INPUT_SETS)
+            ]
+        except FileNotFoundError as reason:  # the real model's package
+            raise peers.Unavailable(str(reason)) from None
+        sequences = max(1, min(CHECKED_ROWS, case.shape.n) // case.shape.length)
+        session.cached[key] = (sets, sequences, group.truth(sets[0], sequences, peers.ALPHA))
+    return session.cached[key]
+
+
+def check(
+    case: Case, candidate: peers.Composed, inputs: Inputs, sequences: int, expected: Outputs
+) -> float:
+    """The largest relative error of an output against float64; too large a one fails the test."""
+    outputs = GROUPS[case.group].outputs_of(candidate, inputs, sequences)
+    error = max(
+        ((ours.double() - truth).norm() / truth.norm()).item()
+        for ours, truth in zip(outputs, expected, strict=True)
+    )
+    limit = 1.0 if peers.PEERS[case.peer].approximate else TOLERANCE[case.dtype]
+    assert error <= limit, f"{case.peer} is wrong: relative error {error:.1e}, limit {limit:g}"
+    return error
+
+
+def extra_bytes(case: Case, setting: str, method_: peers.Composed, inputs: Inputs) -> int | None:
+    """Peak memory beside inputs and outputs; on a CPU, where it costs a process, not everywhere."""
+    if inputs.hidden.is_cuda:
+        return memory.on_gpu(case, method_, inputs)
+    worth = case.source == "random" and (case.group.startswith("tb-") or case.axis == "tokens")
+    return memory.on_cpu(case, setting) if worth else None
