@@ -88,6 +88,7 @@ def backward(
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    kept: Tensor | None = None,  # of the certified route; all columns are taken
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by recomputing the logits; sums are float32 and cast once."""
     from powerflow_fast.kernels.config import DLOGITS_BYTES, config_for

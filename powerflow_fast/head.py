@@ -66,9 +66,9 @@ def linear_logprobs(
         return_entropy: also return the entropy [nats] of each row. `True` is differentiable and
             takes the recompute route in backward; `"detached"` has no gradient and costs little.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
-        grad_tolerance: largest probability mass per row that the gradient of a frozen head may
-            leave out (arrangement and check: certified.py). 0 is exact. The triton back end and a
-            trained head are always exact, which meets any tolerance.
+        grad_tolerance: largest probability mass per row that the gradient may leave out
+            (arrangement and check: certified.py). 0 is exact. A differentiable entropy and a
+            `process_group` are always exact, which meets any tolerance.
         process_group: the vocabulary is split over these ranks in equal slices, rank by rank;
             `weight` and `bias` are this rank's slices, `hidden` and `targets` the same everywhere.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
@@ -181,14 +181,20 @@ def head_outputs(
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
-    # The exact route needs nothing but the upstream gradient of logps; a trained head, bias or
-    # entropy needs the logits once more anyway, and so does a vocabulary split over ranks.
+    # The direction needs nothing but the upstream gradient of logps; a trained head or bias needs
+    # the logits once more (with a tolerance only the kept ones), a differentiable entropy or a
+    # vocabulary split over ranks takes the recompute route.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiable_entropy = options.entropy and not detach_entropy
-    exact = not (trains_head or differentiable_entropy or options.group_name)
-    want_direction = torch.is_grad_enabled() and hidden.requires_grad and exact
-    logps, ref_logps, entropy, _, _, certificate = head_forward(
-        *flat, targets.reshape(-1), *flat_ref, options.encode(), want_direction
+    recompute = (options.entropy and not detach_entropy) or options.group_name is not None
+    recompute |= trains_head and options.grad_tolerance == 0
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad and not recompute
+    logps, ref_logps, entropy, _, _, certificate, _ = head_forward(
+        *flat,
+        targets.reshape(-1),
+        *flat_ref,
+        options.encode(),
+        want_direction,
+        want_direction and trains_head,
     )
     if detach_entropy:
         entropy = entropy.detach()
