@@ -1,4 +1,4 @@
-"""The table of cases: which group runs which peer on which inputs, most important first."""
+"""The table of cases: which group runs which peer on which inputs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Group:
         return _gradients(loss, replace(part, hidden=hidden, weight=weight))
 
 
-GROUPS = {  # in order of importance: with too little time the last ones are dropped
+GROUPS = {
     "tb-frozen": Group("LA-TB forward and backward, frozen head", 3, _step),
     "forward": Group("log-probs, forward", 1, _forward),
     "pair": Group("log-probs of policy and reference, forward", 2, _pair),
@@ -151,7 +151,7 @@ def _heads(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Cas
             name: _model_head(name, n=8192, length=512) for name in ("Llama-3-8B", "Qwen2.5-7B")
         }
     else:
-        shapes = {"SmolLM2-135M": _model_head("SmolLM2-135M", n=512, length=64)}
+        shapes = {"SmolLM2-135M": _model_head("SmolLM2-135M", n=384, length=64)}
     for group in ("tb-frozen", "forward", "pair", "tb-trained"):
         for name, shape in shapes.items():
             real = name == "SmolLM2-135M" and group == "tb-frozen"

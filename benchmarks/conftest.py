@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from benchmarks import budget, results_file
-from benchmarks.cases import GROUPS
 from benchmarks.method import Ceilings, Clock, ceilings
 from benchmarks.peers import PEERS
 
 # In order of importance; a file without a group of its own is the group its name says.
-ORDER = ("tb-frozen", "certified", "training-step", *[g for g in GROUPS if g != "tb-frozen"])
+ORDER = ("tb-frozen", "certified", "forward", "training-step", "scaling", "tb-trained", "pair")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,6 +85,7 @@ class Session:
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
         self.best_setting: dict[tuple, str] = {}
         self.cached: dict[tuple, object] = {}  # inputs of the case before: peers share them
+        self.first_loss: dict[str, float] = {}  # of each training-step model
         self._ceilings: dict[torch.dtype, Ceilings] = {}
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:

@@ -2,27 +2,30 @@
 
 On a GPU the allocator's peak. On a CPU the peak resident size of a process of its own during the
 second run, less the resident size just before it (Linux resets the peak through
-/proc/self/clear_refs):
-
-    python -m benchmarks.memory '{"group": "tb-frozen", "peer": "TRL fused head", ...}'
+/proc/self/clear_refs).
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from benchmarks import peers
 from benchmarks.cases import GROUPS, Case
-from benchmarks.inputs import Inputs, Shape, draw
+from benchmarks.inputs import Inputs, draw
 
 CPU = torch.device("cpu")
+# Imported once; every child is a fork of the process that did.
+PRELOAD = ["benchmarks.memory", "trl.trainer.utils", "liger_kernel.chunked_loss"]
 
 
 def on_gpu(case: Case, method: peers.Composed, inputs: Inputs) -> int:
@@ -37,27 +40,30 @@ def on_gpu(case: Case, method: peers.Composed, inputs: Inputs) -> int:
 
 def on_cpu(case: Case, setting: str) -> int:
     """Extra bytes at the peak, from a child process; raises RuntimeError if it fails."""
-    request = {
-        "group": case.group,
-        "peer": case.peer,
-        "setting": setting,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "shape": vars(case.shape),
-    }
-    return run_child("benchmarks.memory", request)
+    return in_child(_measure, case, setting)
 
 
-def run_child(module: str, request: dict) -> int:
-    """The number that `python -m module REQUEST` prints last; RuntimeError with its last words."""
+def in_child(function: Callable[..., int], *arguments: object) -> int:
+    """`function(*arguments)` in a fresh process; RuntimeError if it dies."""
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RuntimeError("the child process died; is there too little memory?") from None
+
+
+@cache
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     # glibc raises this threshold as blocks are freed, and then keeps freed blocks: they would be
-    # resident before the measurement and not count.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", module, json.dumps(request)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"the child process failed: {done.stderr.strip()[-500:]}")
-    return int(done.stdout.split()[-1])
+    # resident before the measurement and not count. It is read when the server starts.
+    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    return context
 
 
 def resident(field: str) -> int:
@@ -70,12 +76,11 @@ def reset_resident_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(request: dict) -> int:
+def _measure(case: Case, setting: str) -> int:
     """The child's part."""
-    group, shape = GROUPS[request["group"]], Shape(**request["shape"])
-    method = peers.methods(request["peer"], CPU)[request["setting"]]
-    dtype = getattr(torch, request["dtype"])
-    inputs = draw("random", shape, dtype, CPU, train_head=group.train_head)
+    group = GROUPS[case.group]
+    method = peers.methods(case.peer, CPU)[setting]
+    inputs = draw("random", case.shape, case.dtype, CPU, train_head=group.train_head)
     # Loads libraries, compiles, starts thread pools; what is returned is not extra, so it stays.
     outputs = group.run(method, inputs)
     returned = sum(x.nbytes for x in outputs)
@@ -86,7 +91,3 @@ def measure(request: dict) -> int:
     extra = resident("VmHWM") - before - returned
     del outputs
     return max(extra, 0)
-
-
-if __name__ == "__main__":
-    print(measure(json.loads(sys.argv[1])))

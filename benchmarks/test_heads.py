@@ -13,9 +13,8 @@ import torch
 from benchmarks import memory, method, peers
 from benchmarks.cases import GROUPS, Case, Outputs, table
 from benchmarks.conftest import SESSION, Session
-from benchmarks.inputs import Inputs, draw
+from benchmarks.inputs import INPUT_SETS, Inputs, draw
 
-INPUT_SETS = 3  # used in turn, so that no cache holds them
 CHECKED_ROWS = 128
 # Relative error: a rounding of logits to the input's type (naive bf16) is what its users accept;
 # float32 has no excuse.
@@ -61,7 +60,8 @@ def measure(benchmark, session: Session, case: Case) -> dict:
 
     key = (case.peer, case.dtype, case.shape_name)
     if key not in session.best_setting:
-        session.best_setting[key] = min(methods, key=seconds) if len(methods) > 1 else ""
+        only = len(methods) == 1
+        session.best_setting[key] = next(iter(methods)) if only else min(methods, key=seconds)
     setting = session.best_setting[key]
     rounds = method.rounds_within(session.case_seconds, seconds(setting))
     benchmark.pedantic(lambda: group.run(methods[setting], next(turns)), rounds=rounds)

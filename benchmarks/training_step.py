@@ -1,0 +1,127 @@
+"""One LA-TB training step of a whole model: random weights in a published shape, LoRA, AdamW.
+
+The model runs as policy (with LoRA and activation checkpointing) and as reference (LoRA off), the
+head under test forms the loss, and the adapter takes a step. LoRA is a few lines here, so that it
+is the same wherever the benchmark runs; PEFT's does the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.inputs import Inputs
+from benchmarks.peers import Composed
+from powerflow_fast.model_shapes import ModelShape, model_shape
+
+RANK = 16
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class StepCase:
+    name: str
+    shape: ModelShape  # with as many layers as are built
+    whole_layers: int
+    sequences: int
+    length: int
+    dtype: torch.dtype
+
+    @property
+    def id(self) -> str:
+        cut = self.shape.num_layers < self.whole_layers
+        layers = f", {self.shape.num_layers} of {self.whole_layers} layers" if cut else ""
+        return f"{self.name} shape{layers}"
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+def cases(device: torch.device, free: int, *, tiny: bool = False) -> list[StepCase]:
+    """Models for a device with `free` bytes; one that does not fit keeps the layers that do."""
+    if tiny:
+        shape = replace(model_shape("SmolLM2-135M"), num_layers=2, vocab_size=512, hidden_size=64)
+        shape = replace(shape, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=128)
+        return [StepCase("tiny", shape, 2, 2, 16, torch.float32)]
+    if device.type == "cpu":
+        shape = model_shape("SmolLM2-135M")
+        return [StepCase("SmolLM2-135M", shape, shape.num_layers, 4, 64, torch.float32)]
+    found = []
+    for name in ("Llama-3.2-1B", "Llama-3-8B", "Llama-3-70B"):
+        shape = model_shape(name)
+        # Weights twice over a fifth: checkpointed activations, the head's chunks, LoRA.
+        room = int(free / 1.25) // 2 - 2 * shape.vocab_size * shape.hidden_size
+        layers = min(shape.num_layers, room // shape.layer_parameters())
+        if layers > 0:
+            cut = replace(shape, num_layers=layers)
+            found.append(StepCase(name, cut, shape.num_layers, 8, 512, torch.bfloat16))
+    return found
+
+
+class LoRALinear(nn.Module):
+    """y = W x + B A x, the latter only while `switch["on"]`."""
+
+    def __init__(self, base: nn.Linear, switch: dict[str, bool]) -> None:
+        super().__init__()
+        self.base, self.switch = base, switch
+        like = dict(device=base.weight.device, dtype=base.weight.dtype)
+        self.down = nn.Linear(base.in_features, RANK, bias=False, **like)
+        self.up = nn.Linear(RANK, base.out_features, bias=False, **like)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.up(self.down(x)) if self.switch["on"] else y
+
+
+class TrainingStep:
+    """Holds the model; each call is one optimizer step and returns the loss."""
+
+    def __init__(self, case: StepCase, method: Composed, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(case.shape.to_config(), dtype=case.dtype)
+        self.method, self.switch = method, {"on": True}
+        self.model.requires_grad_(False)
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if name in ADAPTED:
+                    setattr(module, name, LoRALinear(child, self.switch))
+        options = {"use_reentrant": False}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        size = (case.sequences, case.length + 1)
+        self.texts = itertools.cycle(
+            torch.randint(case.shape.vocab_size, (3, *size), device=device).unbind()
+        )
+        self.cu_seqlens = torch.arange(
+            0, case.tokens + 1, case.length, dtype=torch.int32, device=device
+        )
+
+    def __call__(self) -> Tensor:
+        text = next(self.texts)
+        hidden = self._hidden(text[:, :-1])
+        self.switch["on"] = False
+        with torch.no_grad():
+            ref_hidden = self._hidden(text[:, :-1])
+        self.switch["on"] = True
+        weight = self.model.get_output_embeddings().weight
+        targets = text[:, 1:].reshape(-1)
+        inputs = Inputs(hidden, weight, targets, ref_hidden, self.cu_seqlens)
+        loss = self.method.tb(inputs).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])
