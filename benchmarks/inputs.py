@@ -33,6 +33,10 @@ class Inputs:
     ref_hidden: Tensor  # [N, H]
     cu_seqlens: Tensor  # [S + 1]
 
+    def sharpened(self, alpha: float) -> Inputs:
+        """The policy's logits times `alpha`, as of one that was trained towards p^alpha."""
+        return replace(self, hidden=(alpha * self.hidden.detach()).requires_grad_())
+
     def sequences(self, count: int) -> Inputs:
         """The first `count` sequences alone."""
         n = int(self.cu_seqlens[count])
