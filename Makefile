@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint bench report kernels clean
+.PHONY: help setup demo test lint bench bench-gpu report kernels clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,12 +32,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time and memory of one LA-TB step against other heads
+bench: $(STAMP)  ## speed, memory and accuracy against other heads, under 10 minutes on a CPU
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/pytest benchmarks/ --write-results
+	$(BIN)/pytest benchmarks/ --results benchmarks/results --budget 480 -rs
 	$(BIN)/python -m benchmarks.report
 
-report: $(STAMP)  ## the README's tables from benchmarks/results/
+bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python at hand, no set-up
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+report: $(STAMP)  ## the README's tables and the plots from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
 
 kernels: $(STAMP)  ## compile every kernel for every chip and print its machine-code facts

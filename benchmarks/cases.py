@@ -49,11 +49,12 @@ class Group:
     def has_gradient(self) -> bool:
         return self.run is _step
 
-    def floor_bytes(self, shape: Shape, itemsize: int) -> int:
-        """Bytes that must move: each input read once, each gradient written once."""
+    def floor(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        """Operations, and bytes that must move: inputs read once, gradients written once."""
         hidden_sized = {_forward: 1, _pair: 2, _step: 3}[self.run]
         heads = 2 if self.train_head else 1
-        return itemsize * shape.h * (hidden_sized * shape.n + heads * shape.v)
+        moved = itemsize * shape.h * (hidden_sized * shape.n + heads * shape.v)
+        return self.products * shape.product_flops, moved
 
     def outputs_of(self, method: Composed, inputs: Inputs, sequences: int) -> Outputs:
         """What `truth` gives for the first sequences, through the path that is timed."""

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Group
-from benchmarks.inputs import Shape
-
 
 class Clock:
     """Seconds on the device: its own events on a GPU, wall time on a CPU. Waits for the device."""
@@ -48,11 +45,9 @@ class Ceilings:
     flops: float  # multiply-adds counted as two, per second, in a bare matrix product
     bandwidth: float  # bytes read and written per second in a copy
 
-    def floor(self, group: Group, shape: Shape, itemsize: int) -> tuple[float, str]:
-        """Seconds that `group` takes at the ceilings, and which of the two sets them."""
-        products = group.products * shape.product_flops / self.flops
-        moves = group.floor_bytes(shape, itemsize) / self.bandwidth
-        return max((products, "products"), (moves, "bytes"))
+    def seconds(self, flops: int, moved: int) -> tuple[float, str]:
+        """Seconds for operations and bytes at the ceilings, and which of the two sets them."""
+        return max((flops / self.flops, "products"), (moved / self.bandwidth, "bytes"))
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Ceilings:

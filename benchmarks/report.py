@@ -1,18 +1,27 @@
-"""`make report`: the README's tables from the files that the benchmarks wrote.
+"""`make report`: the README's tables, and the plots, from the files that the benchmarks wrote.
 
-Each table stands between `<!-- name -->` and `<!-- /name -->`; a test compares them, so the README
-cannot drift from the measurements.
+Each block stands between `<!-- name -->` and `<!-- /name -->`. A test compares README and plots
+with what this would write, so they cannot drift from the measurements.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results_file
+from benchmarks import plots, results_file
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+Row = dict[str, Any]
+OURS = "powerflow-fast"
+GROUP_COLUMNS = {  # of the table that sets the groups side by side
+    "forward": "log-probs",
+    "pair": "policy and reference",
+    "tb-frozen": "step, frozen head",
+    "tb-trained": "step, trained head",
+}
 DEMO_ROWS = {  # measure -> (title, factor, unit)
     "accuracy_sampled": ("accuracy, sampled at T=1", 100, " %"),
     "accuracy_greedy": ("accuracy, greedy", 100, " %"),
@@ -25,12 +34,20 @@ DEMO_ROWS = {  # measure -> (title, factor, unit)
 
 
 def head_tables() -> str:
-    """Time, memory and accuracy of one LA-TB step per device and dtype, fastest first."""
+    """Every device: the step with a frozen head in full, then the other groups."""
     blocks = []
     for results in results_file.load("head"):
         blocks.append(_source(results))
-        for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
-            blocks.append(_head_table([r for r in results["rows"] if r["dtype"] == dtype]))
+        rows = results["rows"]
+        blocks += [_step_table(same) for same in _by_inputs(rows, "tb-frozen")]
+        blocks += [_group_table(same) for same in _side_by_side(rows)]
+        blocks += [_training_table(same) for same in _by_model(rows)]
+        blocks += _certified_table(rows)
+        blocks += _slopes(rows)
+        blocks += _not_measured(results)
+        for name in plots.names(results):
+            title = plots.TITLES[name.partition("-")[0]]
+            blocks.append(f"![{title}](benchmarks/results/{name})")
     return "\n\n".join(blocks)
 
 
@@ -39,27 +56,141 @@ def _source(results: dict[str, Any]) -> str:
     return f"{results['device']}; {results['date']}; {versions}."
 
 
-def _head_table(rows: list[dict[str, Any]]) -> str:
-    shape = rows[0]["shape"]
-    bare = min(row["bare_products_seconds"] for row in rows)  # one floor for all, the best seen
+def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:
+    """Rows of a group that ran on the same inputs."""
+    chosen = [row for row in rows if row["group"] == group]
+    for key in dict.fromkeys(_inputs(row) for row in chosen):
+        yield [row for row in chosen if _inputs(row) == key]
+
+
+def _inputs(row: Row) -> str:
+    shape = row["shape"]
+    text = " on text of SmolLM2" if row["source"] == "SmolLM2" else ""
+    return f"{row['dtype']}, N={shape['n']}, H={shape['h']}, V={shape['v']}{text}"
+
+
+def _step_table(rows: list[Row]) -> str:
     lines = [
-        f"| {rows[0]['dtype']}, N={shape['n']}, H={shape['h']}, V={shape['v']} | one step "
-        f"| over three bare products ({_seconds(bare)}) | extra memory | gradient error |",
+        f"| {_inputs(rows[0])} | one step | over the floor ({_seconds(rows[0]['floor_seconds'])}) "
+        "| extra memory | gradient error |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows, key=lambda row: row["seconds"]):
-        name = f"**{row['peer']}**" if row["peer"] == "powerflow-fast" else row["peer"]
-        rounds = "" if row["rounds"] > 1 else " (one run)"
         extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
         lines.append(
-            f"| {name} | {_seconds(row['seconds'])}{rounds} | {row['seconds'] / bare:.2f}x "
-            f"| {extra} | {row['gradient_error']:.0e} |"
+            f"| {_label(row)} | {_time(row)} | {row['ratio_to_floor']:.2f}x "
+            f"| {extra} | {row['error']:.0e} |"
         )
     return "\n".join(lines)
 
 
+def _label(row: Row) -> str:
+    name = f"**{row['peer']}**" if row["peer"] == OURS else row["peer"]
+    return f"{name} ({row['setting']})" if row.get("setting") else name
+
+
+def _time(row: Row) -> str:
+    """Median with its spread; how many runs where they are too few for one."""
+    median, spread = row["seconds"], row["seconds_iqr"]
+    if row["rounds"] == 1:
+        return f"{_seconds(median)} (one run)"
+    if spread is None:
+        return _seconds(median)
+    return f"{_seconds(median)} (IQR {100 * spread / median:.0f} %)"
+
+
 def _seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def _side_by_side(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows of the groups that share inputs, where there is more than the frozen step."""
+    chosen = [row for row in rows if row["group"] in GROUP_COLUMNS]
+    for key in dict.fromkeys(_inputs(row) for row in chosen):
+        same = [row for row in chosen if _inputs(row) == key]
+        if len({row["group"] for row in same}) > 1:
+            yield same
+
+
+def _group_table(rows: list[Row]) -> str:
+    """Peers down, groups across; each cell the time and its ratio to that group's floor."""
+    groups = [group for group in GROUP_COLUMNS if any(row["group"] == group for row in rows)]
+    lines = [
+        f"| {_inputs(rows[0])} | " + " | ".join(GROUP_COLUMNS[group] for group in groups) + " |",
+        "| --- |" + " --- |" * len(groups),
+    ]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        cells = []
+        for group in groups:
+            found = [row for row in rows if (row["peer"], row["group"]) == (peer, group)]
+            cell = "-"
+            if found:
+                cell = f"{_seconds(found[0]['seconds'])} ({found[0]['ratio_to_floor']:.2f}x)"
+            cells.append(cell)
+        name = f"**{peer}**" if peer == OURS else peer
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _by_model(rows: list[Row]) -> Iterator[list[Row]]:
+    chosen = [row for row in rows if row["group"] == "training-step"]
+    for model in dict.fromkeys(row["model"] for row in chosen):
+        yield [row for row in chosen if row["model"] == model]
+
+
+def _training_table(rows: list[Row]) -> str:
+    first = rows[0]
+    lines = [
+        f"| training step, LoRA, {first['model']}, {first['dtype']}, {first['tokens']} tokens "
+        "| one step | tokens/s | peak memory |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: row["seconds"]):
+        lines.append(
+            f"| {_label(row)} | {_time(row)} | {row['tokens_per_second']:.0f} "
+            f"| {row['peak_bytes'] / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def _certified_table(rows: list[Row]) -> list[str]:
+    chosen = [row for row in rows if row["group"] == "certified" and row["grad_tolerance"] > 0]
+    if not chosen:
+        return []
+    lines = [
+        "| certified gradient: policy's entropy | tolerance | over the exact step "
+        "| columns kept | worst mass left out |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(chosen, key=lambda row: (-row["entropy"], row["grad_tolerance"])):
+        lines.append(
+            f"| {row['entropy']:.2f} nats ({row['source']}) | {row['grad_tolerance']:.0e} "
+            f"| {row['seconds'] / row['exact_seconds']:.2f}x | {100 * row['columns_kept']:.1f} % "
+            f"| {row['skipped_mass']:.0e} |"
+        )
+    return ["\n".join(lines)]
+
+
+def _slopes(rows: list[Row]) -> list[str]:
+    ours = {axis: b for (peer, axis), b in results_file.slopes(rows).items() if peer == OURS}
+    if not ours:
+        return []
+    listed = ", ".join(f"{axis} {exponent:.2f}" for axis, exponent in ours.items())
+    return [f"Doubling one size at a time, the step's time grows with the exponent: {listed}."]
+
+
+def _not_measured(results: dict[str, Any]) -> list[str]:
+    """Each peer once, with its reason; what the time budget dropped."""
+    reasons: dict[str, str] = {}
+    for what, reason in results.get("unavailable", {}).items():
+        reasons.setdefault(what.partition(": ")[2], reason)
+    lines = []
+    if reasons:
+        listed = "; ".join(f"{peer} ({reason})" for peer, reason in reasons.items())
+        lines.append(f"Not measured here: {listed}.")
+    if dropped := results.get("dropped"):
+        lines.append(f"Dropped for lack of time: {len(dropped)} cases, named in the results file.")
+    return lines
 
 
 def demo_tables() -> str:
@@ -99,5 +230,22 @@ def render(text: str) -> str:
     return text
 
 
+def files() -> dict[Path, str]:
+    """Every file that the report owns, with its text."""
+    drawn = {}
+    for results in results_file.load("head"):
+        for name in plots.names(results):
+            drawn[results_file.FOLDER / name] = plots.draw(name, results)
+    return {README: render(README.read_text(encoding="utf-8")), **drawn}
+
+
+def main() -> None:
+    wanted = files()
+    for stale in set(results_file.FOLDER.glob("*.svg")) - set(wanted):
+        stale.unlink()
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

@@ -122,5 +122,6 @@ def load(measurement: str) -> list[dict[str, Any]]:
                 f"{path.name}: expected results format {FORMAT}, got {results.get('format')!r}; "
                 "measure again with this version"
             )
+        results["slug"] = path.stem.removeprefix(f"{measurement}-")
         every.append(results)
     return every

@@ -66,7 +66,8 @@ def measure(benchmark, session: Session, case: Case) -> dict:
     rounds = method.rounds_within(session.case_seconds, seconds(setting))
     benchmark.pedantic(lambda: group.run(methods[setting], next(turns)), rounds=rounds)
     times = benchmark.stats.stats.data if benchmark.enabled else [seconds(setting)]
-    floor, bound_by = session.ceilings(case.dtype).floor(group, case.shape, case.dtype.itemsize)
+    flops, moved = group.floor(case.shape, case.dtype.itemsize)
+    floor, floor_set_by = session.ceilings(case.dtype).seconds(flops, moved)
     timed = method.spread(times)
     return {
         "group": case.group,
@@ -79,9 +80,11 @@ def measure(benchmark, session: Session, case: Case) -> dict:
         "dtype": str(case.dtype).removeprefix("torch."),
         **timed,
         "floor_seconds": floor,
-        "floor_set_by": bound_by,
+        "floor_set_by": floor_set_by,
+        "floor_flops": flops,
+        "floor_bytes": moved,
         "ratio_to_floor": timed["seconds"] / floor,
-        "tflops": group.products * case.shape.product_flops / timed["seconds"] / 1e12,
+        "tflops": flops / timed["seconds"] / 1e12,
         "extra_bytes": extra_bytes(case, setting, methods[setting], sets[0]),
         "error": errors[setting],
     }
