@@ -13,7 +13,7 @@ TRAIN = [
     "pyyaml",
 ]
 DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
-BENCH = ["pytest", "pytest-benchmark", "liger-kernel", "cut-cross-entropy", "matplotlib"]
+BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
 DEV = [*DEMO, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
 
 setup(

@@ -14,6 +14,8 @@ from powerflow_fast import reference
 from powerflow_fast.model_shapes import model_shape
 
 Outputs = tuple[Tensor, ...]
+# Ours, what people write by hand, and what a trainer gives them: where all would take too long.
+FEW_PEERS = ("powerflow-fast", "naive PyTorch", "TRL fused head")
 
 
 def _forward(method: Composed, inputs: Inputs) -> Outputs:
@@ -142,34 +144,36 @@ def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float32, *bf16)
 
 
-def _heads(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
+def shapes(device: torch.device, *, tiny: bool = False) -> dict[str, Shape]:
+    """Heads by name; the first serves every group, the others the frozen step alone."""
     if tiny:
-        shapes = {"tiny": Shape(64, 128, 512, length=16)}
-    elif device.type == "cuda":
-        # The first is the one that other projects publish times for.
-        shapes = {"anchor": Shape(16384, 4096, 131072, length=512)}
-        shapes |= {
-            name: _model_head(name, n=8192, length=512) for name in ("Llama-3-8B", "Qwen2.5-7B")
-        }
-    else:
-        shapes = {"SmolLM2-135M": _model_head("SmolLM2-135M", n=384, length=64)}
-    for group in ("tb-frozen", "forward", "pair", "tb-trained"):
-        for name, shape in shapes.items():
-            real = name == "SmolLM2-135M" and group == "tb-frozen"
-            if group != "tb-frozen" and name != next(iter(shapes)):
-                continue
-            for source in ("random", "SmolLM2") if real else ("random",):
-                peers = PEERS if source == "random" else SCALING_PEERS
-                for peer in peers:
-                    yield Case(group, peer, name, shape, source, dtype)
+        return {"tiny": Shape(64, 128, 512, length=16)}
+    if device.type == "cpu":
+        return {"SmolLM2-135M": _model_head("SmolLM2-135M", n=384, length=64)}
+    # The first is the one that other projects publish times for.
+    return {
+        "anchor": Shape(16384, 4096, 131072, length=512),
+        "Llama-3-8B": _model_head("Llama-3-8B", n=8192, length=512),
+        "Qwen2.5-7B": _model_head("Qwen2.5-7B", n=8192, length=512),
+    }
+
+
+def _heads(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
+    named = shapes(device, tiny=tiny)
+    first = next(iter(named))
+    for name, shape in named.items():
+        yield from (Case("tb-frozen", peer, name, shape, "random", dtype) for peer in PEERS)
+    if first == "SmolLM2-135M":
+        for peer in FEW_PEERS:
+            yield Case("tb-frozen", peer, first, named[first], "SmolLM2", dtype)
+    for group in ("forward", "tb-trained", "pair"):
+        for peer in PEERS:
+            yield Case(group, peer, first, named[first], "random", dtype)
 
 
 def _model_head(name: str, n: int, length: int) -> Shape:
     model = model_shape(name)
     return Shape(n, model.hidden_size, model.vocab_size, length)
-
-
-SCALING_PEERS = ("powerflow-fast", "naive PyTorch", "TRL fused head")
 
 
 def _scaling(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
@@ -189,5 +193,5 @@ def _scaling(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[C
                 "hidden": replace(start, h=factor * start.h),
                 "sequences": replace(start, length=start.length // factor),
             }[axis]
-            for peer in SCALING_PEERS if axis == "tokens" else SCALING_PEERS[:1]:
+            for peer in FEW_PEERS if axis == "tokens" else FEW_PEERS[:1]:
                 yield Case("scaling", peer, f"{axis}_x{factor}", shape, "random", dtype, axis)

@@ -26,6 +26,7 @@ TESTS = (
     "tests/kernels/test_residual.py",
     "tests/test_backends_agree.py",
 )
+DRY_TESTS = TESTS[-2:]
 TESTS_SHARE = 0.35  # of the minutes, at most; the rest is the benchmarks'
 GRACE = 90.0  # seconds for the test that runs when the tests' budget ends
 ENDING = 45.0  # seconds kept back: one case may still run when the budget ends
@@ -43,7 +44,8 @@ def main() -> int:
         print("no GPU that torch can use; --dry-run walks through on a CPU, `make bench` times it")
         return 2
     start, total = time.monotonic(), 60 * args.minutes
-    tests_pass = run_tests(5.0 if args.dry_run else TESTS_SHARE * total)
+    tests, share = (DRY_TESTS, 2.0) if args.dry_run else (TESTS, TESTS_SHARE * total)
+    tests_pass = run_tests(tests, share)
     left = total - (time.monotonic() - start)
     code = run_benchmarks(args, max(left - ENDING, 1.0))
     minutes = (time.monotonic() - start) / 60
@@ -76,8 +78,8 @@ def pytest_command(*options: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
 
 
-def run_tests(seconds: float) -> bool:
-    """Every file of TESTS in its own process; what no longer fits into `seconds` is skipped."""
+def run_tests(tests: tuple[str, ...], seconds: float) -> bool:
+    """Every file in its own process; what no longer fits into `seconds` is skipped."""
     print(f"Tests of the kernels on this device, {seconds:.0f} s at most", flush=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     budget = ("-p", "benchmarks.budget", "--budget", f"{seconds}", "--tb=short")
@@ -90,10 +92,10 @@ def run_tests(seconds: float) -> bool:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for path in TESTS
+        for path in tests
     ]
     good, start = True, time.time()
-    for path, process in zip(TESTS, running, strict=True):
+    for path, process in zip(tests, running, strict=True):
         try:
             output, _ = process.communicate(timeout=max(start + seconds + GRACE - time.time(), 1))
         except subprocess.TimeoutExpired:
@@ -111,6 +113,7 @@ def run_benchmarks(args: argparse.Namespace, seconds: float) -> int:
     options = ["benchmarks", "--budget", f"{seconds}", "--tb=short", "-rs"]
     if args.dry_run:
         options += ["--tiny", "--peers", "powerflow-fast,naive PyTorch,verl"]
+        options += ["--groups", "tb-frozen,certified,training-step,tb-trained"]
     else:
         options += ["--results", str(Path(args.results).resolve())]
     return subprocess.run(pytest_command(*options), cwd=ROOT).returncode

@@ -54,17 +54,21 @@ class Composed:
 
 
 class PowerflowFast(Composed):
-    def __init__(self) -> None:
-        super().__init__(linear_logprobs)
+    """Ours, through the calls made for each; `options` are further keywords."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(partial(linear_logprobs, **options))
+        self.options = options
 
     def pair(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         both = (inputs.hidden, inputs.weight, inputs.targets, inputs.ref_hidden)
-        logps, ref_logps = paired_linear_logprobs(*both)
+        logps, ref_logps = paired_linear_logprobs(*both, **self.options)
         return logps, ref_logps
 
     def tb(self, inputs: Inputs) -> TBOutput:
         both = (inputs.hidden, inputs.weight, inputs.targets, inputs.ref_hidden)
-        return fused_linear_tb_loss(*both, log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
+        loss = dict(log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
+        return fused_linear_tb_loss(*both, **loss, **self.options)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

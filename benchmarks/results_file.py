@@ -30,6 +30,18 @@ PACKAGES = (
     "quack-kernels",
     "pytest-benchmark",
 )
+FIGURES = {  # of a row, as the end of a run shows them
+    "ratio_to_floor": "{:.2f}x the floor",
+    "tflops": "{:.4g} TFLOP/s",
+    "tokens_per_second": "{:.0f} tokens/s",
+    "peak_bytes": "peak {:.4g} bytes",
+    "extra_bytes": "extra {} bytes",
+    "exact_seconds": "exact {:.4g} s",
+    "entropy": "entropy {:.2f} nats",
+    "grad_tolerance": "tolerance {:.0e}",
+    "columns_kept": "columns kept {:.1%}",
+    "error": "error {:.0e}",
+}
 
 
 def device_name() -> str:
@@ -82,18 +94,16 @@ def write(measurement: str, content: dict[str, Any], folder: Path | None = None)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines for the end of a run: time over floor and TFLOP/s by case, then the slopes."""
+    """Lines for the end of a run: every row's figures, then the slopes."""
     lines = []
     for row in rows:
-        if "ratio_to_floor" not in row:
-            continue
-        where = f"{row['group']} {row['shape_name']} {row['source']} {row['dtype']} {row['peer']}"
-        lines.append(
-            f"{where}: {row['seconds']:.4g} s ({row['rounds']} runs), {row['ratio_to_floor']:.2f}x "
-            f"the floor, {row['tflops']:.3g} TFLOP/s, error {row['error']:.1e}"
-        )
+        names = ("shape_name", "model", "source", "dtype", "peer", "setting")
+        where = " ".join(str(row[name]) for name in names if row.get(name))
+        figures = [f"{row['seconds']:.4g} s ({row['rounds']} runs)"]
+        figures += [text.format(row[name]) for name, text in FIGURES.items() if name in row]
+        lines.append(f"{row['group']} {where}: {', '.join(figures)}")
     for (peer, axis), value in slopes(rows).items():
-        lines.append(f"slope of {peer} in {axis}: time doubles with exponent {value:.2f}")
+        lines.append(f"slope of {peer} in {axis}: seconds grow with the power {value:.2f}")
     return lines
 
 

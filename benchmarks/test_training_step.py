@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from benchmarks import memory, method, peers
+from benchmarks.cases import FEW_PEERS
 from benchmarks.conftest import SESSION
 from benchmarks.training_step import StepCase, TrainingStep, cases
-
-PEERS = ("powerflow-fast", "naive PyTorch", "TRL fused head")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = metafunc.config.stash[SESSION]
     found = cases(session.device, method.free_bytes(session.device), tiny=session.tiny)
     metafunc.parametrize("model", found, ids=lambda case: case.id)
-    metafunc.parametrize("peer", PEERS)
+    metafunc.parametrize("peer", FEW_PEERS)
 
 
 @pytest.mark.benchmark(group="training-step")

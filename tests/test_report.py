@@ -17,7 +17,7 @@ def test_results_of_another_format_are_refused(tmp_path, monkeypatch):
     path = results_file.write("head", {"rows": []})
     assert results_file.load("head")[0]["rows"] == []
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match=f"{path.name}: expected results format 1, got 0"):
+    with pytest.raises(ValueError, match=f"{path.name}: expected results format 2, got 0"):
         results_file.load("head")
     with pytest.raises(ValueError, match="README.md: expected a block <!-- head -->"):
         report.render("no block here")

@@ -1,0 +1,67 @@
+"""The measuring itself: rounds, spread, ceilings, slopes, peak memory."""
+
+import torch
+
+from benchmarks import memory, method, results_file
+from benchmarks.cases import Case
+from benchmarks.inputs import Shape
+
+
+def test_rounds_follow_the_budget():
+    assert [method.rounds_within(4.0, one) for one in (0.0, 0.1, 1.0, 3.0, 60.0)] == [
+        15,
+        15,
+        4,
+        1,
+        1,
+    ]
+
+
+def test_spread():
+    assert method.spread([3.0, 1.0, 2.0]) == {
+        "seconds": 2.0,
+        "seconds_min": 1.0,
+        "seconds_iqr": None,
+        "rounds": 3,
+    }
+    assert method.spread([1.0, 2.0, 3.0, 4.0, 5.0])["seconds_iqr"] == 3.0
+
+
+def test_floor_is_the_slower_of_operations_and_bytes():
+    ceilings = method.Ceilings(flops=100.0, bandwidth=10.0)
+    assert ceilings.seconds(200, 10) == (2.0, "products")
+    assert ceilings.seconds(200, 30) == (3.0, "bytes")
+
+
+def test_ceilings_are_measured():
+    found = method.ceilings(torch.device("cpu"), torch.float32, tiny=True)
+    assert 1e7 < found.flops < 1e15 and 1e7 < found.bandwidth < 1e13
+
+
+def test_slopes():
+    rows = [
+        {"axis": axis, "peer": "x", "shape_name": f"{axis}_x{factor}", "seconds": seconds}
+        for axis, power in (("tokens", 1), ("sequences", 0))
+        for factor, seconds in ((f, 0.1 * f**power) for f in (1, 2, 4))
+    ]
+    found = results_file.slopes([*rows, {"group": "training-step", "seconds": 1.0}])
+    assert {axis: round(b, 6) for (_, axis), b in found.items()} == {"tokens": 1.0, "sequences": 0}
+
+
+def _allocate(size: int) -> int:
+    memory.reset_resident_peak()
+    before = memory.resident("VmRSS")
+    torch.ones(size, dtype=torch.uint8)  # freed at once: only the peak knows of it
+    return memory.resident("VmHWM") - before
+
+
+def test_peak_memory_of_a_child_process():
+    assert 64e6 <= memory.in_child(_allocate, 64_000_000) <= 72e6
+    shape = Shape(128, 32, 16384, length=32)
+    peaks = {
+        peer: memory.on_cpu(Case("tb-frozen", peer, "", shape, "random", torch.float32), "")
+        for peer in ("powerflow-fast", "naive PyTorch")
+    }
+    logits = 4 * shape.n * shape.v
+    assert peaks["naive PyTorch"] > 2 * logits
+    assert peaks["powerflow-fast"] < 0.5 * peaks["naive PyTorch"]

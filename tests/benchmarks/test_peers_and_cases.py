@@ -1,0 +1,89 @@
+"""The recipes give the specification's result, and a wrong or absent one is told apart."""
+
+import pytest
+import torch
+
+from benchmarks import method, peers, test_heads
+from benchmarks.cases import GROUPS, Case, table
+from benchmarks.inputs import Shape, draw
+
+CPU = torch.device("cpu")
+SHAPE = Shape(48, 24, 130, length=8)
+# Those that compile take their own tests' time; `pytest benchmarks/` checks them all.
+QUICK = [p for p in peers.PEERS if "compile" not in p and not p.startswith(("verl", "quack"))]
+
+
+def case(peer: str, group: str = "tb-frozen", shape: Shape = SHAPE) -> Case:
+    return Case(group, peer, "small", shape, "random", torch.float32)
+
+
+@pytest.mark.parametrize("group", ["pair", "tb-frozen", "tb-trained"])
+@pytest.mark.parametrize("peer", QUICK)
+def test_peer_against_float64(peer, group):
+    try:
+        methods = peers.methods(peer, CPU)
+    except peers.Unavailable as reason:
+        pytest.skip(str(reason))
+    inputs = draw("random", SHAPE, torch.float32, CPU, train_head=GROUPS[group].train_head)
+    expected = GROUPS[group].truth(inputs, 2, peers.ALPHA)
+    for candidate in methods.values():
+        assert test_heads.check(case(peer, group), candidate, inputs, 2, expected) < 1e-5
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_wrong_peer_is_not_timed(group):
+    inputs = draw("random", SHAPE, torch.float32, CPU, train_head=GROUPS[group].train_head)
+    expected = GROUPS[group].truth(inputs, 2, peers.ALPHA)
+    wrong = peers.Composed(lambda *tensors: 1.001 * peers.naive(*tensors))
+    with pytest.raises(AssertionError, match=r"naive PyTorch is wrong: relative error \d"):
+        test_heads.check(case("naive PyTorch", group), wrong, inputs, 2, expected)
+
+
+def test_peers_that_cannot_run_say_why(monkeypatch):
+    for name in ("CCE", "CCE exact", "verl", "quack", "quack chunked"):
+        with pytest.raises(peers.Unavailable, match="need.? a GPU"):
+            peers.methods(name, CPU)
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    reasons = {
+        "TRL fused head": "trl is not installed",
+        "Liger GRPO head": "liger_kernel is not installed",
+        "Liger scaled CE": "liger_kernel is not installed",
+        "CCE torch_compile": "cut_cross_entropy is not installed",
+        "F.linear_cross_entropy": "needs torch >= 2.13, this is",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(peers.Unavailable, match=reason):
+            peers.methods(name, CPU)
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    session = test_heads.Session.__new__(test_heads.Session)
+    session.unavailable = {}
+    monkeypatch.setattr(method, "free_bytes", lambda device: 10**9)
+    large = case("naive PyTorch", shape=Shape(16384, 4096, 131072, length=512))
+    with pytest.raises(pytest.skip.Exception, match=r"needs about 3\d GB, 1 GB are free"):
+        test_heads.test_head(None, session, None, CPU, large)
+    assert list(session.unavailable) == ["tb-frozen: naive PyTorch"]
+
+
+def test_table_of_cases(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    for device in (CPU, torch.device("cuda")):
+        found = list(table(device))
+        assert len({one.id for one in found}) == len(found)
+        assert {one.group for one in found} == set(GROUPS)
+        assert {one.peer for one in found if one.group == "tb-frozen"} == set(peers.PEERS)
+        for axis, size in (("tokens", "n"), ("vocabulary", "v"), ("hidden", "h")):
+            ours = [c for c in found if c.axis == axis and c.peer == "powerflow-fast"]
+            sizes = [getattr(c.shape, size) for c in ours]
+            assert [b / a for a, b in zip(sizes, sizes[1:], strict=False)] == [2, 2, 2]
+        dtypes = {one.dtype for one in found}
+        assert dtypes == {torch.float32 if device == CPU else torch.bfloat16}
+
+
+def test_operations_and_bytes_of_a_step():
+    n, h, v = SHAPE.n, SHAPE.h, SHAPE.v
+    assert GROUPS["tb-frozen"].floor(SHAPE, 2) == (3 * 2 * n * h * v, 2 * h * (3 * n + v))
+    assert GROUPS["tb-trained"].floor(SHAPE, 2) == (4 * 2 * n * h * v, 2 * h * (3 * n + 2 * v))
+    assert GROUPS["forward"].floor(SHAPE, 4) == (2 * n * h * v, 4 * h * (n + v))

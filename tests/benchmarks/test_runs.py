@@ -1,0 +1,96 @@
+"""`pytest benchmarks/` and the GPU script as a user starts them, in tiny sizes."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, results_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def benchmarks(*options: str) -> subprocess.CompletedProcess:
+    return run("pytest", "benchmarks", "--tiny", "-q", "-p", "no:cacheprovider", *options)
+
+
+def test_results_and_the_options_of_pytest_benchmark(tmp_path):
+    chosen = ("--groups", "forward,scaling", "--peers", "powerflow-fast,naive PyTorch,verl")
+    store = ("--benchmark-storage", f"file://{tmp_path}/store")
+    output = tmp_path / "own.json"
+    save = ("--benchmark-autosave", "--benchmark-json", str(output), "--results", str(tmp_path))
+    first = benchmarks(*chosen, *store, *save)
+    assert first.returncode == 0, first.stdout
+    (path,) = tmp_path.glob("head-*.json")
+    results = json.loads(path.read_text())
+    assert results["format"] == results_file.FORMAT
+    assert results["unavailable"] == {"forward: verl": "its Triton kernel needs a GPU"}
+    rows = results["rows"]
+    assert {(r["group"], r["peer"]) for r in rows} == {
+        (group, peer)
+        for group in ("forward", "scaling")
+        for peer in ("powerflow-fast", "naive PyTorch")
+    }
+    for row in rows:
+        ceiling = results["ceilings"][row["dtype"]]
+        products = row["floor_flops"] / ceiling["flops"]
+        floor = max(products, row["floor_bytes"] / ceiling["bandwidth"])
+        assert row["ratio_to_floor"] == pytest.approx(row["seconds"] / floor)
+        assert row["seconds_min"] <= row["seconds"] and row["rounds"] >= 1 and row["error"] < 1e-4
+    own = json.loads(output.read_text())["benchmarks"]
+    assert len(own) == len(rows) and own[0]["extra_info"]["ratio_to_floor"] > 0
+    assert "slope of powerflow-fast in tokens" in first.stdout
+
+    forward = ("--groups", "forward", "--peers", "powerflow-fast")
+    histogram = find_spec("pygal") is not None  # pytest-benchmark[histogram]
+    compare = ["--benchmark-compare"]
+    compare += ["--benchmark-histogram", str(tmp_path / "plot")] if histogram else []
+    second = benchmarks(*forward, *store, *compare)
+    assert second.returncode == 0, second.stdout
+    assert "Comparing against benchmarks from" in second.stdout + second.stderr
+    assert list(tmp_path.glob("plot*.svg")) or not histogram
+
+
+def test_unknown_names_are_refused():
+    for option, name in (("--groups", "forwards"), ("--peers", "powerflow")):
+        done = benchmarks(option, name, "--collect-only")
+        assert done.returncode == 4
+        assert f"{option}: expected some of " in done.stderr and f"got {name}" in done.stderr
+
+
+def test_what_the_budget_drops_is_named(tmp_path):
+    done = benchmarks("--groups", "forward", "--peers", "powerflow-fast", "--budget", "0")
+    assert "dropped: 1 after 0 s" in done.stdout
+    assert "test_head[forward-tiny-random-float32-powerflow-fast]" in done.stdout
+
+
+def test_gpu_script_walks_through_without_a_gpu():
+    done = run("benchmarks.gpu", "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Tests pass, benchmarks pass" in done.stdout
+    for path in gpu.DRY_TESTS:
+        assert f"{path}: " in done.stdout
+    for group in ("tb-frozen", "certified", "training-step"):
+        assert f"{group} " in done.stdout
+
+
+def test_gpu_script_without_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "no GPU that torch can use" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "missing_packages", lambda: ["pytest-benchmark"])
+    assert gpu.main() == 2
+    assert "not installed: pytest-benchmark; pip install" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu", "--minutes", "0.5"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--minutes: expected more than 1, got 0.5" in capsys.readouterr().err
