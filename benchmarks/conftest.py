@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import budget, results_file
+from benchmarks import results_file
 from benchmarks.method import Ceilings, Clock, ceilings
 from benchmarks.peers import PEERS
 
+pytest_plugins = ["benchmarks.budget"]
 # In order of importance; a file without a group of its own is the group its name says.
 ORDER = ("tb-frozen", "certified", "forward", "training-step", "scaling", "tb-trained", "pair")
 
@@ -27,15 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="folder to write the results file to")
     parser.addoption("--tiny", action="store_true", help="tiny sizes: walk the code, time nothing")
     parser.addoption("--case-seconds", type=float, help="seconds of rounds per case")
-    if not any(option.dest == "budget" for option in parser._anonymous.options):
-        budget.pytest_addoption(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for option, known in (("groups", ORDER), ("peers", PEERS)):
         _chosen(config, option, known)
-    if not config.pluginmanager.has_plugin("budget"):
-        budget.pytest_configure(config)
     config.stash[SESSION] = Session(config)
 
 
@@ -56,21 +53,23 @@ def group_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Chosen groups and peers, most important first, timed by the device's own clock."""
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
     groups, peers = _chosen(config, "groups", ORDER), _chosen(config, "peers", PEERS)
-    kept = []
-    for item in ours:
-        peer = getattr(item, "callspec", None) and item.callspec.params.get("peer")
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        peer = case.peer if case is not None else peer
-        if group_of(item) in groups and (peer is None or peer in peers):
-            kept.append(item)
-        if torch.cuda.is_available():
-            item.add_marker(pytest.mark.benchmark(timer=Clock(torch.device("cuda"))))
+    kept = [item for item in ours if group_of(item) in groups and peer_of(item) in {None, *peers}]
     kept.sort(key=lambda item: ORDER.index(group_of(item)))
-    others = [item for item in items if item not in set(ours)]
-    config.hook.pytest_deselected(items=[item for item in ours if item not in set(kept)])
-    items[:] = [*kept, *others]
+    timer = Clock(config.stash[SESSION].device).now
+    for item in kept:  # pytest-benchmark reads one marker alone
+        options = {"group": group_of(item), "timer": timer}
+        item.add_marker(pytest.mark.benchmark(**options), append=False)
+    left = set(ours) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in ours if item in left])
+    items[:] = [*kept, *(item for item in items if item not in set(ours))]
+
+
+def peer_of(item: pytest.Item) -> str | None:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters["case"].peer if "case" in parameters else parameters.get("peer")
 
 
 class Session:

@@ -21,7 +21,7 @@ class Clock:
         self.total = 0.0
         self.last: torch.cuda.Event | None = None
 
-    def __call__(self) -> float:
+    def now(self) -> float:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -33,9 +33,9 @@ class Clock:
         return self.total
 
     def seconds(self, function: Callable[[], object]) -> float:
-        start = self()
+        start = self.now()
         function()
-        return self() - start
+        return self.now() - start
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,12 @@ def _label(row: Row) -> str:
 
 
 def _time(row: Row) -> str:
-    """Median with its spread; how many runs where they are too few for one."""
-    median, spread = row["seconds"], row["seconds_iqr"]
-    if row["rounds"] == 1:
-        return f"{_seconds(median)} (one run)"
-    if spread is None:
-        return _seconds(median)
-    return f"{_seconds(median)} (IQR {100 * spread / median:.0f} %)"
+    """Median, how many runs it is from, and their spread where there are enough."""
+    median, spread, runs = row["seconds"], row["seconds_iqr"], row["rounds"]
+    said = "one run" if runs == 1 else f"{runs} runs"
+    if spread is not None:
+        said += f", IQR {100 * spread / median:.0f} %"
+    return f"{_seconds(median)} ({said})"
 
 
 def _seconds(value: float) -> str:

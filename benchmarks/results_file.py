@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +67,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + where the tree differs from it."""
+    """The checkout's commit, with a + where the tree differs from it; unknown in a plain copy."""
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(FOLDER.parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     dirty = subprocess.run(
@@ -100,7 +103,9 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         names = ("shape_name", "model", "source", "dtype", "peer", "setting")
         where = " ".join(str(row[name]) for name in names if row.get(name))
         figures = [f"{row['seconds']:.4g} s ({row['rounds']} runs)"]
-        figures += [text.format(row[name]) for name, text in FIGURES.items() if name in row]
+        figures += [
+            text.format(row[name]) for name, text in FIGURES.items() if row.get(name) is not None
+        ]
         lines.append(f"{row['group']} {where}: {', '.join(figures)}")
     for (peer, axis), value in slopes(rows).items():
         lines.append(f"slope of {peer} in {axis}: seconds grow with the power {value:.2f}")

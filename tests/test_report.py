@@ -1,15 +1,17 @@
-"""The README's figures are those of the results files."""
+"""The README's figures and the plots are those of the results files."""
 
 import json
 
 import pytest
 
-from benchmarks import report, results_file
+from benchmarks import plots, report, results_file
 
 
-def test_readme_is_what_the_results_say():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.render(text) == text, "run `make report`"
+def test_readme_and_plots_are_what_the_results_say():
+    wanted = report.files()
+    for path, text in wanted.items():
+        assert path.exists() and path.read_text(encoding="utf-8") == text, "run `make report`"
+    assert set(results_file.FOLDER.glob("*.svg")) <= set(wanted), "run `make report`"
 
 
 def test_results_of_another_format_are_refused(tmp_path, monkeypatch):
@@ -21,3 +23,56 @@ def test_results_of_another_format_are_refused(tmp_path, monkeypatch):
         results_file.load("head")
     with pytest.raises(ValueError, match="README.md: expected a block <!-- head -->"):
         report.render("no block here")
+
+
+def head_results() -> dict:
+    """A results file with every kind of row."""
+    common = {"peer": "powerflow-fast", "setting": "", "dtype": "float32", "source": "random"}
+    common |= {"seconds": 2.0, "seconds_min": 1.5, "seconds_iqr": 0.1, "rounds": 5, "axis": None}
+    head = {"ratio_to_floor": 1.6, "floor_seconds": 1.25, "extra_bytes": 10**7, "error": 3e-7}
+    head |= {"floor_flops": 10**12, "floor_bytes": 10**9, "shape_name": "small"}
+    shape = {"n": 64, "h": 8, "v": 32, "length": 8}
+    naive = {"peer": "naive PyTorch", "seconds": 1.0, "rounds": 1, "seconds_iqr": None}
+    rows = [
+        {**common, **head, "group": group, "shape": shape, **peer}
+        for group in ("tb-frozen", "forward")
+        for peer in ({}, naive)
+    ]
+    for factor in (1, 2):
+        size = {"shape": shape | {"n": 64 * factor}, "shape_name": f"tokens_x{factor}"}
+        scaled = {"group": "scaling", "axis": "tokens", "seconds": 2.0 * factor}
+        rows.append(common | head | size | scaled)
+    step = {"model": "1B shape", "tokens": 256, "tokens_per_second": 128.0, "peak_bytes": 10**9}
+    rows.append({**common, **step, "group": "training-step"})
+    cut = {"grad_tolerance": 1e-3, "entropy": 0.5, "exact_seconds": 4.0, "columns_kept": 0.02}
+    rows.append({**common, **cut, "group": "certified", "skipped_mass": 9e-4})
+    ceilings = {"float32": {"flops": 1e12, "bandwidth": 1e10}}
+    unavailable = {"tb-frozen: verl": "its Triton kernel needs a GPU"}
+    return {"rows": rows, "ceilings": ceilings, "unavailable": unavailable, "dropped": ["one"]}
+
+
+def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    results_file.write("head", head_results())
+    text = report.head_tables()
+    for line in (
+        "| float32, N=64, H=8, V=32 | one step | over the floor (1.25 s) | extra memory "
+        "| gradient error |",
+        "| naive PyTorch | 1.00 s (one run) | 1.60x | 10 MB | 3e-07 |",
+        "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 1.60x | 10 MB | 3e-07 |",
+        "| **powerflow-fast** | 2.00 s (1.60x) | 2.00 s (1.60x) |",
+        "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 128 | 1.00 GB |",
+        "| 0.50 nats (random) | 1e-03 | 0.50x | 2.0 % | 9e-04 |",
+        "the exponent: tokens 1.00.",
+        "Not measured here: verl (its Triton kernel needs a GPU).",
+        "Dropped for lack of time: 1 cases",
+    ):
+        assert line in text
+    (results,) = results_file.load("head")
+    assert [name.partition("-")[0] for name in plots.names(results)] == list(plots.TITLES)
+    for name in plots.names(results):
+        drawn = plots.draw(name, results)
+        assert drawn == plots.draw(name, results) and "</svg>" in drawn
+        assert f"(benchmarks/results/{name})" in text
+    results["rows"], results["ceilings"] = results["rows"][:2], {}
+    assert plots.names(results) == []  # no plot without data

@@ -10,7 +10,8 @@ from benchmarks.inputs import Shape, draw
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 24, 130, length=8)
 # Those that compile take their own tests' time; `pytest benchmarks/` checks them all.
-QUICK = [p for p in peers.PEERS if "compile" not in p and not p.startswith(("verl", "quack"))]
+ON_GPU = ("CCE", "CCE exact", "verl", "quack", "quack chunked")
+QUICK = [peer for peer in peers.PEERS if "compile" not in peer and peer not in ON_GPU]
 
 
 def case(peer: str, group: str = "tb-frozen", shape: Shape = SHAPE) -> Case:
@@ -40,7 +41,7 @@ def test_a_wrong_peer_is_not_timed(group):
 
 
 def test_peers_that_cannot_run_say_why(monkeypatch):
-    for name in ("CCE", "CCE exact", "verl", "quack", "quack chunked"):
+    for name in ON_GPU:
         with pytest.raises(peers.Unavailable, match="need.? a GPU"):
             peers.methods(name, CPU)
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
