@@ -19,7 +19,7 @@ from benchmarks.peers import PEERS
 
 pytest_plugins = ["benchmarks.budget"]
 # In order of importance; a file without a group of its own is the group its name says.
-ORDER = ("tb-frozen", "certified", "forward", "training-step", "scaling", "tb-trained", "pair")
+ORDER = ("tb-frozen", "certified", "forward", "pair", "training-step", "scaling", "tb-trained")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,7 +78,7 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         self.tiny = config.getoption("tiny")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        default = 0.01 if self.tiny else 2.0 if self.device.type == "cuda" else 4.0
+        default = 0.01 if self.tiny else 2.0 if self.device.type == "cuda" else 3.0
         self.case_seconds = config.getoption("case_seconds") or default
         self.rows: list[dict] = []
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason

@@ -2,9 +2,9 @@
 
 import torch
 
-from benchmarks import memory, method, results_file
+from benchmarks import memory, method, peers, results_file
 from benchmarks.cases import Case
-from benchmarks.inputs import Shape
+from benchmarks.inputs import Shape, draw
 
 
 def test_rounds_follow_the_budget():
@@ -46,6 +46,43 @@ def test_slopes():
     ]
     found = results_file.slopes([*rows, {"group": "training-step", "seconds": 1.0}])
     assert {axis: round(b, 6) for (_, axis), b in found.items()} == {"tokens": 1.0, "sequences": 0}
+
+
+class FakeEvent:
+    """An event of a device whose time runs by 0.25 s from one record to the next."""
+
+    seconds = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.seconds += 0.25
+        self.at = None
+
+    def synchronize(self):
+        self.at = FakeEvent.seconds
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_device_events_are_the_clock_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    clock = method.Clock(torch.device("cuda"))
+    assert [clock.now() for _ in range(3)] == [0.0, 0.25, 0.5]
+    assert clock.seconds(lambda: FakeEvent(enable_timing=True).record()) == 0.5
+
+
+def test_allocator_peak_on_a_gpu(monkeypatch):
+    case = Case("forward", "naive PyTorch", "", Shape(8, 4, 16, 4), "random", torch.float32)
+    inputs = draw("random", case.shape, case.dtype, memory.CPU)
+    fakes = {"synchronize": None, "reset_peak_memory_stats": None}
+    fakes |= {"memory_allocated": 1000, "max_memory_allocated": 1500}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    returned = 4 * case.shape.n  # the log-probs
+    assert memory.on_gpu(case, peers.Composed(peers.naive), inputs) == 500 - returned
 
 
 def _allocate(size: int) -> int:

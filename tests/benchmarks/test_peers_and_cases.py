@@ -58,6 +58,19 @@ def test_peers_that_cannot_run_say_why(monkeypatch):
             peers.methods(name, CPU)
 
 
+def test_a_failing_peer_is_in_the_results(monkeypatch):
+    session = test_heads.Session.__new__(test_heads.Session)
+    session.unavailable = {}
+
+    def fails(*arguments):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(test_heads, "measure", fails)
+    with pytest.raises(RuntimeError):
+        test_heads.test_head(None, session, None, CPU, case("verl"))
+    assert session.unavailable == {"tb-frozen: verl": "fails: no kernel image"}
+
+
 def test_too_little_memory_is_said(monkeypatch):
     session = test_heads.Session.__new__(test_heads.Session)
     session.unavailable = {}
