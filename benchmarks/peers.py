@@ -95,12 +95,18 @@ def compiled_chunks(device: torch.device) -> dict[str, Head]:
         parts = [checkpoint(function, x, weight, t, use_reentrant=False) for x, t in chunks]
         return torch.cat(parts)
 
-    sizes = (1024, 4096) if device.type == "cuda" else (128,)
-    return {f"{rows} rows": partial(head, rows) for rows in sizes}
+    return {f"{rows} rows": partial(head, rows) for rows in _chunk_rows(device)}
+
+
+def _chunk_rows(device: torch.device) -> tuple[int, ...]:
+    return (1024, 4096) if device.type == "cuda" else (128,)
 
 
 def linear_cross_entropy(device: torch.device) -> dict[str, Head]:
-    """PyTorch's own, whole or in chunks."""
+    """PyTorch's own, whole or in chunks of rows.
+
+    Its default chunk for such heads is a few rows, which reads the weight once for each: slower.
+    """
     function = getattr(functional, "linear_cross_entropy", None)
     if function is None:
         raise Unavailable(f"needs torch >= 2.13, this is {torch.__version__}")
@@ -108,8 +114,11 @@ def linear_cross_entropy(device: torch.device) -> dict[str, Head]:
     def head(options, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return -function(hidden, weight, targets, reduction="none", options=options)
 
-    chunked = torch.nn.LinearCrossEntropyOptions()
-    return {"no chunks": partial(head, None), "chunks": partial(head, chunked)}
+    settings = {"no chunks": partial(head, None)}
+    for rows in _chunk_rows(device):
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        settings[f"{rows} rows"] = partial(head, chunks)
+    return settings
 
 
 def trl(device: torch.device) -> dict[str, Head]:
