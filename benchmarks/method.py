@@ -45,6 +45,9 @@ class Ceilings:
     flops: float  # multiply-adds counted as two, per second, in a bare matrix product
     bandwidth: float  # bytes read and written per second in a copy
 
+    def best(self, other: Ceilings) -> Ceilings:
+        return Ceilings(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth))
+
     def seconds(self, flops: int, moved: int) -> tuple[float, str]:
         """Seconds for operations and bytes at the ceilings, and which of the two sets them."""
         return max((flops / self.flops, "products"), (moved / self.bandwidth, "bytes"))

@@ -31,6 +31,8 @@ def test_floor_is_the_slower_of_operations_and_bytes():
     ceilings = method.Ceilings(flops=100.0, bandwidth=10.0)
     assert ceilings.seconds(200, 10) == (2.0, "products")
     assert ceilings.seconds(200, 30) == (3.0, "bytes")
+    later = method.Ceilings(flops=50.0, bandwidth=20.0)
+    assert later.best(ceilings) == method.Ceilings(flops=100.0, bandwidth=20.0)
 
 
 def test_ceilings_are_measured():
