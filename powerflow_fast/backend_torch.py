@@ -55,7 +55,8 @@ def forward(
         elif want_direction:
             total = policy.others + policy.target_share
             direction = policy.finish_direction(policy.expected, total)
-            certificate = exact_certificate(len(policy.hidden), total)
+            if options.grad_tolerance > 0:
+                certificate = exact_certificate(len(policy.hidden), BLOCK, total)
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None or rows is None:
