@@ -87,7 +87,7 @@ def backward(
     needs: Sequence[bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits, of the kept columns if given; summed in float32."""
+    """Gradients by recomputing the logits, of the kept columns if given; hidden's in float32."""
     rows = _counted_rows(targets, options)
     if rows is not None:
         grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
@@ -120,7 +120,7 @@ def backward(
     if grad_hidden is not None and rows is not None:
         grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
     return (
-        None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+        grad_hidden,
         grads.weight,
         None if grads.bias is None else grads.bias.to(bias.dtype),
     )

@@ -115,7 +115,7 @@ def backward(
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # of the certified route; all columns are taken
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits; sums are float32 and cast once."""
+    """Gradients by recomputing the logits; hidden's in float32."""
     from powerflow_fast.kernels.config import DLOGITS_BYTES, config_for
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
 
@@ -333,7 +333,6 @@ class _GradientSums:
         need_hidden, need_weight, need_bias = needs
         self.unscale = 1.0 / out_scale
         self.weight = weight
-        self.dtype = hidden.dtype
         # 0 * inf is NaN: inactive rows must be 0 in the product over the tokens.
         self.hidden = hidden.where(active[:, None], 0) if need_weight else None
         self.grad_hidden = (
@@ -355,7 +354,7 @@ class _GradientSums:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_hidden = self.grad_hidden
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(self.unscale).to(self.dtype)
+            grad_hidden = grad_hidden.mul_(self.unscale)
         return grad_hidden, self.grad_weight, self.grad_bias
 
 

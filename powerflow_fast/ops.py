@@ -169,7 +169,7 @@ def head_backward(
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @head_backward.register_fake
