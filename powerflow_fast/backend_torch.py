@@ -9,6 +9,7 @@ log-probs cost three products.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -222,15 +223,26 @@ def _take(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return values if values is None or rows is None else values[rows]
 
 
-@contextmanager
-def _bf16_matmul_precision() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+class _Bf16MatmulPrecision:
+    """Scope of oneDNN's bf16 products; the setting is global, so concurrent scopes are counted."""
+
+    lock, depth, before = threading.Lock(), 0, ""
+
+    @classmethod
+    @contextmanager
+    def scope(cls) -> Iterator[None]:
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
+        with cls.lock:
+            if cls.depth == 0:
+                cls.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            cls.depth += 1
+        try:
+            yield
+        finally:
+            with cls.lock:
+                cls.depth -= 1
+                if cls.depth == 0:
+                    matmul.fp32_precision = cls.before
 
 
 def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
@@ -240,5 +252,5 @@ def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
     """
     bf16_copies = hidden.dtype == torch.bfloat16 and product_dtype == torch.float32
     if hidden.device.type == "cpu" and bf16_copies and torch.cpu._is_avx512_bf16_supported():
-        return _bf16_matmul_precision()
+        return _Bf16MatmulPrecision.scope()
     return nullcontext()

@@ -20,6 +20,7 @@ from powerflow_fast import (
 from powerflow_fast.options import HeadOptions
 
 WORLD = 2
+SIZES = ((11, 12), (4, 19), None)  # None: a DTensor
 
 
 def make_inputs():
@@ -51,8 +52,15 @@ def spawn(worker, *arguments):
     return dict(results)
 
 
-def slices_worker(rank, port, results, sizes):
+def slices_worker(rank, port, results):
     start(rank, port)
+    for sizes in SIZES:
+        outputs, error = run_slices(rank, sizes)
+        results[rank, sizes], results[f"error {rank}", sizes] = outputs, error
+    finish()
+
+
+def run_slices(rank, sizes):
     hidden, ref_hidden, weight, bias, targets = make_inputs()
     hidden.requires_grad_()
     if sizes is None:
@@ -79,17 +87,20 @@ def slices_worker(rank, port, results, sizes):
     (logps.sin().sum() + entropy.square().sum()).backward()
     own_grads = [x.to_local() if sizes is None else x for x in (weight.grad, bias.grad)]
     outputs = (logps, ref_logps, entropy, hidden.grad, *own_grads)
-    results[rank] = [x.detach().numpy() for x in outputs]
-    try:
+    with pytest.raises(ValueError) as error:
         linear_logprobs(hidden, weight, targets + 23, process_group=group)
-    except ValueError as error:
-        results[f"error {rank}"] = str(error)
-    finish()
+    return [x.detach().numpy() for x in outputs], str(error.value)
 
 
-@pytest.mark.parametrize("sizes", [(11, 12), (4, 19), None], ids=["even", "uneven", "DTensor"])
-def test_two_slices_equal_one_head(sizes):
-    results = spawn(slices_worker, sizes)
+@pytest.fixture(scope="module")
+def slices():
+    """Results of all ways to slice, from one start of the processes."""
+    return spawn(slices_worker)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["even", "uneven", "DTensor"])
+def test_two_slices_equal_one_head(slices, sizes):
+    results = {name: value for (name, of), value in slices.items() if of == sizes}
     sizes = sizes or (12, 11)  # as DTensor cuts 23 rows
     hidden, ref_hidden, weight, bias, targets = make_inputs()
     leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
