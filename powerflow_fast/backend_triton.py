@@ -37,10 +37,11 @@ def forward(
     ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden [N, H], weight [V, H], bias [V]
     options: HeadOptions,
     want_direction: bool,
+    config: Config | None = None,  # tile shapes, to try them; None chooses
 ) -> HeadForward:
     """Log-probs of the targets under both models; the direction d logps / d hidden if wanted."""
     from powerflow_fast.certified_triton import RowTotals, sparse_direction, start_search
-    from powerflow_fast.kernels.config import config_for
+    from powerflow_fast.tuning import tile_config
 
     _check_inputs(hidden, weight)
     policy = _operands(hidden, weight, bias)
@@ -57,7 +58,7 @@ def forward(
     logps = hidden.new_empty((models, num_n), dtype=torch.float32)
     lse = torch.empty_like(logps)
     entropy = torch.empty_like(logps) if options.entropy else None
-    config = config_for(hidden.device, hidden.dtype)
+    config = config or tile_config(policy, targets, options)
     targets = targets.contiguous()
     search = direction = certificate = None
     if want_direction and options.grad_tolerance > 0 and num_n:
@@ -114,13 +115,15 @@ def backward(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # of the certified route; all columns are taken
+    config: Config | None = None,  # as in `forward`
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by recomputing the logits; hidden's in float32."""
-    from powerflow_fast.kernels.config import DLOGITS_BYTES, config_for
+    from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+    from powerflow_fast.tuning import tile_config
 
     _check_inputs(hidden, weight)
-    config = config_for(hidden.device, hidden.dtype)
+    config = config or tile_config(_operands(hidden, weight, bias), targets, options)
     num_n, num_h = hidden.shape
     num_v = weight.shape[0]
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
