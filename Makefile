@@ -43,8 +43,9 @@ bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python a
 report: $(STAMP)  ## the README's tables and the plots from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
 
-kernels: $(STAMP)  ## compile every kernel for every chip and print its machine-code facts
+kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code facts and floors
 	$(BIN)/python -m powerflow_fast.kernel_facts
+	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

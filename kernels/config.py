@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-# Bytes one row chunk of softmax numerators (exact route), of per-tile statistics (forward), and of
-# d loss / d logits (backward) may take. Half a GiB leaves 1,700 rows at V = 152k: enough row blocks
-# to fill a large chip in the product over the vocabulary.
-SOFT_BYTES = 512 << 20
-STATISTICS_BYTES = 128 << 20
+# Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
+# route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
+# GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
+# over the vocabulary.
+SOFT_BYTES = 256 << 20
+KEPT_BYTES = 64 << 20
+STATISTICS_BYTES = 64 << 20
 DLOGITS_BYTES = 256 << 20
 
 
@@ -34,6 +36,9 @@ class Tile:
     num_stages: int
     parts: int = 1
 
+    def __post_init__(self) -> None:
+        assert self.parts in (1, 2, 4) and self.columns % self.parts == 0
+
     @property
     def part(self) -> int:
         return self.columns // self.parts
@@ -49,6 +54,11 @@ class Config:
     direction: Tile  # softmax numerators @ weight
     dlogits: Tile  # hidden @ weight.T and the gradient of the logits
     tma: bool  # the chip copies tiles with its bulk copy engine
+
+    def __post_init__(self) -> None:
+        # One step of the direction's product lies within one part of the statistics.
+        assert self.statistics.part % self.direction.depth == 0
+        assert self.statistics.rows == self.direction.rows  # the blocks of the certified route
 
 
 TABLE = {
@@ -91,6 +101,17 @@ TABLE = {
         tma=True,
     ),
 }
+
+
+# What tuning tries for each product besides the table's tile. All have the table's rows, which are
+# also the blocks of the certified route.
+CANDIDATES = (
+    Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
+    Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
+    Tile(128, 128, 64, num_warps=8, num_stages=4, parts=2),
+    Tile(128, 128, 64, num_warps=4, num_stages=4, parts=2),
+    Tile(128, 128, 32, num_warps=4, num_stages=5, parts=2),
+)
 
 
 def is_interpreted() -> bool:

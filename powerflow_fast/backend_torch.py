@@ -9,6 +9,7 @@ log-probs cost three products.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -55,7 +56,8 @@ def forward(
         elif want_direction:
             total = policy.others + policy.target_share
             direction = policy.finish_direction(policy.expected, total)
-            certificate = exact_certificate(len(policy.hidden), total)
+            if options.grad_tolerance > 0:
+                certificate = exact_certificate(len(policy.hidden), BLOCK, total)
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None or rows is None:
@@ -86,7 +88,7 @@ def backward(
     needs: Sequence[bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits, of the kept columns if given; summed in float32."""
+    """Gradients by recomputing the logits, of the kept columns if given; hidden's in float32."""
     rows = _counted_rows(targets, options)
     if rows is not None:
         grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
@@ -119,7 +121,7 @@ def backward(
     if grad_hidden is not None and rows is not None:
         grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
     return (
-        None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+        grad_hidden,
         grads.weight,
         None if grads.bias is None else grads.bias.to(bias.dtype),
     )
@@ -221,15 +223,26 @@ def _take(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return values if values is None or rows is None else values[rows]
 
 
-@contextmanager
-def _bf16_matmul_precision() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+class _Bf16MatmulPrecision:
+    """Scope of oneDNN's bf16 products; the setting is global, so concurrent scopes are counted."""
+
+    lock, depth, before = threading.Lock(), 0, ""
+
+    @classmethod
+    @contextmanager
+    def scope(cls) -> Iterator[None]:
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
+        with cls.lock:
+            if cls.depth == 0:
+                cls.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            cls.depth += 1
+        try:
+            yield
+        finally:
+            with cls.lock:
+                cls.depth -= 1
+                if cls.depth == 0:
+                    matmul.fp32_precision = cls.before
 
 
 def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
@@ -239,5 +252,5 @@ def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
     """
     bf16_copies = hidden.dtype == torch.bfloat16 and product_dtype == torch.float32
     if hidden.device.type == "cpu" and bf16_copies and torch.cpu._is_avx512_bf16_supported():
-        return _bf16_matmul_precision()
+        return _Bf16MatmulPrecision.scope()
     return nullcontext()

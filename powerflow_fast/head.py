@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from powerflow_fast import validation
 from powerflow_fast.ops import head_forward
 from powerflow_fast.options import HeadOptions
-from powerflow_fast.vocab_parallel import resolve_group
+from powerflow_fast.vocab_parallel import plain_tensor, slice_sizes
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -69,8 +69,9 @@ def linear_logprobs(
         grad_tolerance: largest probability mass per row that the gradient may leave out
             (arrangement and check: certified.py). 0 is exact. A differentiable entropy and a
             `process_group` are always exact, which meets any tolerance.
-        process_group: the vocabulary is split over these ranks in equal slices, rank by rank;
-            `weight` and `bias` are this rank's slices, `hidden` and `targets` the same everywhere.
+        process_group: the vocabulary is split over these ranks, rank by rank; `weight` and `bias`
+            are this rank's slices (of any size), `hidden` and `targets` the same everywhere. A
+            DTensor gives its own slice; without `process_group` it is gathered, once per call.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
         validate: check target values on a GPU too, which synchronises. (On a CPU it is always
             done.) Unchecked, a target outside [0, V) yields NaN for its row.
@@ -159,9 +160,14 @@ def head_outputs(
         **transform,
     )
     detach_entropy = return_entropy == "detached"
+    weight, bias = (
+        plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
+    )
     validation.check_head(hidden, weight, bias, targets, "")
     if ref is not None:
         ref_hidden, ref_weight, ref_bias = ref
+        ref_weight = plain_tensor("ref_weight", ref_weight, process_group)
+        ref_bias = plain_tensor("ref_bias", ref_bias, process_group)
         if ref_weight is None and ref_bias is None:
             ref_bias = bias
         ref = (ref_hidden, ref_weight, ref_bias)
@@ -173,8 +179,10 @@ def head_outputs(
                 f"got {ref_weight.shape[0]}"
             )
     if validation.wants_values(targets, validate):
-        slices = 1 if options.group_name is None else resolve_group(options.group_name).size()
-        validation.check_targets(targets, weight.shape[0] * slices, options.ignore_index)
+        vocab = weight.shape[0]
+        if process_group is not None:
+            vocab = int(slice_sizes(weight, process_group).sum())
+        validation.check_targets(targets, vocab, options.ignore_index)
 
     dtype = _product_dtype(hidden, weight)
     flat = _flat((hidden, weight, bias), dtype)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast import vocab_parallel
-from powerflow_fast.certified import num_blocks
+from powerflow_fast.certified import exact_certificate, num_blocks
 from powerflow_fast.options import HeadOptions
 
 
@@ -107,7 +107,7 @@ def head_forward(
         empty.clone() if out.entropy is None else out.entropy.where(counted, 0.0),
         out.lse,
         empty.clone() if out.direction is None else out.direction,
-        out.logps.new_tensor([1, 0, 0]) if out.certificate is None else out.certificate,
+        exact_certificate(0, 1, out.logps) if out.certificate is None else out.certificate,
         kept,
     )
 
@@ -169,7 +169,7 @@ def head_backward(
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @head_backward.register_fake

@@ -1,0 +1,91 @@
+"""Tuning tries every candidate, keeps the fastest, and remembers it."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from powerflow_fast import tuning
+from powerflow_fast.kernels import config as table
+from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.options import HeadOptions
+
+OTHERS = (
+    table.Tile(16, 32, 16, num_warps=4, num_stages=1, parts=2),
+    table.Tile(16, 64, 16, num_warps=4, num_stages=1, parts=4),
+)
+PLAIN = HeadOptions()
+
+
+@pytest.fixture
+def operands(device, monkeypatch):
+    monkeypatch.setattr(table, "CANDIDATES", OTHERS)
+    policy = Operands(
+        torch.randn(20, 32, device=device).half(), torch.randn(70, 32, device=device).half(), None
+    )
+    return policy, torch.randint(70, (20,), device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tiles of the interpreter")
+def test_the_fastest_tile_of_each_product_is_kept(operands):
+    ticks = iter([3.0, 2.0, 1.0, 1.0, 5.0, 5.0, 4.0, float("nan"), 0.5])
+    tried = []
+
+    def seconds(call):
+        tried.append(call())
+        return next(ticks)
+
+    before = [x.clone() for x in operands[0][:2]]
+    base = table.TABLE["interpreter"]
+    best = tuning.tune(*operands, PLAIN, base, seconds)
+    assert len(tried) == 9  # the table's and two others, three times
+    assert best == replace(base, statistics=OTHERS[1], dlogits=OTHERS[1])
+    assert all(torch.equal(a, b) for a, b in zip(before, operands[0][:2], strict=True))
+    for out in tried[:6]:  # other tiles, same log-probs
+        torch.testing.assert_close(out.logps, tried[0].logps, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tile_that_does_not_fit_is_passed_by():
+    from triton.runtime.errors import OutOfResources
+
+    def too_large(config):
+        raise OutOfResources(1 << 20, 1 << 16, "shared memory")
+
+    assert tuning._time(too_large, None, lambda call: call()) == float("inf")
+
+
+def test_off_by_default_and_remembered_when_on(operands, monkeypatch, tmp_path):
+    policy, targets = operands
+    plain = table.config_for(policy.hidden.device, policy.hidden.dtype)
+    monkeypatch.delenv("POWERFLOW_TUNE", raising=False)
+    monkeypatch.setenv("POWERFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_known", {})
+    assert tuning.tile_config(policy, targets, PLAIN) is plain
+    monkeypatch.setenv("POWERFLOW_TUNE", "1")
+    tuned = replace(plain, tma=not plain.tma)
+    calls = []
+    monkeypatch.setattr(tuning, "tune", lambda *args: calls.append(args) or tuned)
+    assert tuning.tile_config(policy, targets, PLAIN) == tuned
+    monkeypatch.setattr(tuning, "_known", {})  # as in another process
+    shorter = policy._replace(hidden=policy.hidden[:17])  # of the same power of two
+    assert tuning.tile_config(shorter, targets[:17], PLAIN) == tuned and len(calls) == 1
+    assert os.listdir(tmp_path / "cache") == ["tiles.json"]
+    longer = policy._replace(hidden=policy.hidden.repeat(2, 1))
+    tuning.tile_config(longer, targets.repeat(2), PLAIN)
+    assert len(calls) == 2 and len(json.loads(tuning.cache_file().read_text())) == 2
+
+
+def test_an_unreadable_cache_is_tuned_anew(tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text("{")
+    assert tuning._read(path) == {}
+
+
+def test_tiles_that_do_not_belong_together_are_refused():
+    base = table.TABLE["sm_90"]
+    with pytest.raises(AssertionError):
+        replace(base, direction=replace(base.direction, depth=128))
+    with pytest.raises(AssertionError):
+        replace(base, statistics=replace(base.statistics, rows=64))
