@@ -1,11 +1,12 @@
 """On a GPU: the kernels' tests without the interpreter, then the benchmarks, under 10 minutes.
 
-    python -m benchmarks.gpu [--results FOLDER] [--minutes 9.5] [--dry-run]
+    python -m benchmarks.gpu [--results FOLDER] [--minutes 9.5] [--tune] [--dry-run]
 
 Runs from a plain copy of this repository with torch, triton, transformers, pytest and
 pytest-benchmark installed; peers are measured where they are. With too little time the least
-important cases are dropped, and the end says which. `--dry-run` walks through everything in tiny
-sizes, on a CPU too, where the kernels run in Triton's interpreter; it measures nothing.
+important cases are dropped, and the end says which. `--tune` has the kernels choose their tiles by
+timing them (powerflow_fast/tuning.py), which takes from the same minutes. `--dry-run` walks through
+everything in tiny sizes, on a CPU too, where the kernels run in the interpreter; it times nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # them: the facts of machine code, which are those of other chips too and take no device.
 TESTS = (
     *sorted({*ROOT.glob("tests/kernels/test_*.py")} - {*ROOT.glob("tests/kernels/*machine*.py")}),
+    ROOT / "tests" / "test_cuda.py",
     ROOT / "tests" / "test_backends_agree.py",
 )
 DRY_TESTS = TESTS[-2:]
@@ -58,6 +60,7 @@ def arguments() -> argparse.Namespace:
     default = os.environ.get("POWERFLOW_RESULTS", ROOT / "benchmarks" / "results")
     parser.add_argument("--results", type=Path, default=default, help="folder for the results file")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--tune", action="store_true", help="choose tile shapes by timing them")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no results file")
     args = parser.parse_args()
     if args.minutes <= 1:
@@ -117,7 +120,8 @@ def run_benchmarks(args: argparse.Namespace, seconds: float) -> int:
         options += ["--groups", "tb-frozen,certified,training-step,tb-trained"]
     else:
         options += ["--results", str(Path(args.results).resolve())]
-    return subprocess.run(pytest_command(*options), cwd=ROOT).returncode
+    environment = os.environ | ({"POWERFLOW_TUNE": "1"} if args.tune else {})
+    return subprocess.run(pytest_command(*options), cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

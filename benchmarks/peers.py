@@ -7,6 +7,7 @@ run it, and `tb_loss` is the loss. A peer with several settings gets the one tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -261,5 +262,6 @@ PEERS: dict[str, Peer] = {
 def methods(name: str, device: torch.device) -> dict[str, Composed]:
     """Ways to run a peer, by setting; raises Unavailable with the reason."""
     if name == "powerflow-fast":
-        return {"": PowerflowFast()}
+        tuned = device.type == "cuda" and os.environ.get("POWERFLOW_TUNE") == "1"
+        return {"tuned tiles" if tuned else "": PowerflowFast()}
     return {setting: Composed(head) for setting, head in PEERS[name].heads(device).items()}
