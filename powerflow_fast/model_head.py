@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -20,13 +21,15 @@ MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 # Of these the plain formula is known to be wrong: a layer before the head, or sliced logits.
 REFUSED_CONFIG = ("logits_mup_width_multiplier", "unpadded_vocab_size")
 REFUSED_MODELS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert-decoder")
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANTISERS = ("torchao", "bitsandbytes", "hqq", "quanto")  # tensors that only claim such a dtype
 
 
 class ModelHead(NamedTuple):
     """The language-model head; `transform` holds keywords of `linear_logprobs`."""
 
-    weight: Parameter  # [V, H]
-    bias: Parameter | None  # [V]
+    weight: Tensor  # [V, H], a parameter
+    bias: Tensor | None  # [V]
     transform: dict[str, Any]  # logit_scale, softcap
 
 
@@ -39,20 +42,29 @@ def read_head(model: PreTrainedModel) -> ModelHead:
         ValueError: where the head is missing, adapted, quantised, or of an unknown form.
     """
     layer = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise ValueError(f"{type(model).__name__} has no output layer to read log-probs from")
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"{type(model).__name__}: expected a linear output layer with weight [V, H], got "
+            f"{type(layer).__name__}; a quantised head must be excluded from quantisation "
+            "(llm_int8_skip_modules=['lm_head'])"
+        )
     if hasattr(layer, "base_layer"):  # PEFT's BaseTunerLayer
         raise ValueError(
             "the head (lm_head) carries an adapter, which reading its weight would ignore: remove "
             "it from target_modules, or train the whole head with modules_to_save"
         )
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if not weight.is_floating_point():
+    if weight.dtype not in PLAIN_DTYPES or type(weight).__module__.startswith(QUANTISERS):
         raise ValueError(
-            f"the head's weight is {weight.dtype}: exclude the head from quantisation "
-            "(llm_int8_skip_modules=['lm_head'])"
+            f"the head's weight is a {type(weight).__name__} of {weight.dtype}: exclude the head "
+            "from quantisation (llm_int8_skip_modules=['lm_head'])"
         )
-    return ModelHead(weight, bias, logit_transform(model.config))
+    if weight.is_meta and hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            "the head (lm_head) is offloaded by device_map: give it a device, "
+            "device_map={..., 'lm_head': 0}, or more memory"
+        )
+    return ModelHead(weight, getattr(layer, "bias", None), logit_transform(model.config))
 
 
 def logit_transform(config) -> dict[str, Any]:
@@ -79,12 +91,15 @@ def logit_transform(config) -> dict[str, Any]:
 def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
     """Compare the head as read with the model's own logits on `tokens` tokens, in two passes.
 
+    Where parameters are sharded (ZeRO-3) or on the meta device the head is only read.
+
     Raises:
         ValueError: where they differ by more than the rounding of the model's dtype.
     """
-    import torch
-
-    head, training = read_head(model), model.training
+    head = read_head(model)
+    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        return
+    training = {module: module.training for module in model.modules()}
     ids = torch.arange(1, tokens + 1, device=model.device)[None] % head.weight.shape[0]
     model.eval()
     try:
@@ -92,14 +107,16 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
             logits = model(input_ids=ids, use_cache=False).logits.float()
             hidden = last_hidden_state(model, ids, torch.ones_like(ids))
     finally:
-        model.train(training)
-    device = head.weight.device
-    ours = hidden.to(device).float() @ head.weight.float().T
-    ours = head.transform["logit_scale"] * (ours if head.bias is None else ours + head.bias.float())
+        for module, mode in training.items():
+            module.training = mode
+    hidden = hidden.to(head.weight.device, head.weight.dtype)
+    ours = nn.functional.linear(hidden, head.weight.detach(), head.bias).float()
+    ours *= head.transform["logit_scale"]
     if cap := head.transform["softcap"]:
         ours = cap * torch.tanh(ours / cap)
     eps = torch.finfo(head.weight.dtype).eps
-    error = (ours - logits.to(device)).abs().max() if ours.shape == logits.shape else math.inf
+    logits = logits.to(ours.device)
+    error = (ours - logits).abs().max() if ours.shape == logits.shape else math.inf
     if not error <= 32 * eps * max(1.0, float(logits.abs().max())):
         raise ValueError(
             f"{type(model).__name__}: its logits {tuple(logits.shape)} are not the softcap(scale "
@@ -110,7 +127,7 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
 
 def base_model(policy):
     """The transformers model inside a PeftModel, or the model itself."""
-    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 def disable_dropout(model) -> None:
@@ -125,7 +142,21 @@ def disable_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that ends in the hidden states which its head reads.
+
+    Raises:
+        ValueError: where the model has no such part.
+    """
+    inner = model.base_model  # the model itself where it names no base
+    if inner is model:
+        inner = model.get_decoder()
+    if inner is None or inner is model:
+        raise ValueError(f"{type(model).__name__} has no decoder apart from its head")
+    return inner
+
+
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, L, H] final hidden states of the backbone; the head is not run."""
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    out = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return out.last_hidden_state
