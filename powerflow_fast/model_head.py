@@ -20,7 +20,11 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 # Of these the plain formula is known to be wrong: a layer before the head, or sliced logits.
 REFUSED_CONFIG = ("logits_mup_width_multiplier", "unpadded_vocab_size")
-REFUSED_MODELS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert-decoder")
+REFUSED_MODELS = (
+    "bert big_bird camembert data2vec-text electra ernie megatron-bert modernbert-decoder "
+    "prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl "
+    "xmod"
+).split()
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTISERS = ("torchao", "bitsandbytes", "hqq", "quanto")  # tensors that only claim such a dtype
 
@@ -28,8 +32,8 @@ QUANTISERS = ("torchao", "bitsandbytes", "hqq", "quanto")  # tensors that only c
 class ModelHead(NamedTuple):
     """The language-model head; `transform` holds keywords of `linear_logprobs`."""
 
-    weight: Tensor  # [V, H], a parameter
-    bias: Tensor | None  # [V]
+    weight: nn.Parameter  # [V, H]
+    bias: nn.Parameter | None  # [V]
     transform: dict[str, Any]  # logit_scale, softcap
 
 
@@ -64,7 +68,7 @@ def read_head(model: PreTrainedModel) -> ModelHead:
             "the head (lm_head) is offloaded by device_map: give it a device, "
             "device_map={..., 'lm_head': 0}, or more memory"
         )
-    return ModelHead(weight, getattr(layer, "bias", None), logit_transform(model.config))
+    return ModelHead(layer.weight, getattr(layer, "bias", None), logit_transform(model.config))
 
 
 def logit_transform(config) -> dict[str, Any]:
@@ -148,12 +152,11 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     Raises:
         ValueError: where the model has no such part.
     """
-    inner = model.base_model  # the model itself where it names no base
-    if inner is model:
-        inner = model.get_decoder()
-    if inner is None or inner is model:
-        raise ValueError(f"{type(model).__name__} has no decoder apart from its head")
-    return inner
+    # Llama 4 and Mllama name a base that they do not have, and the first two are the model itself.
+    for inner in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if inner is not None and inner is not model:
+            return inner
+    raise ValueError(f"{type(model).__name__} has no decoder apart from its head")
 
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
