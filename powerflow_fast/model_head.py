@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ REFUSED_MODELS = (
     "xmod"
 ).split()
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-QUANTISERS = ("torchao", "bitsandbytes", "hqq", "quanto")  # tensors that only claim such a dtype
+PLAIN_TYPES = (Tensor, nn.Parameter, DTensor)  # quantised tensors claim a plain dtype
 
 
 class ModelHead(NamedTuple):
@@ -58,7 +59,7 @@ def read_head(model: PreTrainedModel) -> ModelHead:
             "the head (lm_head) carries an adapter, which reading its weight would ignore: remove "
             "it from target_modules, or train the whole head with modules_to_save"
         )
-    if weight.dtype not in PLAIN_DTYPES or type(weight).__module__.startswith(QUANTISERS):
+    if weight.dtype not in PLAIN_DTYPES or type(weight) not in PLAIN_TYPES:
         raise ValueError(
             f"the head's weight is a {type(weight).__name__} of {weight.dtype}: exclude the head "
             "from quantisation (llm_int8_skip_modules=['lm_head'])"
