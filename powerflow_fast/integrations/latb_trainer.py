@@ -60,7 +60,7 @@ class LATBTrainer(Trainer):
             raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model: nothing to train, every parameter is frozen")
-        self._grouped = log_z == "group"
+        self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
         for part in (model, ref_model):
             if part is not None:
                 patch_head(part, temperature)
@@ -123,7 +123,7 @@ class LATBTrainer(Trainer):
         """Right-padded tensors [S, T]; old_logps [S, T - 1] lie where log-probs will."""
         items = [item for group in groups for item in group]
         width = max(len(item["prompt"]) + len(item["completion"]) for item in items)
-        ids = torch.full((len(items), width), self.processing_class.pad_token_id or 0)
+        ids = torch.full((len(items), width), self._pad)
         labels, old = torch.full_like(ids, -100), torch.zeros(len(items), width - 1)
         attention_mask = torch.zeros_like(ids)
         for i, item in enumerate(items):

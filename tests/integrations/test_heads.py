@@ -1,4 +1,4 @@
-"""Heads that are adapted, trained beside an adapter, tied, split over devices, quantised, compiled."""
+"""Heads that are adapted, saved beside an adapter, tied, offloaded, quantised, compiled."""
 
 import pytest
 import torch
