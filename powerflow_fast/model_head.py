@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +70,27 @@ def read_head(model: PreTrainedModel) -> ModelHead:
             "device_map={..., 'lm_head': 0}, or more memory"
         )
     return ModelHead(layer.weight, getattr(layer, "bias", None), logit_transform(model.config))
+
+
+def whole_head(model: PreTrainedModel) -> ModelHead:
+    """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that).
+
+    Raises:
+        ValueError: where it is sharded by DeepSpeed, or not over one mesh dimension.
+    """
+    head = read_head(model)
+    if hasattr(head.weight, "ds_id"):
+        raise ValueError("ZeRO-3: the head is in shards; use ZeRO-2, or FSDP2")
+    return head._replace(weight=_gathered(head.weight), bias=_gathered(head.bias))
+
+
+def _gathered(parameter: Any) -> Any:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if parameter.device_mesh.ndim > 1 or not parameter.placements[0].is_shard():
+        raise ValueError(f"lm_head: expected shards over one mesh, got {parameter.placements}")
+    # Ranks see different tokens, and FSDP2 averages gradients over them.
+    return parameter.full_tensor(grad_placements=[Partial("avg")])
 
 
 def logit_transform(config) -> dict[str, Any]:

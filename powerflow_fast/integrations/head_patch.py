@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from powerflow_fast.head import linear_logprobs
-from powerflow_fast.model_head import ModelHead, backbone, base_model, check_head, read_head
+from powerflow_fast.model_head import ModelHead, backbone, base_model, check_head, whole_head
 from powerflow_fast.options import HeadOptions
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -71,6 +71,7 @@ def patch_head(
     options = HeadOptions(temperature=temperature, **head)
     model = base_model(model)
     check_head(model)
+    whole_head(model)
     original = model.forward
 
     # The signature stays: generate() and Trainer look at it.
@@ -118,7 +119,7 @@ def score(
     hidden = out.last_hidden_state
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-    head = read_head(model)
+    head = whole_head(model)
     # A model split over devices (`device_map`) may end on another one than its head.
     hidden, shift_labels = (x.to(head.weight.device) for x in (hidden, shift_labels))
     mask = shift_labels != -100

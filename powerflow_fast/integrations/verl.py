@@ -1,9 +1,9 @@
 """LA-TB and this library's head inside verl 0.9 (FSDP engines; any sampler that verl runs).
 
 Importing `powerflow_fast.integrations.verl_plugin` registers both, so that is what verl is told
-to load: VERL_USE_EXTERNAL_MODULES=powerflow_fast.integrations.verl_plugin in every process. Then
+to load: VERL_USE_EXTERNAL_MODULES=powerflow_fast.integrations.verl_plugin everywhere. Then
 
-    algorithm.adv_estimator=la_tb                             on the driver: the target of a sequence
+    algorithm.adv_estimator=la_tb                             driver: the target of a sequence
     +algorithm.alpha=4.0                                      the power of the reference, default 4
     actor_rollout_ref.actor.policy_loss.loss_mode=la_tb       on the workers: the loss
     actor_rollout_ref.actor.use_kl_loss=True                  has verl score the reference

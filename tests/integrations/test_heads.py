@@ -1,5 +1,9 @@
 """Heads that are adapted, saved beside an adapter, tied, offloaded, quantised, compiled."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -180,3 +184,17 @@ def test_the_compiled_model_with_the_loss_has_no_graph_break():
     assert len(grads) == len(compiled_grads) > 4
     for ours, expected in zip(compiled_grads, grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_in_shards_of_fsdp2_in_the_root_unit_or_its_own():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("fsdp_run.py"))
+    run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_a_head_in_shards_of_zero3_is_refused():
+    model = tiny.model()
+    model.lm_head.weight.ds_id = 1  # DeepSpeed's mark on a parameter that it has partitioned
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        patch_head(model)
