@@ -207,7 +207,7 @@ def test_an_unknown_option_or_head_is_refused_when_installed(tmp_path):
 
 def test_importing_the_doors_imports_no_framework():
     code = (
-        "import sys; from powerflow_fast.integrations import trl, transformers; "
+        "import sys; from powerflow_fast.integrations import axolotl, transformers, trl, verl; "
         "loaded = {'trl', 'transformers', 'verl', 'axolotl', 'peft', 'ray'} & set(sys.modules); "
         "sys.exit(repr(loaded) if loaded else 0)"
     )

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,6 +137,59 @@ def test_verls_own_functions_lead_to_the_loss(registered):
 
 
 @with_verl
+def test_verls_ppo_loss_gives_la_tb(registered):
+    """Through verl's actor loss, from nested tensors of whole sequences as its engines give them."""
+    from verl.utils import tensordict_utils
+    from verl.workers.config import ActorConfig, OptimizerConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    mask, logps, old, ref, scores, uid = batch()
+    advantages = door.targets(old, ref, scores, mask, uid, 4.0)
+    fields = dict(old_log_probs=old, ref_log_prob=ref, advantages=advantages)
+    fields |= dict(responses=mask.long(), response_mask=mask.long())
+    fields = {
+        name: nested([row[m] for row, m in zip(x, mask, strict=True)]) for name, x in fields.items()
+    }
+    fields["prompts"] = nested([torch.zeros(2, dtype=torch.long)] * 6)
+    batch_info = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": 6}
+    data = tensordict_utils.get_tensordict(fields, non_tensor_dict=batch_info)
+    # A token's log-prob stands where the token before it is; what stands elsewhere does not count.
+    edge = torch.full((1,), -7.0)
+    whole = nested([torch.cat([edge, row[m], edge]) for row, m in zip(logps, mask, strict=True)])
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=3,
+        ppo_micro_batch_size_per_gpu=1,
+        optim=OptimizerConfig(lr=1e-6),
+        policy_loss=PolicyLossConfig(loss_mode=door.NAME),
+        use_kl_loss=True,
+        kl_loss_coef=0.0,
+    )
+    loss, _ = ppo_loss(config, {"log_probs": whole}, data)
+    la_tb = expected(mask, logps, old, ref, scores, uid, 4.0).loss
+    torch.testing.assert_close(loss, la_tb, rtol=1e-5, atol=1e-6)
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+@with_verl
+def test_the_recipes_settings_are_verls():
+    """verl composes its configuration from the script's settings, of which it knows every name."""
+    pytest.importorskip("hydra")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment |= {"PYTHON": sys.executable, "TRAIN": "prompts.parquet", "ALPHA": "2.0"}
+    script = Path(__file__).parents[2] / "recipes" / "verl" / "run.sh"
+    run = subprocess.run(
+        ["bash", script, "--cfg", "job"], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for line in ("  alpha: 2.0", "  adv_estimator: la_tb", "      loss_mode: la_tb"):
+        assert line in run.stdout.splitlines()
+
+
+@with_verl
 def test_verls_fused_forward_uses_this_head(registered):
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
@@ -172,18 +226,9 @@ def test_a_head_that_the_fused_forward_would_bend_is_refused(registered):
 
 
 @with_verl
-@pytest.mark.parametrize("order", ["first", "later"])
-def test_verl_loads_it_as_an_external_module(order):
-    from importlib.metadata import version
-
+def test_verl_loads_it_as_an_external_module():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment["VERL_USE_EXTERNAL_MODULES"] = PLUGIN
     code = "from verl.trainer.ppo.core_algos import get_policy_loss_fn as get; get('la_tb')"
-    if order == "first":
-        environment["VERL_USE_EXTERNAL_MODULES"] = PLUGIN
-    else:
-        code = (
-            f"from verl.utils.import_utils import import_external_libs as f; f('{PLUGIN}'); {code}"
-        )
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()[-2000:]
-    assert version("verl").startswith("0.9")
