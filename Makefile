@@ -40,8 +40,9 @@ bench: $(STAMP)  ## time and memory of one LA-TB step against other heads
 report: $(STAMP)  ## the README's tables from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
 
-kernels: $(STAMP)  ## compile every kernel for every chip and print its machine-code facts
+kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code facts and floors
 	$(BIN)/python -m powerflow_fast.kernel_facts
+	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-# Bytes one row chunk of softmax numerators (exact route), of per-tile statistics (forward), and of
-# d loss / d logits (backward) may take. Half a GiB leaves 1,700 rows at V = 152k: enough row blocks
-# to fill a large chip in the product over the vocabulary.
-SOFT_BYTES = 512 << 20
-STATISTICS_BYTES = 128 << 20
+# Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
+# route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
+# GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
+# over the vocabulary.
+SOFT_BYTES = 256 << 20
+KEPT_BYTES = 64 << 20
+STATISTICS_BYTES = 64 << 20
 DLOGITS_BYTES = 256 << 20
 
 

@@ -7,16 +7,21 @@ The eager code it replaces, with p the softmax and J the softcap's slope:
 `soft` holds the numerators of p * J relative to their own tile's shift; they are brought to the
 row's shift, a multiplication by a power of two, on their way into the matrix unit. The target's
 column is absent from `soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
+
+On the certified route `soft` holds p * J of the columns that each block of rows keeps, and the rows
+of the weight are gathered.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.config import Config
-from powerflow_fast.kernels.statistics import Statistics, soft_exponent
+from powerflow_fast.kernels.statistics import soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,
@@ -63,14 +68,17 @@ def direction_kernel(
     weight,  # [V, H] likewise
     weight_ptr,  # [V, H] the rows of the targets are gathered from here
     targets_ptr,  # [N]
-    tile_shift_ptr,  # [parts, rows]
-    row_shift_ptr,  # [N]
-    row_total_ptr,  # [N]
+    tile_shift_ptr,  # [parts, rows], or None: `soft` is relative to the row's total already
+    row_shift_ptr,  # [N], likewise
+    row_total_ptr,  # [N], likewise
+    columns_ptr,  # [row blocks, most] int32 rows of the weight that `soft` stands for, or None: all
+    counts_ptr,  # [row blocks] int32 of them, likewise
     logps_ptr,  # [N]
     target_logit_ptr,  # [N]
     direction_ptr,  # [N, H] contiguous
     num_n,
     num_v,
+    most,
     num_h,
     num_rows,
     stride_sn,
@@ -106,30 +114,42 @@ def direction_kernel(
     mask_h = offs_h < num_h
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
     counted = tl.max((target != ignore_index).to(tl.int32), 0)
-    row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
+    if tile_shift_ptr is not None:
+        row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
+        total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
+    else:
+        total = tl.full([BLOCK_N], 1.0, tl.float32)
+    num_kept = num_v
+    if columns_ptr is not None:
+        num_kept = tl.load(counts_ptr + start_n // BLOCK_N)
+        columns_ptr += (start_n // BLOCK_N).to(tl.int64) * most
 
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for step in range(tl.cdiv(num_v, BLOCK_V) * counted):
+    for step in range(tl.cdiv(num_kept, BLOCK_V) * counted):
         start_v = step * BLOCK_V
         if USE_TMA:
             tile_s = soft.load([start_n, start_v])
             tile_w = weight.load([start_v, start_h])
         else:
-            offs = (start_v + offs_v).to(tl.int64)
+            offs = start_v + offs_v
+            mask_v = offs < num_kept
             rows_s = soft + offs_n.to(tl.int64)[:, None] * stride_sn
             tile_s = tl.load(rows_s + offs[None, :], mask=mask_n[:, None], other=0.0)
+            if columns_ptr is not None:
+                offs = tl.load(columns_ptr + offs, mask=mask_v, other=0)
+            rows_w = weight + offs.to(tl.int64)[:, None] * stride_wv
             tile_w = tl.load(
-                weight + offs[:, None] * stride_wv + offs_h.to(tl.int64)[None, :] * stride_wh,
-                mask=(offs < num_v)[:, None] & mask_h[None, :],
+                rows_w + offs_h.to(tl.int64)[None, :] * stride_wh,
+                mask=mask_v[:, None] & mask_h[None, :],
                 other=0.0,
             )
-        part = (start_v // PART).to(tl.int64)
-        shift = tl.load(tile_shift_ptr + part * num_rows + offs_n, mask=mask_n, other=0.0)
         tile_s = as_factor(tile_s)
-        tile_s *= tl.exp2(shift - row_shift).to(tile_s.dtype)[:, None]
+        if tile_shift_ptr is not None:
+            part = (start_v // PART).to(tl.int64)
+            shift = tl.load(tile_shift_ptr + part * num_rows + offs_n, mask=mask_n, other=0.0)
+            tile_s *= tl.exp2(shift - row_shift).to(tile_s.dtype)[:, None]
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
-    total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
     logp = tl.load(logps_ptr + offs_n, mask=mask_n, other=0.0)
     slope = 1.0 - tl.exp2(logp * LOG2E)
     if SOFTCAP:
@@ -158,24 +178,40 @@ def direction_kernel(
         )
 
 
+class Shifts(NamedTuple):
+    """What numerators that are relative to their own tile's shift are to be brought to."""
+
+    tile_shift: torch.Tensor  # [parts, rows]
+    row_shift: torch.Tensor  # [rows]
+    row_total: torch.Tensor  # [rows]
+
+
+class Kept(NamedTuple):
+    """Columns of the vocabulary that each block of rows keeps."""
+
+    columns: torch.Tensor  # [row blocks, most] int32, ascending
+    counts: torch.Tensor  # [row blocks] int32, at most `most`
+
+
 def write_directions(
-    soft: torch.Tensor,  # [N, padded columns] as logit_statistics left it
+    soft: torch.Tensor,  # [N, padded columns]
     policy: Operands,
     targets: torch.Tensor,  # [N] contiguous
-    statistics: Statistics,
-    row_shift: torch.Tensor,  # [rows]
-    row_total: torch.Tensor,  # [rows]
     logps: torch.Tensor,  # [N]
+    target_logit: torch.Tensor,  # [N]
     direction: torch.Tensor,  # [N, H] contiguous float32, to be filled
     options,
     config: Config,
+    shifts: Shifts | None = None,  # None: `soft` is relative to its row's total
+    kept: Kept | None = None,  # None: `soft` covers the whole vocabulary
 ) -> None:
-    """Rows past N in the statistics are the reference's and are not read."""
+    """Rows past N in the shifts are the reference's and are not read."""
     weight = policy.weight
     num_v, num_h = weight.shape
     num_n = targets.shape[0]
     tile = config.direction
-    use_tma = config.tma and can_describe(soft) and can_describe(weight)
+    assert kept is None or tile.rows == config.statistics.rows
+    use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
     form = logit_form(options)
     grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
     with torch.cuda.device_of(soft):
@@ -184,16 +220,19 @@ def write_directions(
             weight=describe(weight, tile.depth, tile.columns, use_tma),
             weight_ptr=weight,
             targets_ptr=targets,
-            tile_shift_ptr=statistics.tile_shift,
-            row_shift_ptr=row_shift,
-            row_total_ptr=row_total,
+            tile_shift_ptr=shifts and shifts.tile_shift,
+            row_shift_ptr=shifts and shifts.row_shift,
+            row_total_ptr=shifts and shifts.row_total,
+            columns_ptr=kept and kept.columns,
+            counts_ptr=kept and kept.counts,
             logps_ptr=logps,
-            target_logit_ptr=statistics.target_logit,
+            target_logit_ptr=target_logit,
             direction_ptr=direction,
             num_n=num_n,
             num_v=num_v,
+            most=kept.columns.stride(0) if kept else 0,
             num_h=num_h,
-            num_rows=statistics.tile_shift.shape[1],
+            num_rows=shifts.tile_shift.shape[1] if shifts else 0,
             stride_sn=soft.stride(0),
             stride_wv=weight.stride(0),
             stride_wh=weight.stride(1),

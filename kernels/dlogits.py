@@ -115,13 +115,15 @@ def dlogits_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_n
     active = tl.load(active_ptr + offs_n, mask=mask_n, other=0) != 0
+    offs_v = start_v + tl.arange(0, BLOCK_V)
     acc = multiply_transposed(
         hidden,
         weight,
         start_n,
         start_v,
+        offs_v,
+        offs_v < num_v,
         num_n,
-        num_v,
         num_h,
         stride_hn,
         stride_hh,

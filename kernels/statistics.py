@@ -6,6 +6,7 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
     spread = (exp2(z_tile - shift) * (z_tile - shift)).sum(1)                 # if entropy is wanted
     target_logit = logits.gather(1, targets)
     soft = exp2(z_tile - shift) * softcap_slope, 0 at the target              # if `soft` is given
+    peaks = (z_block - lse_guess).amax(0), without targets                    # if `peaks` is given
 
 The shift is an integer, so bringing tiles to a common shift multiplies by a power of two: exact.
 Every vocabulary tile is a program of its own: few tokens still fill the chip, and nothing is
@@ -50,6 +51,9 @@ def write_statistics(
     tile_spread_ptr,  # [parts, rows] or None
     target_logit_ptr,  # [rows]
     soft_ptr,  # [N, parts * PART] or None
+    peaks_ptr,  # [V] float16 of this block of rows, or None
+    guess,  # [BLOCK_N] rough log-sum-exp, in units of log 2; +inf on rows that do not count
+    peaks_v,  # V, or 0 if these rows write no peaks
     start_v,
     offs_n,
     offs_r,
@@ -85,6 +89,9 @@ def write_statistics(
     if tile_spread_ptr is not None:
         spread = tl.sum(tl.where(soft == 0, 0.0, soft * centred), 1)  # 0 * -inf counts as 0
         tl.store(tile_spread_ptr + offs, spread, mask=mask_n)
+    if peaks_ptr is not None:
+        above = tl.where(is_target, float("-inf"), above_shift(logits, guess[:, None]))
+        tl.store(peaks_ptr + offs_v, tl.max(above, 0).to(tl.float16), mask=offs_v < peaks_v)
     if soft_ptr is not None:
         # The target's column is left out: it enters the direction as 1 - p in float32, which a
         # confident policy needs, as 1 minus a rounded p would lose it.
@@ -109,6 +116,8 @@ def statistics_kernel(
     tile_spread_ptr,  # [parts, MODELS * N] or None
     target_logit_ptr,  # [MODELS * N]
     soft_ptr,  # [N, parts * part] or None, of the policy
+    peaks_ptr,  # [row blocks, V] float16 or None, of the policy
+    guess_ptr,  # [N] rough log-sum-exp of the logits, if peaks_ptr is given
     num_n,
     num_v,
     num_h,
@@ -163,13 +172,15 @@ def statistics_kernel(
     mask_n = offs_n < num_n
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
     counted = tl.max((target != ignore_index).to(tl.int32), 0)
+    offs_v = start_v + tl.arange(0, BLOCK_V)
     acc = multiply_transposed(
         hidden,
         weight,
         start_n,
         start_v,
+        offs_v,
+        offs_v < num_v,
         num_n,
-        num_v,
         num_h,
         stride_hn,
         stride_hh,
@@ -184,6 +195,11 @@ def statistics_kernel(
     offs_r = model * num_n + offs_n
     mask_soft = offs_n < num_n * (1 - model)  # the policy's rows alone
     num_rows = num_n * MODELS
+    guess = 0.0
+    if peaks_ptr is not None:
+        peaks_ptr += (start_n // BLOCK_N).to(tl.int64) * num_v
+        guess = tl.load(guess_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
+        guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
     PART: tl.constexpr = BLOCK_V // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
@@ -196,6 +212,9 @@ def statistics_kernel(
             tile_spread_ptr,
             target_logit_ptr,
             soft_ptr,
+            peaks_ptr,
+            guess,
+            num_v * (1 - model),
             start_v + index * PART,
             offs_n,
             offs_r,
@@ -255,6 +274,7 @@ def logit_statistics(
     options,
     tile: Tile,
     use_tma: bool,
+    search=None,  # certified_triton.Search, of whose peaks [row blocks, V] are to be filled
 ) -> Statistics:
     """One launch over both models, whose shapes and dtypes must agree."""
     hidden, weight, _ = policy
@@ -279,6 +299,8 @@ def logit_statistics(
             tile_spread_ptr=out.tile_spread,
             target_logit_ptr=out.target_logit,
             soft_ptr=soft,
+            peaks_ptr=search and search.peaks,
+            guess_ptr=search and search.guess,
             num_n=num_n,
             num_v=num_v,
             num_h=num_h,

@@ -50,8 +50,9 @@ def multiply_transposed(
     weight,  # [V, H] likewise
     start_n,
     start_v,
+    offs_v,  # [BLOCK_V] rows of the weight, start_v onwards if USE_TMA
+    mask_v,
     num_n,
-    num_v,
     num_h,
     stride_hn,
     stride_hh,
@@ -72,10 +73,8 @@ def multiply_transposed(
             acc = tl.dot(as_factor(tile_h), as_factor(tile_w).T, acc)
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        offs_v = start_v + tl.arange(0, BLOCK_V)
         offs_h = tl.arange(0, BLOCK_H)
         mask_n = offs_n < num_n
-        mask_v = offs_v < num_v
         # int64 before the product: N x H and V x H can pass 2^31.
         rows_h = hidden + offs_n.to(tl.int64)[:, None] * stride_hn
         rows_w = weight + offs_v.to(tl.int64)[None, :] * stride_wv

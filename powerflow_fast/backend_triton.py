@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from powerflow_fast.certified import exact_certificate
 from powerflow_fast.options import HeadForward, HeadOptions
 
 if TYPE_CHECKING:
+    from powerflow_fast.certified_triton import Search
     from powerflow_fast.kernels.config import Config
     from powerflow_fast.kernels.tiles import Operands
 
@@ -36,6 +39,7 @@ def forward(
     want_direction: bool,
 ) -> HeadForward:
     """Log-probs of the targets under both models; the direction d logps / d hidden if wanted."""
+    from powerflow_fast.certified_triton import RowTotals, sparse_direction, start_search
     from powerflow_fast.kernels.config import config_for
 
     _check_inputs(hidden, weight)
@@ -53,27 +57,48 @@ def forward(
     logps = hidden.new_empty((models, num_n), dtype=torch.float32)
     lse = torch.empty_like(logps)
     entropy = torch.empty_like(logps) if options.entropy else None
-    direction = hidden.new_empty((num_n, num_h), dtype=torch.float32) if want_direction else None
     config = config_for(hidden.device, hidden.dtype)
-    rows = _forward_rows(policy, models, want_direction, config)
     targets = targets.contiguous()
+    search = direction = certificate = None
+    if want_direction and options.grad_tolerance > 0 and num_n:
+        search = start_search(policy, targets, options, config)
+    if want_direction and search is None:
+        direction = hidden.new_empty((num_n, num_h), dtype=torch.float32)
+    totals = []
+    rows = _forward_rows(policy, models, direction is not None, config)
     for start in range(0, num_n, rows):
-        span = slice(start, start + rows)
-        _forward_chunk(
-            policy._replace(hidden=policy.hidden[span]),
-            None if reference is None else reference._replace(hidden=reference.hidden[span]),
-            targets[span],
-            (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
-            None if direction is None else direction[span],
-            options,
-            config,
+        span = slice(start, min(start + rows, num_n))
+        totals.append(
+            _forward_chunk(
+                policy._replace(hidden=policy.hidden[span]),
+                None if reference is None else reference._replace(hidden=reference.hidden[span]),
+                targets[span],
+                (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
+                None if direction is None else direction[span],
+                options,
+                config,
+                search and search.of_rows(span, config.statistics.rows),
+            )
         )
+    if search is not None:
+        shift, total, target_logit = map(torch.cat, zip(*totals, strict=True))
+        row_totals = RowTotals(shift, total, target_logit, logps[0])
+        direction, certificate, failed = sparse_direction(
+            policy, targets, search.peaks, row_totals, options, config
+        )
+        if len(failed):
+            part = (policy.hidden[failed], weight, bias, targets[failed], None)
+            exact = replace(options, grad_tolerance=0.0, entropy=False)
+            direction[failed] = forward(*part, exact, True).direction
+    elif direction is not None and options.grad_tolerance > 0:
+        certificate = exact_certificate(num_n, config.statistics.rows, direction)
     return HeadForward(
         logps=logps[0],
         lse=lse[0],
         entropy=None if entropy is None else entropy[0],
         direction=direction,
         ref_logps=None if reference is None else logps[1],
+        certificate=certificate,
     )
 
 
@@ -88,8 +113,9 @@ def backward(
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    kept: Tensor | None = None,  # of the certified route; all columns are taken
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits; sums are float32 and cast once."""
+    """Gradients by recomputing the logits; hidden's in float32."""
     from powerflow_fast.kernels.config import DLOGITS_BYTES, config_for
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
 
@@ -226,9 +252,11 @@ def _forward_chunk(
     direction: Tensor | None,  # [n, H] to be filled
     options: HeadOptions,
     config: Config,
-) -> None:
+    search: Search | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> shift, total and target logit of the policy's rows, [n] each."""
     from powerflow_fast.kernels.combine import combine
-    from powerflow_fast.kernels.direction import write_directions
+    from powerflow_fast.kernels.direction import Shifts, write_directions
     from powerflow_fast.kernels.statistics import logit_statistics, padded_columns
 
     logps, lse, entropy = outputs
@@ -237,22 +265,24 @@ def _forward_chunk(
         columns = padded_columns(policy.weight.shape[0], config.statistics)
         soft = policy.hidden.new_empty((targets.shape[0], columns))
     statistics = logit_statistics(
-        policy, reference, targets, soft, options, config.statistics, config.tma
+        policy, reference, targets, soft, options, config.statistics, config.tma, search
     )
     row_shift, row_total = combine(statistics, targets, options.ignore_index, logps, lse, entropy)
     if direction is not None:
+        shifts = Shifts(statistics.tile_shift, row_shift, row_total)
         write_directions(
             soft,
             policy,
             targets,
-            statistics,
-            row_shift,
-            row_total,
             logps[0],
+            statistics.target_logit,
             direction,
             options,
             config,
+            shifts,
         )
+    n = len(targets)
+    return row_shift[:n], row_total[:n], statistics.target_logit[:n]
 
 
 def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: Config) -> int:
@@ -303,7 +333,6 @@ class _GradientSums:
         need_hidden, need_weight, need_bias = needs
         self.unscale = 1.0 / out_scale
         self.weight = weight
-        self.dtype = hidden.dtype
         # 0 * inf is NaN: inactive rows must be 0 in the product over the tokens.
         self.hidden = hidden.where(active[:, None], 0) if need_weight else None
         self.grad_hidden = (
@@ -325,7 +354,7 @@ class _GradientSums:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_hidden = self.grad_hidden
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(self.unscale).to(self.dtype)
+            grad_hidden = grad_hidden.mul_(self.unscale)
         return grad_hidden, self.grad_weight, self.grad_bias
 
 

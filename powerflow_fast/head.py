@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from powerflow_fast import validation
 from powerflow_fast.ops import head_forward
 from powerflow_fast.options import HeadOptions
-from powerflow_fast.vocab_parallel import resolve_group
+from powerflow_fast.vocab_parallel import plain_tensor, slice_sizes
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -66,11 +66,12 @@ def linear_logprobs(
         return_entropy: also return the entropy [nats] of each row. `True` is differentiable and
             takes the recompute route in backward; `"detached"` has no gradient and costs little.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
-        grad_tolerance: largest probability mass per row that the gradient of a frozen head may
-            leave out (arrangement and check: certified.py). 0 is exact. The triton back end and a
-            trained head are always exact, which meets any tolerance.
-        process_group: the vocabulary is split over these ranks in equal slices, rank by rank;
-            `weight` and `bias` are this rank's slices, `hidden` and `targets` the same everywhere.
+        grad_tolerance: largest probability mass per row that the gradient may leave out
+            (arrangement and check: certified.py). 0 is exact. A differentiable entropy and a
+            `process_group` are always exact, which meets any tolerance.
+        process_group: the vocabulary is split over these ranks, rank by rank; `weight` and `bias`
+            are this rank's slices (of any size), `hidden` and `targets` the same everywhere. A
+            DTensor gives its own slice; without `process_group` it is gathered, once per call.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
         validate: check target values on a GPU too, which synchronises. (On a CPU it is always
             done.) Unchecked, a target outside [0, V) yields NaN for its row.
@@ -159,9 +160,14 @@ def head_outputs(
         **transform,
     )
     detach_entropy = return_entropy == "detached"
+    weight, bias = (
+        plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
+    )
     validation.check_head(hidden, weight, bias, targets, "")
     if ref is not None:
         ref_hidden, ref_weight, ref_bias = ref
+        ref_weight = plain_tensor("ref_weight", ref_weight, process_group)
+        ref_bias = plain_tensor("ref_bias", ref_bias, process_group)
         if ref_weight is None and ref_bias is None:
             ref_bias = bias
         ref = (ref_hidden, ref_weight, ref_bias)
@@ -173,22 +179,30 @@ def head_outputs(
                 f"got {ref_weight.shape[0]}"
             )
     if validation.wants_values(targets, validate):
-        slices = 1 if options.group_name is None else resolve_group(options.group_name).size()
-        validation.check_targets(targets, weight.shape[0] * slices, options.ignore_index)
+        vocab = weight.shape[0]
+        if process_group is not None:
+            vocab = int(slice_sizes(weight, process_group).sum())
+        validation.check_targets(targets, vocab, options.ignore_index)
 
     dtype = _product_dtype(hidden, weight)
     flat = _flat((hidden, weight, bias), dtype)
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
-    # The exact route needs nothing but the upstream gradient of logps; a trained head, bias or
-    # entropy needs the logits once more anyway, and so does a vocabulary split over ranks.
+    # The direction needs nothing but the upstream gradient of logps; a trained head or bias needs
+    # the logits once more (with a tolerance only the kept ones), a differentiable entropy or a
+    # vocabulary split over ranks takes the recompute route.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiable_entropy = options.entropy and not detach_entropy
-    exact = not (trains_head or differentiable_entropy or options.group_name)
-    want_direction = torch.is_grad_enabled() and hidden.requires_grad and exact
-    logps, ref_logps, entropy, _, _, certificate = head_forward(
-        *flat, targets.reshape(-1), *flat_ref, options.encode(), want_direction
+    recompute = (options.entropy and not detach_entropy) or options.group_name is not None
+    recompute |= trains_head and options.grad_tolerance == 0
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad and not recompute
+    logps, ref_logps, entropy, _, _, certificate, _ = head_forward(
+        *flat,
+        targets.reshape(-1),
+        *flat_ref,
+        options.encode(),
+        want_direction,
+        want_direction and trains_head,
     )
     if detach_entropy:
         entropy = entropy.detach()

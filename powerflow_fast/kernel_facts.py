@@ -26,6 +26,7 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": r"\bv_mfma"}
 MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 TMA = r"\bUTMALDG"
+FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Variant:
     softcap: bool = False
     soft: bool = False  # store the softmax numerators
     bias: bool = False
+    certified: bool = False  # look for candidate columns, or gather those that are kept
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Facts:
     scalar_spills: int  # scalar registers kept in vector registers (AMD): no memory is touched
     shared: int
     matrix: int
+    fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
     tma: int
     seconds: float
 
@@ -59,8 +62,12 @@ DEFAULT = (
     Variant("statistics", models=2),
     Variant("statistics", models=2, soft=True),
     Variant("direction"),
+    Variant("statistics", models=2, certified=True),
+    Variant("kept"),
+    Variant("direction", certified=True),
     Variant("dlogits"),
     Variant("combine", models=2, entropy=True),
+    Variant("columns"),
     Variant("residual"),
     Variant("residual_gradient"),
 )
@@ -70,22 +77,24 @@ EVERY = DEFAULT + (
     Variant("statistics", models=2, soft=True, tma=False),
     Variant("direction", softcap=True),
     Variant("direction", tma=False),
+    Variant("kept", softcap=True, bias=True),
     Variant("dlogits", entropy=True, softcap=True, bias=True),
     Variant("dlogits", tma=False),
 )
 
-_FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale"}
+_FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale", "budget"}
 _INT64 = {"targets_ptr"}
-_INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr"}
+_INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr", "columns_ptr", "counts_ptr"}
 
 
 def _source(variant: Variant, chip: str):
     """-> (jit function, {argument: tile shape of its descriptor}, constants, tile, use_tma)."""
-    from powerflow_fast.kernels import direction, dlogits, statistics
+    from powerflow_fast.kernels import direction, dlogits, kept, statistics
     from powerflow_fast.kernels.config import TABLE
 
     config = TABLE[chip]
-    use_tma = variant.tma and config.tma
+    gathers = variant.certified and variant.kernel == "direction"
+    use_tma = variant.tma and config.tma and not gathers
     logits = {
         "USE_TMA": use_tma,
         "ROUND_TO": None,
@@ -108,6 +117,8 @@ def _source(variant: Variant, chip: str):
             constants |= {"tile_spread_ptr": None, "grad_entropy_ptr": None, "entropy_ptr": None}
         if not variant.soft:
             constants["soft_ptr"] = None
+        if not variant.certified:
+            constants |= {"peaks_ptr": None, "guess_ptr": None}
         operands = {"hidden": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]}
         operands |= {f"ref_{name}": shape for name, shape in operands.items()}
         kernels = {"statistics": statistics.statistics_kernel, "dlogits": dlogits.dlogits_kernel}
@@ -124,15 +135,30 @@ def _source(variant: Variant, chip: str):
             "PARTS": tile.parts,
             "GROUP": direction.GROUP,
         }
+        absent = ("tile_shift", "row_shift", "row_total") if gathers else ("columns", "counts")
+        constants |= {f"{name}_ptr": None for name in absent}
         operands = {"soft": [tile.rows, tile.depth], "weight": [tile.depth, tile.columns]}
         return direction.direction_kernel, operands, constants, tile, use_tma
+    if variant.kernel == "kept":
+        tile = config.statistics
+        constants = logits | {
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.columns,
+            "BLOCK_H": tile.depth,
+            "PARTS": tile.parts,
+            "SOFT_EXPONENT": 0,
+        }
+        return kept.kept_probabilities_kernel, {"hidden": [], "weight": []}, constants, tile, False
     return *_elementwise_source(variant), None, False
 
 
 def _elementwise_source(variant: Variant):
     """-> (jit function, no descriptors, constants) of the kernels without a product."""
-    from powerflow_fast.kernels import combine, residual  # type: ignore[attr-defined]
+    from powerflow_fast.kernels import columns, combine, residual  # type: ignore[attr-defined]
 
+    if variant.kernel == "columns":
+        constants = {"LOWEST": columns.LOWEST, "STEPS": columns.STEPS, "BLOCK": columns.BLOCK}
+        return columns.choose_columns_kernel, {}, constants
     if variant.kernel == "combine":
         constants = dict(combine.BLOCKS)
         if not variant.entropy:
@@ -184,6 +210,8 @@ def _argument_type(name: str, is_operand: bool) -> str:
         return "*i32"
     if name == "mask_ptr":
         return "*i1"
+    if name == "peaks_ptr":
+        return "*fp16"
     if name.endswith("_ptr"):
         return "*fp32"
     return "fp32" if name in _FLOATS else "i32"
@@ -211,6 +239,7 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         scalar_spills=scalar,
         shared=compiled.metadata.shared,
         matrix=len(re.findall(MATRIX[chip], code)),
+        fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
         seconds=seconds,
     )
@@ -244,11 +273,11 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def table(rows: list[Facts]) -> str:
     lines = [
         f"{'chip':7} {'kernel':18} {'flags':32} {'regs':>5} {'spills':>7} {'shared':>7} "
-        f"{'matrix':>12} {'TMA':>4} {'s':>5}"
+        f"{'matrix':>12} {'fma':>5} {'TMA':>4} {'s':>5}"
     ]
     for row in rows:
         variant = row.variant
-        named = ("entropy", "softcap", "soft", "bias")
+        named = ("entropy", "softcap", "soft", "bias", "certified")
         flags = ["two models"] * (variant.models == 2)
         flags += [name for name in named if getattr(variant, name)]
         flags += ["tma"] * (row.tma > 0)
@@ -256,7 +285,8 @@ def table(rows: list[Facts]) -> str:
         matrix = f"{row.matrix} {MATRIX_NAME[row.chip]}" if row.matrix else "-"
         lines.append(
             f"{row.chip:7} {row.variant.kernel:18} {' '.join(flags):32} {row.registers:>5} "
-            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.tma or '-':>4} {row.seconds:>5}"
+            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.fma:>5} {row.tma or '-':>4} "
+            f"{row.seconds:>5}"
         )
     return "\n".join(lines)
 

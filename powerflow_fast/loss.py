@@ -247,9 +247,7 @@ def _residual_without_log_z(
     if choose_backend(backend, logps.device, logps.dtype)[0] == "triton":
         starts, ends = layout.bounds()
         mask = None if layout.mask is None else layout.mask.reshape(-1)
-        per_sequence = [
-            torch.as_tensor(x, dtype=logps.dtype, device=logps.device) for x in (alpha, psi)
-        ]
+        per_sequence = [_on_device(x, logps) for x in (alpha, psi)]
         delta0, _ = sequence_residual(
             logps.reshape(-1),
             ref_logps.detach().reshape(-1),
@@ -267,6 +265,11 @@ def _residual_without_log_z(
     if balance != "trajectory":
         ref_term = ref_term / length
     return policy_term - alpha * (ref_term + psi)
+
+
+def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number is filled in, not copied from the host: a copy could not be captured in a graph."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def _check_log_z(
@@ -350,7 +353,7 @@ def _metrics(
     lengths = layout.lengths
     counted = lengths > 0
     sequences, tokens = counted.sum().clamp(min=1), lengths.sum().clamp(min=1)
-    log_z = torch.as_tensor(log_z, dtype=residual.dtype, device=residual.device)
+    log_z = _on_device(log_z, residual)
 
     def mean(values: Tensor) -> Tensor:
         return values.where(counted, 0.0).sum() / sequences

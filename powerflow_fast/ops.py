@@ -5,7 +5,8 @@ Two routes to the gradient:
 * exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction
   that the forward pass already knows. The forward saves it, [N, H], and the backward scales rows.
 * recompute: weight, bias or entropy need gradients. The forward saves the log-sum-exp and the
-  backward forms the logits once more, tile by tile.
+  backward forms the logits once more, tile by tile. Where a tolerance allows it (certified.py), the
+  gradient of hidden is the direction's, and those of weight and bias take the kept columns alone.
 
 Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent
 output is an empty tensor.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast import vocab_parallel
+from powerflow_fast.certified import exact_certificate, num_blocks
 from powerflow_fast.options import HeadOptions
 
 
@@ -75,10 +77,12 @@ def head_forward(
     ref_bias: Tensor | None,  # [V]
     options: str,
     want_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H] and certificate [3].
+    want_kept: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H], certificate [3] and kept.
 
-    What is not wanted is empty; the certificate of an exact route is (1, 0, 0).
+    kept is bool [blocks, V], see certified.py; the certificate of an exact route is (1, 0, 0). What
+    is not wanted is empty.
     """
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
@@ -92,18 +96,39 @@ def head_forward(
             out = vocab_parallel.forward(backend, hidden, weight, bias, targets, ref, opts)
     counted = targets != opts.ignore_index
     empty = out.logps.new_empty(0)
+    kept = torch.empty(0, dtype=torch.bool, device=hidden.device)
+    if want_kept:
+        kept = torch.ones(_kept_shape(hidden, weight), dtype=torch.bool, device=hidden.device)
+        if out.kept is not None:
+            kept[: len(out.kept)] = out.kept
     return (
         out.logps.where(counted, 0.0),
         empty if out.ref_logps is None else out.ref_logps.where(counted, 0.0),
         empty.clone() if out.entropy is None else out.entropy.where(counted, 0.0),
         out.lse,
         empty.clone() if out.direction is None else out.direction,
-        out.logps.new_tensor([1, 0, 0]) if out.certificate is None else out.certificate,
+        exact_certificate(0, 1, out.logps) if out.certificate is None else out.certificate,
+        kept,
     )
 
 
+def _kept_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    return num_blocks(hidden.shape[0]), weight.shape[0]
+
+
 @head_forward.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, options, want_direction):
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    options,
+    want_direction,
+    want_kept,
+):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = hidden.shape[0]
     entropy = HeadOptions.decode(options).entropy
@@ -114,6 +139,7 @@ def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, options, 
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(hidden.shape if want_direction else 0, dtype=dtype),
         hidden.new_empty(3, dtype=dtype),
+        hidden.new_empty(_kept_shape(hidden, weight) if want_kept else 0, dtype=torch.bool),
     )
 
 
@@ -127,6 +153,7 @@ def head_backward(
     targets: Tensor,  # [N] int64
     lse: Tensor,  # [N]
     entropy: Tensor | None,  # [N]
+    kept: Tensor | None,  # [blocks, V] bool
     options: str,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,17 +163,17 @@ def head_backward(
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            grads = backend.backward(*arguments, needs)
+            grads = backend.backward(*arguments, needs, kept)
         else:
             grads = vocab_parallel.backward(backend, *arguments, needs)
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @head_backward.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, options, needs):
+def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, kept, options, needs):
     inputs = (hidden, weight, bias)
     return tuple(
         x.new_empty(x.shape) if need else hidden.new_empty(0)
@@ -155,51 +182,53 @@ def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opt
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, _, _, _, options, want_direction = inputs
-    _, ref_logps, entropy, lse, direction, certificate = output
+    hidden, weight, bias, targets, _, _, _, options, want_direction, want_kept = inputs
+    _, ref_logps, entropy, lse, direction, certificate, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate)
-    ctx.options, ctx.want_direction, ctx.hidden_dtype = options, want_direction, hidden.dtype
-    if want_direction:
-        ctx.save_for_backward(targets, direction)
-    else:
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept)
+    ctx.options, ctx.want_direction, ctx.want_kept = options, want_direction, want_kept
+    ctx.hidden_dtype = hidden.dtype
+    ctx.recomputes = want_kept or not want_direction
+    recompute = (hidden, weight, bias, lse, entropy, kept) if ctx.recomputes else ()
+    ctx.save_for_backward(targets, direction, *recompute)
 
 
 def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     if grad_logps is None and grad_entropy is None:
         return nothing
     options = HeadOptions.decode(ctx.options)
+    targets, direction, *saved = ctx.saved_tensors
 
-    def counted_only(grad: Tensor | None, targets: Tensor) -> Tensor | None:
+    def counted_only(grad: Tensor | None) -> Tensor | None:
         return None if grad is None else grad.where(targets != options.ignore_index, 0.0)
 
-    if ctx.want_direction:
-        targets, direction = ctx.saved_tensors
-        grad = counted_only(grad_logps, targets)
-        return ((direction * grad[:, None]).to(ctx.hidden_dtype), *nothing[1:])
-
-    hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
     if grad_logps is None:
-        grad_logps = torch.zeros_like(lse)
+        grad_logps = torch.zeros(targets.shape, dtype=grad_entropy.dtype, device=targets.device)
+    grad_logps = counted_only(grad_logps)
     needs = list(ctx.needs_input_grad[:3])
-    grads = head_backward(
-        counted_only(grad_logps, targets),
-        counted_only(grad_entropy, targets),
-        hidden,
-        weight,
-        bias,
-        targets,
-        lse,
-        entropy if options.entropy else None,
-        ctx.options,
-        needs,
-    )
-    return (
-        *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
-        *nothing[3:],
-    )
+    grads = [None, None, None]
+    if ctx.want_direction and needs[0]:
+        grads[0], needs[0] = (direction * grad_logps[:, None]).to(ctx.hidden_dtype), False
+    if any(needs):
+        hidden, weight, bias, lse, entropy, kept = saved
+        recomputed = head_backward(
+            grad_logps,
+            counted_only(grad_entropy),
+            hidden,
+            weight,
+            bias,
+            targets,
+            lse,
+            entropy if options.entropy else None,
+            kept if ctx.want_kept else None,
+            ctx.options,
+            needs,
+        )
+        grads = [
+            new if need else old for new, need, old in zip(recomputed, needs, grads, strict=True)
+        ]
+    return *grads, *nothing[3:]
 
 
 head_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -70,6 +70,7 @@ class HeadForward(NamedTuple):
     direction: Tensor | None  # [N, H] d logps / d hidden, the exact route's product
     ref_logps: Tensor | None  # [N] as logps, for the reference
     certificate: Tensor | None = None  # [3] of the certified route, see certified.py
+    kept: Tensor | None = None  # [blocks, V] bool likewise; None if every column counts
 
 
 def _require_finite(name: str, value: float) -> None:

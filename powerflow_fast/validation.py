@@ -117,7 +117,5 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
 def _refuse_dtensor(name: str, x: Tensor) -> None:
     if type(x).__name__ == "DTensor":
         raise ValueError(
-            f"{name}: expected a plain tensor, got a DTensor; call the loss inside the forward of "
-            "the wrapped model, where the head's weight is gathered (outside it full_tensor() "
-            "gives wrong gradients)"
+            f"{name}: expected a plain tensor, got a DTensor; pass its local part (to_local())"
         )

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from powerflow_fast import certified, fused_linear_tb_loss, linear_logprobs, reference
+from powerflow_fast import (
+    backend_torch,
+    certified,
+    fused_linear_tb_loss,
+    linear_logprobs,
+    reference,
+)
 from tests.numerics import relative_error
 
 
@@ -74,22 +80,42 @@ def test_skipped_mass_is_the_true_one(monkeypatch):
     """The mass that is checked is that of the columns really left out, in float64."""
     hidden, weight, targets = sharp_inputs(n=100)
     chosen = []
-    columns_of = certified._columns
+    sparse = certified.sparse_direction
 
-    def remember(peaks, budget):
-        chosen.append(columns_of(peaks, budget))
+    def remember(head):
+        chosen.append(sparse(head))
         return chosen[-1]
 
-    monkeypatch.setattr(certified, "_columns", remember)
+    monkeypatch.setattr(backend_torch, "sparse_direction", remember)
     hidden.requires_grad_()
     reported = certificate(hidden, weight, targets, 3e-2)
     p = reference.logits(hidden.detach(), weight).softmax(-1)[targets != -100]
-    kept = targets[targets != -100][:, None]
-    p.scatter_(1, kept, 0.0)
-    left_out = torch.ones(len(weight), dtype=torch.bool)
-    left_out[chosen[-1]] = False
+    p.scatter_(1, targets[targets != -100][:, None], 0.0)
+    left_out = ~chosen[-1].kept[0]
     assert reported["skipped_mass"] == pytest.approx(p[:, left_out].sum(1).max().item(), rel=1e-3)
-    assert reported["columns_kept"] == pytest.approx(len(chosen[-1]) / len(weight))
+    assert reported["columns_kept"] <= (~left_out).double().mean().item()
+
+
+def test_more_columns_are_added_until_the_check_passes(monkeypatch):
+    """A first choice that leaves out too much is enlarged, and only by what it lacks."""
+    hidden, weight, targets = sharp_inputs(n=100)
+    multiplied = []
+    multiply = certified._multiply
+
+    def remember(head, r, columns, *rest):
+        multiplied.append(columns)
+        return multiply(head, r, columns, *rest)
+
+    monkeypatch.setattr(certified, "_multiply", remember)
+    monkeypatch.setattr(certified, "SLACKS", (50.0, 1.0))
+    monkeypatch.setattr(certified, "LARGEST_SHARE", 1.0)
+    hidden.requires_grad_()
+    linear_logprobs(hidden, weight, targets, grad_tolerance=1e-2).sum().backward()
+    assert len(multiplied) == 2 and min(map(len, multiplied)) > 0
+    both = torch.cat(multiplied)
+    assert len(both.unique()) == len(both) < len(weight)
+    expected = exact_direction(hidden, weight, targets)
+    assert (hidden.grad - expected).norm(dim=1).max() <= skipped_gradient_bound(weight, 1e-2) + 1e-4
 
 
 def test_a_flat_policy_falls_back_and_is_exact():
@@ -101,14 +127,55 @@ def test_a_flat_policy_falls_back_and_is_exact():
     assert relative_error(hidden.grad, exact_direction(hidden, weight, targets)) <= 2e-5
 
 
-def test_nothing_is_sparse_where_the_head_trains():
-    hidden, weight, targets = sharp_inputs(n=20)
-    grads = []
-    for tolerance in (0.0, 0.5):
-        x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        linear_logprobs(x, w, targets, grad_tolerance=tolerance).sum().backward()
-        grads.append((x.grad, w.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+def test_a_flat_policy_is_recognised_before_it_costs_anything(monkeypatch):
+    hidden, weight, targets = sharp_inputs(n=600, sharpness=0.3)
+    hidden.requires_grad_()
+    monkeypatch.setattr(backend_torch, "sparse_direction", None)  # would fail if it were called
+    assert certificate(hidden, weight, targets, 1e-3) == {
+        "columns_kept": 1.0,
+        "skipped_mass": 0.0,
+        "dense_blocks": 5.0,  # of 597 counted rows
+    }
+
+
+@pytest.mark.parametrize("transform", [{}, {"softcap": 20.0, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("sharpness", [12.0, 0.3], ids=["sharp", "flat"])
+def test_trained_head_is_within_the_tolerance(transform, sharpness):
+    """|dW_v - exact| <= sum over rows of |g_n| skipped_n |h_n|, and likewise for the bias."""
+    hidden, weight, targets = sharp_inputs(sharpness=sharpness)
+    bias, upstream = torch.randn(len(weight)), torch.randn(len(targets))
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    tolerance = 1e-3
+    logps = linear_logprobs(
+        hidden, weight, targets, bias=bias, grad_tolerance=tolerance, **transform
+    )
+    logps.backward(upstream)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth, _ = reference.linear_logprobs(exact[0], exact[1], targets, exact[2], **transform)
+    truth.backward(upstream.double())
+    scale = tolerance / transform.get("temperature", 1.0)
+    total = scale * upstream.abs().sum().double()
+    size = hidden.detach().double().norm(dim=1)
+    bounds = (skipped_gradient_bound(weight.detach(), scale) * upstream.abs().max().double(),
+              scale * (upstream.abs() * size).sum(), total)  # fmt: skip
+    for leaf, wanted, bound in zip(leaves, exact, bounds, strict=True):
+        error = (leaf.grad - wanted.grad).abs()
+        rounding = 1e-5 * wanted.grad.abs().max()
+        assert error.max() <= bound + rounding
+        assert relative_error(leaf.grad, wanted.grad) <= 10 * tolerance
+
+
+def test_trained_head_forms_kept_columns_alone(monkeypatch):
+    hidden, weight, targets = sharp_inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    logps = linear_logprobs(hidden, weight, targets, grad_tolerance=1e-2)
+    formed = []
+    dlogits = backend_torch._dlogits
+    monkeypatch.setattr(
+        backend_torch, "_dlogits", lambda z, *rest: formed.append(z.numel()) or dlogits(z, *rest)
+    )
+    logps.sum().backward()
+    assert 0 < sum(formed) < 0.5 * len(hidden) * len(weight)
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -1,0 +1,209 @@
+"""Probabilities of the columns that each block of rows keeps, and their mass.
+
+The eager code it replaces, for one block of rows with its `columns`:
+
+    z = logits(hidden, weight[columns])
+    p = softmax of the row at these columns, 0 at the target
+    mass = p.sum(1)                                                           # float32
+    soft = (p * softcap_slope).to(hidden.dtype)
+
+The rows of the weight are gathered as they are multiplied; no copy of them is made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.direction import Kept
+from powerflow_fast.kernels.statistics import soft_exponent
+from powerflow_fast.kernels.tiles import (
+    Operands,
+    above_shift,
+    form_logits,
+    logit_form,
+    multiply_transposed,
+    round_to,
+    split_columns,
+    triton_dtype,
+)
+
+
+@triton.jit
+def write_probabilities(
+    product,  # [BLOCK_N, PART] tile of hidden @ weight[columns].T
+    bias_ptr,  # [V] or None
+    columns_ptr,  # [most] of this block of rows
+    count,
+    target,  # [BLOCK_N]
+    shift,  # [BLOCK_N] in units of log 2
+    total,  # [BLOCK_N] sum of exp2(z - shift) over the whole vocabulary
+    soft_ptr,  # [N, padded columns]
+    start_k,
+    offs_n,
+    mask_n,
+    stride_sn,
+    scale,
+    cap,
+    ROUND_TO: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SOFT_EXPONENT: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Stores the part's numerators and returns its mass, [BLOCK_N]."""
+    offs_k = start_k + tl.arange(0, PART)
+    mask_k = offs_k < count
+    offs_v = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
+    logits, slope = form_logits(product, bias_ptr, offs_v, mask_k, scale, cap, ROUND_TO, SOFTCAP)
+    p = tl.exp2(above_shift(logits, shift[:, None])) / total[:, None]
+    p = tl.where(offs_v[None, :] == target[:, None], 0.0, p)
+    soft = p * slope
+    if SOFT_EXPONENT != 0:
+        soft *= 2.0**SOFT_EXPONENT
+    soft_ptrs = soft_ptr + offs_n.to(tl.int64)[:, None] * stride_sn + offs_k[None, :]
+    tl.store(soft_ptrs, round_to(soft, soft_ptr.dtype.element_ty), mask=mask_n[:, None])
+    return tl.sum(p, 1)
+
+
+@triton.jit
+def kept_probabilities_kernel(
+    hidden,  # [N, H]
+    weight,  # [V, H]
+    bias_ptr,  # [V] or None
+    targets_ptr,  # [N]
+    row_shift_ptr,  # [N]
+    row_total_ptr,  # [N]
+    columns_ptr,  # [row blocks, most]
+    counts_ptr,  # [row blocks]
+    mass_ptr,  # [tiles, N] zeros: a block that keeps fewer columns leaves some
+    soft_ptr,  # [N, padded columns]
+    num_n,
+    num_h,
+    most,
+    stride_hn,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    stride_sn,
+    scale,
+    cap,
+    ROUND_TO: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SOFT_EXPONENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    # Tiles of one block are neighbours: they share its rows of hidden through L2.
+    start_k = tl.program_id(0) * BLOCK_V
+    block = tl.program_id(1)
+    count = tl.load(counts_ptr + block)
+    if start_k >= count:
+        return
+    columns_ptr += block.to(tl.int64) * most
+    start_n = block * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_n
+    offs_k = start_k + tl.arange(0, BLOCK_V)
+    mask_k = offs_k < count
+    acc = multiply_transposed(
+        hidden,
+        weight,
+        start_n,
+        0,
+        tl.load(columns_ptr + offs_k, mask=mask_k, other=0),
+        mask_k,
+        num_n,
+        num_h,
+        stride_hn,
+        stride_hh,
+        stride_wv,
+        stride_wh,
+        tl.cdiv(num_h, BLOCK_H),
+        False,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
+    )
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
+    shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
+    total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    PART: tl.constexpr = BLOCK_V // PARTS
+    parts = split_columns(acc, PARTS)
+    for index in tl.static_range(PARTS):
+        mass += write_probabilities(
+            parts[index],
+            bias_ptr,
+            columns_ptr,
+            count,
+            target,
+            shift,
+            total,
+            soft_ptr,
+            start_k + index * PART,
+            offs_n,
+            mask_n,
+            stride_sn,
+            scale,
+            cap,
+            ROUND_TO,
+            SOFTCAP,
+            SOFT_EXPONENT,
+            PART,
+        )
+    tl.store(mass_ptr + tl.program_id(0).to(tl.int64) * num_n + offs_n, mass, mask=mask_n)
+
+
+def kept_probabilities(
+    policy: Operands,
+    targets: torch.Tensor,  # [N] contiguous
+    row_shift: torch.Tensor,  # [N] as `combine` left it
+    row_total: torch.Tensor,  # [N] likewise
+    kept: Kept,
+    most: int,  # the largest count
+    options,
+    tile: Tile,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> soft [N, most padded to whole tiles] in the dtype of hidden, mass [N] float32."""
+    hidden, weight, bias = policy
+    num_n, num_h = hidden.shape
+    tiles = triton.cdiv(most, tile.columns)
+    soft = hidden.new_empty((num_n, tiles * tile.columns))
+    mass = torch.zeros((tiles, num_n), dtype=torch.float32, device=hidden.device)
+    form = logit_form(options)
+    with torch.cuda.device_of(hidden):
+        kept_probabilities_kernel[(tiles, triton.cdiv(num_n, tile.rows))](
+            hidden=hidden,
+            weight=weight,
+            bias_ptr=bias,
+            targets_ptr=targets,
+            row_shift_ptr=row_shift,
+            row_total_ptr=row_total,
+            columns_ptr=kept.columns,
+            counts_ptr=kept.counts,
+            mass_ptr=mass,
+            soft_ptr=soft,
+            num_n=num_n,
+            num_h=num_h,
+            most=kept.columns.stride(0),
+            stride_hn=hidden.stride(0),
+            stride_hh=hidden.stride(1),
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            stride_sn=soft.stride(0),
+            scale=form.scale,
+            cap=form.cap,
+            ROUND_TO=triton_dtype(hidden.dtype) if options.round_logits else None,
+            SOFTCAP=form.softcap,
+            SOFT_EXPONENT=soft_exponent(hidden.dtype),
+            BLOCK_N=tile.rows,
+            BLOCK_V=tile.columns,
+            BLOCK_H=tile.depth,
+            PARTS=tile.parts,
+            **tile.launch_options,
+        )
+    return soft, mass.sum(0)

@@ -1,0 +1,212 @@
+"""The certified sparse route on the Triton kernels; certified.py says what it is.
+
+Candidate columns need p_v before the log-sum-exp is known. So it is guessed, from the columns of
+some of the targets: text is written from the distribution, and its tokens hold most of the mass. A
+guess is too low, hence keeps too many columns, and the check does not depend on it.
+
+The host reads two small results a call, so this route cannot be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.certified import LARGEST_SHARE, PROBE
+from powerflow_fast.options import HeadOptions
+
+if TYPE_CHECKING:
+    from powerflow_fast.kernels.config import Config
+    from powerflow_fast.kernels.tiles import Operands
+
+SAMPLE = 2048  # columns from which the log-sum-exp is guessed
+# As in certified.py; fewer, as each is a try of its own, in which a block's columns start afresh.
+SLACKS = (8.0, 1.0)
+
+
+class RowTotals(NamedTuple):
+    """What the pass over the whole vocabulary leaves of every row of the policy, [N] each."""
+
+    shift: Tensor
+    total: Tensor
+    target_logit: Tensor
+    logps: Tensor
+
+
+def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Tensor:
+    """[N] log-sum-exp over up to SAMPLE columns: targets, each once, and others in their place."""
+    from powerflow_fast.kernels.combine import combine
+    from powerflow_fast.kernels.statistics import logit_statistics
+
+    num_n, num_v = len(targets), len(policy.weight)
+    tokens = targets[:: max(1, -(-num_n // SAMPLE))].sort().values
+    spread = torch.linspace(0, num_v - 1, len(tokens), device=tokens.device).long()
+    usable = (tokens >= 0) & (tokens < num_v)
+    usable[1:] &= tokens[1:] != tokens[:-1]
+    columns = tokens.where(usable, spread)
+    bias = None if policy.bias is None else policy.bias[columns]
+    sample = policy._replace(weight=policy.weight[columns], bias=bias)
+    no_entropy = replace(options, entropy=False)
+    statistics = logit_statistics(
+        sample, None, targets, None, no_entropy, config.statistics, config.tma
+    )
+    logps, lse = torch.empty((2, 1, num_n), dtype=torch.float32, device=targets.device)
+    combine(statistics, targets, options.ignore_index, logps, lse, None)
+    return lse[0]
+
+
+class Search(NamedTuple):
+    """What the pass over the whole vocabulary needs to find candidate columns."""
+
+    guess: Tensor  # [N] rough log-sum-exp
+    peaks: Tensor  # [row blocks, V] float16 to be filled: largest log2 p by the guess
+
+    def of_rows(self, rows: slice, block: int) -> Search:
+        """`rows` starts at a multiple of `block`."""
+        return Search(self.guess[rows], self.peaks[rows.start // block : -(-rows.stop // block)])
+
+
+def start_search(
+    policy: Operands, targets: Tensor, options: HeadOptions, config: Config
+) -> Search | None:
+    """None where the policy is so flat that the exact route is cheaper."""
+    if not _looks_sharp(policy, targets, options, config):
+        return None
+    return _search(policy, targets, options, config)
+
+
+def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Search:
+    blocks = -(-len(targets) // config.statistics.rows)
+    peaks = policy.hidden.new_empty((blocks, len(policy.weight)), dtype=torch.float16)
+    return Search(guess_lse(policy, targets, options, config), peaks)
+
+
+def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> bool:
+    """Whether blocks made of every PROBE-th row would keep few enough columns."""
+    from powerflow_fast.kernels.columns import choose_columns
+    from powerflow_fast.kernels.statistics import logit_statistics
+
+    if len(targets) < 4 * config.statistics.rows:  # the look would cost as much as it saves
+        return True
+    sample = policy._replace(hidden=policy.hidden[::PROBE])
+    targets = targets[::PROBE].contiguous()
+    search = _search(sample, targets, options, config)
+    no_entropy = replace(options, entropy=False)
+    logit_statistics(sample, None, targets, None, no_entropy, config.statistics, config.tma, search)
+    counts = choose_columns(search.peaks, SLACKS[0] * options.grad_tolerance, most=1).counts
+    return bool(counts.float().mean() <= LARGEST_SHARE * len(policy.weight))
+
+
+class Attempt(NamedTuple):
+    """What one choice of columns gives; a block's numbers are repeated on its rows."""
+
+    direction: Tensor  # [N, H]
+    skipped: Tensor  # [N] mass left out, 0 where ignored
+    share: Tensor  # [N] of the columns, kept by the row's block
+
+
+def sparse_direction(
+    policy: Operands,
+    targets: Tensor,  # [N] contiguous
+    peaks: Tensor,  # [row blocks, V] as the statistics kernel left them
+    totals: RowTotals,
+    options: HeadOptions,
+    config: Config,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> direction [N, H], certificate [3], and the rows whose direction is left to be done."""
+    block = config.statistics.rows
+    block_of_row = torch.arange(len(targets), device=targets.device) // block
+    slack, *others = SLACKS
+    done = _attempt(policy, targets, peaks, totals, slack, options, config)
+    failed, rows = _failed(done.skipped, options.grad_tolerance, block_of_row, len(peaks))
+    for slack in others:
+        if len(rows) == 0:
+            break
+        part = _attempt(
+            policy._replace(hidden=policy.hidden[rows]),
+            targets[rows],
+            peaks[failed],
+            RowTotals(*(x[rows] for x in totals)),
+            slack,
+            options,
+            config,
+        )
+        for whole, new in zip(done, part, strict=True):
+            whole[rows] = new
+        failed, rows = _failed(done.skipped, options.grad_tolerance, block_of_row, len(peaks))
+    done.skipped[rows] = 0.0
+    done.share[rows] = 1.0
+    counted = targets != options.ignore_index
+    share = done.share.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    certificate = torch.stack([share, done.skipped.max(), failed.sum().to(share.dtype)])
+    return done.direction, certificate, rows
+
+
+def _failed(
+    skipped: Tensor, tolerance: float, block_of_row: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks [row blocks] bool with a row that leaves out too much, and all rows of them."""
+    failed = torch.zeros(num_blocks, dtype=torch.bool, device=skipped.device)
+    failed[block_of_row[~(skipped <= tolerance)]] = True  # not `>`: a NaN row proves nothing
+    return failed, failed[block_of_row].nonzero()[:, 0]
+
+
+def _attempt(
+    policy: Operands,
+    targets: Tensor,  # [N]
+    peaks: Tensor,  # [row blocks, V]
+    totals: RowTotals,
+    slack: float,
+    options: HeadOptions,
+    config: Config,
+) -> Attempt:
+    from powerflow_fast.kernels.columns import choose_columns
+    from powerflow_fast.kernels.config import KEPT_BYTES
+    from powerflow_fast.kernels.direction import Kept, write_directions
+    from powerflow_fast.kernels.kept import kept_probabilities
+
+    num_n, num_v, block = len(targets), len(policy.weight), config.statistics.rows
+    most = max(1, int(LARGEST_SHARE * num_v))
+    columns, counts = choose_columns(peaks, slack * options.grad_tolerance, most)
+    counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
+    direction = torch.empty(policy.hidden.shape, dtype=torch.float32, device=targets.device)
+    kept_mass = torch.empty_like(totals.logps)
+    budget = KEPT_BYTES // (block * policy.hidden.element_size())
+    for first, last, width in _chunks(counts.tolist(), budget):
+        rows = slice(first * block, min(last * block, num_n))
+        chunk = policy._replace(hidden=policy.hidden[rows])
+        kept = Kept(columns[first:last], counts[first:last])
+        row_totals = (totals.shift[rows], totals.total[rows])
+        soft, kept_mass[rows] = kept_probabilities(
+            chunk, targets[rows], *row_totals, kept, width, options, config.statistics
+        )
+        write_directions(
+            soft,
+            chunk,
+            targets[rows],
+            totals.logps[rows],
+            totals.target_logit[rows],
+            direction[rows],
+            options,
+            config,
+            kept=kept,
+        )
+    skipped = (-torch.expm1(totals.logps) - kept_mass).clamp_min(0.0)
+    skipped = skipped.where(targets != options.ignore_index, 0.0)
+    shares = (counts / num_v).repeat_interleave(block)[:num_n]
+    return Attempt(direction, skipped, shares)
+
+
+def _chunks(counts: list[int], budget: int):
+    """(first, last, width) of consecutive blocks whose number times largest count fits."""
+    first = 0
+    while first < len(counts):
+        last, width = first + 1, counts[first]
+        while last < len(counts) and (last + 1 - first) * max(width, counts[last]) <= budget:
+            width = max(width, counts[last])
+            last += 1
+        yield first, last, max(width, 1)
+        first = last

@@ -1,0 +1,229 @@
+"""One model's head in PyTorch, tile by tile: logits, running softmax statistics, the direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.options import HeadOptions
+
+if TYPE_CHECKING:
+    from powerflow_fast.certified import Peaks
+
+# Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
+# slice of the weight they are the whole working set; a GPU needs larger ones to fill its
+# multiprocessors.
+_CPU_TILE = (512, 1024)
+_GPU_TILE = (4096, 8192)
+
+
+class Head:
+    """One model's head over the counted rows: its logits, tile by tile."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [n, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [n]
+        options: HeadOptions,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
+        self.options = options
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # Products of bf16 with float32 results exist on CUDA; elsewhere float32 copies are
+        # multiplied.
+        native = hidden.is_cuda and hidden.dtype == torch.bfloat16
+        self.product_dtype = hidden.dtype if native else self.dtype
+        self.tile = _GPU_TILE if hidden.is_cuda else _CPU_TILE
+        self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
+
+    def of_rows(self, r: slice) -> Head:
+        """The same head over some of the rows."""
+        return Head(self.hidden[r], self.weight, self.bias, self.targets[r], self.options)
+
+    def row_slices(self) -> Iterator[slice]:
+        for start in range(0, len(self.hidden), self.tile[0]):
+            yield slice(start, start + self.tile[0])
+
+    def weight_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, weight[start:stop]) with the tile in the product's type."""
+        for start in range(0, len(self.weight), self.tile[1]):
+            tile = self.weight[start : start + self.tile[1]]
+            yield start, start + len(tile), tile.to(self.product_dtype)
+
+    def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
+        """Logits of rows r and the tile's columns, in a buffer that the next call overwrites."""
+        x = self.hidden[r].to(self.product_dtype)
+        size = len(x) * len(weight_tile)
+        if len(self.buffer) < size:
+            self.buffer.resize_(size)
+        z = self.buffer[:size].view(len(x), len(weight_tile))
+        matmul(x, weight_tile.T, out=z)
+        return self._transform(z, bias_tile)
+
+    def bias_tile(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop]
+
+    def _transform(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Products to logits, in place."""
+        options = self.options
+        if bias is not None:
+            z += bias.to(self.dtype)
+        if options.round_logits:
+            z.copy_(z.to(self.hidden.dtype))
+        if options.softcap is not None:
+            z.mul_(options.logit_scale / options.softcap).tanh_()
+            z.mul_(options.softcap / options.temperature)
+        elif options.scale != 1.0:
+            z.mul_(options.scale)
+        return z
+
+    def accumulate(self, rows: Tensor, e: Tensor, weight_tile: Tensor) -> None:
+        """rows += e @ weight_tile, summed in float32."""
+        if self.product_dtype == self.dtype:
+            rows.addmm_(e, weight_tile)
+        else:
+            rows += matmul(e.to(self.product_dtype), weight_tile)
+
+
+class OnlineHead(Head):
+    """A head with the running softmax statistics of a sweep over its vocabulary."""
+
+    def __init__(self, *head) -> None:
+        super().__init__(*head)
+        n = len(self.hidden)
+        zeros = partial(torch.zeros, dtype=self.dtype, device=self.hidden.device)
+        self.target_logits = self._target_logits()
+        # Sums leave the target out: where it has nearly all the mass, log(1 + others) and
+        # 1 - p_y = others / total keep the digits that a sum with it would round away.
+        self.maximum = self.target_logits.where(~self.target_logits.isnan(), -torch.inf)
+        self.others = zeros(n)  # sum_v e^(z_v - max)
+        self.weighted = zeros(n) if self.options.entropy else None  # times (z_v - max)
+        self.expected: Tensor | None = None  # [n, H] sum_v e^(z_v - max) J_v W_v
+        self.peaks: Peaks | None = None  # where the columns that matter are to be found
+
+    def collect_expected(self) -> None:
+        """Have the sweep collect the sum that the direction over the whole vocabulary needs."""
+        self.expected = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
+
+    def _target_logits(self) -> Tensor:
+        """[n] logits of the targets; NaN where the target is outside the vocabulary."""
+        inside = (self.targets >= 0) & (self.targets < len(self.weight))
+        index = self.targets.where(inside, 0)
+        z = torch.empty(len(index), dtype=self.dtype, device=index.device)
+        for r in self.row_slices():
+            own = self.weight[index[r]].to(self.dtype)
+            z[r] = own.mul_(self.hidden[r]).sum(1)
+        z = self._transform(z, None if self.bias is None else self.bias[index])
+        return z.where(inside, torch.nan)
+
+    def update(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
+        """Take columns start:stop into the running statistics of rows r."""
+        z = self.logits(r, weight_tile, self.bias_tile(start, stop))
+        slope = softcap_slope(z, self.options) if self._wants_slope else None
+        index, inside = target_columns(self.targets[r] - start, slice(None), stop - start)
+        z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
+        maximum = torch.maximum(self.maximum[r], z.amax(1))
+        # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
+        finite = maximum.where(maximum != -torch.inf, 0.0)
+        shift = self.maximum[r] - finite
+        decay = shift.exp()
+        z.sub_(finite[:, None])
+        if self.peaks is not None:
+            self.peaks.update(z, r.start, start, stop)
+        e = z.exp_() if self.weighted is None else z.exp()
+        if self.weighted is not None:
+            # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
+            moved = self.weighted[r] + self.others[r] * shift.clamp_min(-1e30)
+            self.weighted[r] = moved * decay + (e * z.clamp_min_(-1e30)).sum(1)
+        self.others[r] = self.others[r] * decay + e.sum(1)
+        self.maximum[r] = maximum
+        if self.expected is not None:
+            if slope is not None:
+                e.mul_(slope)
+            self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
+
+    @property
+    def _wants_slope(self) -> bool:
+        return self.options.softcap is not None and self.expected is not None
+
+    @cached_property  # read once the sweep is over
+    def target_share(self) -> Tensor:
+        """e^(z_y - max); 0 where the target is not in this vocabulary."""
+        return (self.target_logits - self.maximum).exp().nan_to_num(0.0)
+
+    @cached_property  # read once the sweep is over
+    def log_total(self) -> Tensor:
+        """log sum_v e^(z_v - max)."""
+        target_is_max = self.target_logits == self.maximum
+        return torch.where(
+            target_is_max, self.others.log1p(), (self.others + self.target_share).log()
+        )
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_total
+
+    @property
+    def logps(self) -> Tensor:
+        # (z_y - max) - log(total) keeps digits that z_y - lse loses where all logits are large.
+        return (self.target_logits - self.maximum) - self.log_total
+
+    @property
+    def entropy(self) -> Tensor:
+        target_logits = (self.target_logits - self.maximum).nan_to_num(0.0, neginf=-1e30)
+        weighted = self.weighted + self.target_share * target_logits
+        return self.log_total - weighted / (self.others + self.target_share)
+
+    @cached_property  # read once the sweep is over
+    def other_share(self) -> Tensor:
+        """[n] 1 - p_y, which is known to more digits than p_y."""
+        return self.others / (self.others + self.target_share)
+
+    def finish_direction(self, sums: Tensor, divisor: Tensor) -> Tensor:
+        """scale * ((1 - p_y) J_y W[y] - sums / divisor), in place of `sums` [n, H].
+
+        NaN where the target is outside the vocabulary, as logps is.
+        """
+        own = self.options.scale * self.other_share
+        if self.options.softcap is not None:
+            own = own * softcap_slope(self.target_logits, self.options)
+        own = own.where(~self.target_logits.isnan(), torch.nan)
+        for r in self.row_slices():
+            target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
+            rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
+            rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
+        return sums
+
+
+def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[n, 1] places of the targets among a tile's columns, clamped, and whether they are there.
+
+    `local` counts from the tile's first column; of its `width` columns `columns` are meant.
+    """
+    if isinstance(columns, slice):
+        place = local.clamp(0, width - 1)
+        there = local == place
+    elif len(columns):
+        place = torch.searchsorted(columns, local).clamp_max(len(columns) - 1)
+        there = columns[place] == local
+    else:
+        place, there = local[:0], local[:0] < 0
+    return place[:, None], there[:, None]
+
+
+def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
+    """1 - tanh(x)^2 from the capped logits: tanh(x) = logits * temperature / softcap."""
+    return 1.0 - (logits * (options.temperature / options.softcap)) ** 2
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with sums and result in float32 (float64 for float64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,127 @@
+"""The certified route on the Triton kernels: within its tolerance, proven, or exact."""
+
+import pytest
+import torch
+
+from powerflow_fast import backend_triton
+from powerflow_fast.kernels.columns import LOWEST, STEPS, choose_columns
+from powerflow_fast.options import HeadOptions
+from tests.kernels.truth import DTYPES, Head, direction, poison
+from tests.numerics import gradient_tolerance
+
+TRANSFORMS = [{}, {"softcap": 90.0, "temperature": 0.7, "logit_scale": 1.3}]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    poison(monkeypatch)
+
+
+def sharp_head(n, h, v, dtype, device, *, sharpness=14.0, bias=False):
+    """Rows with most of their mass on a few columns, and targets drawn from them."""
+    hidden = torch.randn(n, h, device=device).to(dtype)
+    weight = (torch.randn(v, h, device=device) * (sharpness / h**0.5)).to(dtype)
+    head = Head(hidden, weight, torch.randn(v, device=device).to(dtype) if bias else None)
+    targets = torch.distributions.Categorical(logits=head.logits(HeadOptions())).sample()
+    return head, targets
+
+
+def run(head, targets, options):
+    return backend_triton.forward(
+        head.hidden, head.weight, head.bias, targets, None, options, want_direction=True
+    )
+
+
+def check_rows(out, head, targets, options):
+    """Each row within tolerance * max |W_v| of float64, and rounding of the kept columns."""
+    expected = direction(head, targets.clamp(min=0), options)
+    counted = targets != options.ignore_index
+    norms = head.weight.double().norm(dim=1)
+    scale = options.logit_scale / options.temperature
+    p = head.logits(options).softmax(-1)
+    rounding = 4 * gradient_tolerance(head.hidden.dtype) * (p @ norms) + 1e-5
+    bound = scale * (options.grad_tolerance * norms.max() + rounding)
+    errors = (out.direction.double() - expected).norm(dim=1)
+    assert (errors <= bound)[counted].all(), (errors / bound).max()
+    assert (out.direction[~counted] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_within_the_tolerance_and_sparse(dtype, transform, bias, device):
+    head, targets = sharp_head(24, 16, 200, dtype, device, sharpness=40.0, bias=bias)
+    targets[[0, 17, 23]] = -100
+    options = HeadOptions(grad_tolerance=1e-2, **transform)
+    out = run(head, targets, options)
+    check_rows(out, head, targets, options)
+    columns, skipped, _ = out.certificate.tolist()
+    assert 0 < columns < 0.9 and 0 < skipped <= 1e-2
+    exact = run(head, targets, HeadOptions(**transform))
+    counted = targets != -100
+    assert torch.equal(out.logps[counted], exact.logps[counted])
+
+
+def test_blocks_that_fail_are_done_exactly(device):
+    """A few flat rows among sharp ones: their blocks alone take the exact route."""
+    head, targets = sharp_head(40, 16, 200, torch.float32, device, sharpness=60.0)
+    head.hidden[20:22] *= 0.01
+    options = HeadOptions(grad_tolerance=1e-3)
+    out = run(head, targets, options)
+    check_rows(out, head, targets, options)
+    columns, skipped, dense = out.certificate.tolist()
+    assert skipped <= 1e-3 and 1 <= dense <= 2 and columns < 0.5
+    exact = run(head, targets, HeadOptions())
+    block = backend_triton_block(device)
+    rows = slice(20 // block * block, 20 // block * block + block)
+    torch.testing.assert_close(out.direction[rows], exact.direction[rows], rtol=1e-5, atol=1e-6)
+
+
+def backend_triton_block(device):
+    from powerflow_fast.kernels.config import config_for
+
+    return config_for(device, torch.float32).statistics.rows
+
+
+def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
+    from powerflow_fast import certified_triton
+
+    block = backend_triton_block(device)
+    head, targets = sharp_head(4 * block, 16, 130, torch.float32, device, sharpness=0.3)
+    monkeypatch.setattr(certified_triton, "sparse_direction", None)  # would fail if called
+    out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
+    assert out.certificate.tolist() == [1.0, 0.0, 4.0]
+    exact = run(head, targets, HeadOptions())
+    assert torch.equal(out.direction, exact.direction)
+
+
+def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
+    peaks = (torch.rand(3, 5000, device=device) * -30).half()
+    peaks[1] = -50.0  # everything may go
+    peaks[2, :10] = float("nan")
+    columns, counts = choose_columns(peaks, budget=0.05, most=4000)
+    step = (1 - LOWEST) / 2**STEPS
+    for block, count in enumerate(counts.tolist()):
+        chosen = columns[block, : min(count, 4000)].long()
+        assert (chosen.diff() > 0).all()
+        left = torch.ones(5000, dtype=torch.bool, device=device)
+        left[chosen] = False
+        if count > 4000:
+            continue
+        assert peaks[block, left].float().exp2().sum() <= 0.05
+        # One step of the threshold further, it would have left out too much.
+        more = peaks[block].float() < peaks[block, left].float().max() + 2 * step
+        assert count == 0 or peaks[block, more].float().exp2().sum() > 0.05
+    assert counts[1] == 0 and set(range(10)) <= set(columns[2, : counts[2]].tolist())
+
+
+def test_the_count_of_a_cut_list_is_right(device):
+    peaks = torch.zeros(2, 300, dtype=torch.float16, device=device)
+    columns, counts = choose_columns(peaks, budget=0.5, most=7)
+    assert counts.tolist() == [300, 300] and columns.tolist() == [list(range(7))] * 2
+
+
+def test_every_row_ignored(device):
+    head, targets = sharp_head(20, 16, 100, torch.float32, device)
+    out = run(head, torch.full_like(targets, -100), HeadOptions(grad_tolerance=1e-3))
+    assert (out.direction == 0).all() and out.certificate[1:].tolist() == [0.0, 0.0]

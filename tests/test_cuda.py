@@ -1,0 +1,111 @@
+"""What only a GPU shows: CUDA graphs, streams, a second device, no synchronisation, no [V, H]."""
+
+import pytest
+import torch
+
+from powerflow_fast import fused_linear_tb_loss, linear_logprobs
+from tests.numerics import relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def case(device="cuda", n=256, h=128, v=5000, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    hidden, ref_hidden = torch.randn(2, n, h, device=device).to(dtype)
+    weight = (torch.randn(v, h, device=device) * 0.3).to(dtype)
+    targets = torch.randint(v, (n,), device=device)
+    cu_seqlens = torch.arange(0, n + 1, 32, dtype=torch.int32, device=device)
+    return hidden, weight, targets, ref_hidden, cu_seqlens
+
+
+def loss_of(hidden, weight, targets, ref_hidden, cu_seqlens, **options):
+    return fused_linear_tb_loss(
+        hidden,
+        weight,
+        targets,
+        ref_hidden,
+        cu_seqlens=cu_seqlens,
+        alpha=4.0,
+        log_z="group",
+        group_size=2,
+        **options,
+    ).loss
+
+
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen", "trained"])
+def test_captured_in_a_cuda_graph(trained_head):
+    hidden, weight, *rest = case()
+    hidden.requires_grad_(), weight.requires_grad_(trained_head)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels, which capture cannot
+        for _ in range(3):
+            loss_of(hidden, weight, *rest).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    hidden.grad = weight.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = loss_of(hidden, weight, *rest)
+        loss.backward()
+    with torch.no_grad():
+        hidden.copy_(torch.randn_like(hidden))
+    graph.replay()
+    captured = hidden.grad.clone()
+    fresh = hidden.detach().clone().requires_grad_()
+    expected = loss_of(fresh, weight.detach().requires_grad_(trained_head), *rest)
+    expected.backward()
+    assert loss.item() == expected.item() and torch.equal(captured, fresh.grad)
+
+
+def test_no_synchronisation():
+    arguments = case()
+    arguments[0].requires_grad_()
+    loss_of(*arguments).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(*arguments).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_do_not_disturb_each_other():
+    arguments = case()
+    expected = linear_logprobs(*arguments[:3])
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(linear_logprobs(*arguments[:3]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_device_while_the_first_is_current():
+    hidden, weight, targets, *_ = case("cuda:1")
+    logps = linear_logprobs(hidden, weight, targets)
+    on_cpu = linear_logprobs(hidden.cpu().float(), weight.cpu().float(), targets.cpu())
+    assert relative_error(logps.cpu(), on_cpu) <= 1e-5
+
+
+@pytest.mark.parametrize("grad_tolerance", [0.0, 1e-3])
+def test_frozen_head_allocates_no_vocabulary_by_hidden(grad_tolerance):
+    hidden, weight, *rest = case(n=128, h=1024, v=100_000)
+    hidden.requires_grad_()
+    loss_of(hidden, weight, *rest, grad_tolerance=grad_tolerance).backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_of(hidden, weight, *rest, grad_tolerance=grad_tolerance).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < weight.numel() * weight.element_size() / 2
+
+
+def test_two_runs_are_equal_bit_by_bit():
+    grads = []
+    for _ in range(2):
+        hidden, weight, *rest = case(n=512, v=20_000)
+        hidden.requires_grad_(), weight.requires_grad_()
+        loss_of(hidden, weight, *rest).backward()
+        grads.append((hidden.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
