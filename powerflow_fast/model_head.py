@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
+
+from powerflow_fast.vocab_parallel import plain_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +48,8 @@ def read_head(model: PreTrainedModel) -> ModelHead:
     Raises:
         ValueError: where the head is missing, adapted, quantised, or of an unknown form.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"model: expected one of transformers, unwrapped, got {type(model)}")
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
@@ -76,21 +80,13 @@ def whole_head(model: PreTrainedModel) -> ModelHead:
     """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that).
 
     Raises:
-        ValueError: where it is sharded by DeepSpeed, or not over one mesh dimension.
+        ValueError: as `read_head`, and where the head is in shards of another kind.
     """
     head = read_head(model)
     if hasattr(head.weight, "ds_id"):
         raise ValueError("ZeRO-3: the head is in shards; use ZeRO-2, or FSDP2")
-    return head._replace(weight=_gathered(head.weight), bias=_gathered(head.bias))
-
-
-def _gathered(parameter: Any) -> Any:
-    if not isinstance(parameter, DTensor):
-        return parameter
-    if parameter.device_mesh.ndim > 1 or not parameter.placements[0].is_shard():
-        raise ValueError(f"lm_head: expected shards over one mesh, got {parameter.placements}")
-    # Ranks see different tokens, and FSDP2 averages gradients over them.
-    return parameter.full_tensor(grad_placements=[Partial("avg")])
+    weight, bias = (plain_tensor("lm_head", x, None) for x in (head.weight, head.bias))
+    return head._replace(weight=weight, bias=bias)
 
 
 def logit_transform(config) -> dict[str, Any]:

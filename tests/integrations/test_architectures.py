@@ -1,6 +1,8 @@
 """`patch_head` on architectures of transformers: here one per kind of head; all in `main`."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -40,5 +42,13 @@ def test_the_recorded_walk_is_complete_and_of_this_version():
     assert sum(line == "passes" for line in lines.values()) >= 60
     if transformers.__version__ == recorded["transformers"]:
         assert list(lines) == list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    counts = Counter(line.split(":")[0] for line in lines.values())
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert (
+        f"Of the {len(lines)} causal language models that transformers 5.23 lists, "
+        f"{counts['passes']} give their own log-probs through `patch_head` at toy size, "
+        f"{counts['refused']} are refused (a layer before the head, sliced logits), and of "
+        f"{counts['no toy model']} no toy model was built"
+    ) in readme
     for model_type in PASSING:
         assert lines.get(model_type, "passes") == "passes"

@@ -132,6 +132,8 @@ def test_a_head_quantised_by_a_library_is_refused(package):
 
 def test_a_head_that_is_not_linear_or_a_model_without_a_decoder():
     model = tiny.model()
+    with pytest.raises(ValueError, match="expected one of transformers, unwrapped"):
+        patch_head(torch.nn.DataParallel(model))
     with pytest.raises(ValueError, match="expected a linear output layer"):
         patch_head(model.model)
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 20))

@@ -138,7 +138,7 @@ def test_verls_own_functions_lead_to_the_loss(registered):
 
 @with_verl
 def test_verls_ppo_loss_gives_la_tb(registered):
-    """Through verl's actor loss, from nested tensors of whole sequences as its engines give them."""
+    """Through verl's actor loss, from nested tensors of sequences as its engines give them."""
     from verl.utils import tensordict_utils
     from verl.workers.config import ActorConfig, OptimizerConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
