@@ -1,5 +1,9 @@
 """`patch_head` under transformers' own Trainer, and `LATBTrainer` against the loss by hand."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -120,6 +124,22 @@ def test_the_step_does_not_depend_on_micro_batches(tmp_path):
     assert losses(whole) == pytest.approx(losses(split), rel=1e-4)
     for name, value in weights(whole.model).items():
         torch.testing.assert_close(weights(split.model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("latb_run.py"))
+    command = [*launch, script, str(tmp_path / "weights.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours = torch.load(tmp_path / "weights.pt", weights_only=True)
+    steps = dict(optim="sgd", learning_rate=0.1, max_steps=2)
+    alone = offline(tmp_path, per_device_train_batch_size=4, **steps)
+    start = weights(alone.model)
+    alone.train()
+    for name, value in weights(alone.model).items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert not torch.equal(value, start[name])
 
 
 def test_it_learns_and_evaluates_with_a_reference_model(tmp_path):
