@@ -26,7 +26,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # A top-level `kernels` would shadow Hugging Face's package: see powerflow_fast/kernels.py.
-    packages=["powerflow_fast", "powerflow_fast.kernels", "powerflow_fast.data"],
+    packages=[
+        "powerflow_fast",
+        "powerflow_fast.kernels",
+        "powerflow_fast.data",
+        "powerflow_fast.integrations",
+    ],
     package_dir={"powerflow_fast.kernels": "kernels"},
     package_data={"powerflow_fast": ["py.typed", "data/*"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],

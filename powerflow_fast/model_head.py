@@ -10,23 +10,33 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from powerflow_fast.vocab_parallel import plain_tensor
+
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 # Of these the plain formula is known to be wrong: a layer before the head, or sliced logits.
 REFUSED_CONFIG = ("logits_mup_width_multiplier", "unpadded_vocab_size")
-REFUSED_MODELS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert-decoder")
+REFUSED_MODELS = (
+    "bert big_bird camembert data2vec-text electra ernie megatron-bert modernbert-decoder "
+    "prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl "
+    "xmod"
+).split()
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TYPES = (Tensor, nn.Parameter, DTensor)  # quantised tensors claim a plain dtype
 
 
 class ModelHead(NamedTuple):
     """The language-model head; `transform` holds keywords of `linear_logprobs`."""
 
-    weight: Parameter  # [V, H]
-    bias: Parameter | None  # [V]
+    weight: nn.Parameter  # [V, H]
+    bias: nn.Parameter | None  # [V]
     transform: dict[str, Any]  # logit_scale, softcap
 
 
@@ -38,21 +48,45 @@ def read_head(model: PreTrainedModel) -> ModelHead:
     Raises:
         ValueError: where the head is missing, adapted, quantised, or of an unknown form.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"model: expected one of transformers, unwrapped, got {type(model)}")
     layer = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise ValueError(f"{type(model).__name__} has no output layer to read log-probs from")
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"{type(model).__name__}: expected a linear output layer with weight [V, H], got "
+            f"{type(layer).__name__}; a quantised head must be excluded from quantisation "
+            "(llm_int8_skip_modules=['lm_head'])"
+        )
     if hasattr(layer, "base_layer"):  # PEFT's BaseTunerLayer
         raise ValueError(
             "the head (lm_head) carries an adapter, which reading its weight would ignore: remove "
             "it from target_modules, or train the whole head with modules_to_save"
         )
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if not weight.is_floating_point():
+    if weight.dtype not in PLAIN_DTYPES or type(weight) not in PLAIN_TYPES:
         raise ValueError(
-            f"the head's weight is {weight.dtype}: exclude the head from quantisation "
-            "(llm_int8_skip_modules=['lm_head'])"
+            f"the head's weight is a {type(weight).__name__} of {weight.dtype}: exclude the head "
+            "from quantisation (llm_int8_skip_modules=['lm_head'])"
         )
-    return ModelHead(weight, bias, logit_transform(model.config))
+    if weight.is_meta and hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            "the head (lm_head) is offloaded by device_map: give it a device, "
+            "device_map={..., 'lm_head': 0}, or more memory"
+        )
+    return ModelHead(layer.weight, getattr(layer, "bias", None), logit_transform(model.config))
+
+
+def whole_head(model: PreTrainedModel) -> ModelHead:
+    """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that).
+
+    Raises:
+        ValueError: as `read_head`, and where the head is in shards of another kind.
+    """
+    head = read_head(model)
+    if hasattr(head.weight, "ds_id"):
+        raise ValueError("ZeRO-3: the head is in shards; use ZeRO-2, or FSDP2")
+    weight, bias = (plain_tensor("lm_head", x, None) for x in (head.weight, head.bias))
+    return head._replace(weight=weight, bias=bias)
 
 
 def logit_transform(config) -> dict[str, Any]:
@@ -79,12 +113,15 @@ def logit_transform(config) -> dict[str, Any]:
 def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
     """Compare the head as read with the model's own logits on `tokens` tokens, in two passes.
 
+    Where parameters are sharded (ZeRO-3) or on the meta device the head is only read.
+
     Raises:
         ValueError: where they differ by more than the rounding of the model's dtype.
     """
-    import torch
-
-    head, training = read_head(model), model.training
+    head = read_head(model)
+    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        return
+    training = {module: module.training for module in model.modules()}
     ids = torch.arange(1, tokens + 1, device=model.device)[None] % head.weight.shape[0]
     model.eval()
     try:
@@ -92,14 +129,16 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
             logits = model(input_ids=ids, use_cache=False).logits.float()
             hidden = last_hidden_state(model, ids, torch.ones_like(ids))
     finally:
-        model.train(training)
-    device = head.weight.device
-    ours = hidden.to(device).float() @ head.weight.float().T
-    ours = head.transform["logit_scale"] * (ours if head.bias is None else ours + head.bias.float())
+        for module, mode in training.items():
+            module.training = mode
+    hidden = hidden.to(head.weight.device, head.weight.dtype)
+    ours = nn.functional.linear(hidden, head.weight.detach(), head.bias).float()
+    ours *= head.transform["logit_scale"]
     if cap := head.transform["softcap"]:
         ours = cap * torch.tanh(ours / cap)
     eps = torch.finfo(head.weight.dtype).eps
-    error = (ours - logits.to(device)).abs().max() if ours.shape == logits.shape else math.inf
+    logits = logits.to(ours.device)
+    error = (ours - logits).abs().max() if ours.shape == logits.shape else math.inf
     if not error <= 32 * eps * max(1.0, float(logits.abs().max())):
         raise ValueError(
             f"{type(model).__name__}: its logits {tuple(logits.shape)} are not the softcap(scale "
@@ -110,7 +149,7 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
 
 def base_model(policy):
     """The transformers model inside a PeftModel, or the model itself."""
-    return policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 def disable_dropout(model) -> None:
@@ -125,7 +164,20 @@ def disable_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that ends in the hidden states which its head reads.
+
+    Raises:
+        ValueError: where the model has no such part.
+    """
+    # Llama 4 and Mllama name a base that they do not have, and the first two are the model itself.
+    for inner in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if inner is not None and inner is not model:
+            return inner
+    raise ValueError(f"{type(model).__name__} has no decoder apart from its head")
+
+
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, L, H] final hidden states of the backbone; the head is not run."""
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    out = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return out.last_hidden_state

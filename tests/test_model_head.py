@@ -82,7 +82,7 @@ def test_known_refusals():
         logit_transform(llama)
     with pytest.raises(ValueError, match="bert"):
         logit_transform(transformers.BertConfig())
-    with pytest.raises(ValueError, match="no output layer"):
+    with pytest.raises(ValueError, match="expected a linear output layer"):
         read_head(build("Llama", {}).model)
 
 

@@ -1,0 +1,47 @@
+"""LA-TB in a loop of your own: `accelerate launch examples/plain_loop.py Qwen/Qwen2.5-0.5B`."""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from powerflow_fast import tb_loss
+from powerflow_fast.integrations.transformers import patch_head
+
+
+def train(name, prompts, steps=100, group=8, max_new_tokens=64, lr=1e-4):
+    accelerator = Accelerator()
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(name)
+    patch_head(model)  # model(..., labels=, fused_lm_head=True) gives log-probs, never logits
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr))
+    policy = accelerator.unwrap_model(model)
+    own = prompts[accelerator.process_index :: accelerator.num_processes]
+    for _ in range(steps):
+        prompt = tokenizer(own, padding=True, return_tensors="pt").to(accelerator.device)
+        sampling = dict(do_sample=True, top_k=0, num_return_sequences=group)
+        ids = policy.generate(**prompt, **sampling, max_new_tokens=max_new_tokens)
+        completion = ids[:, prompt.input_ids.shape[1] :]
+        ended = completion == tokenizer.eos_token_id
+        kept = ended.cumsum(1) - ended.long() == 0  # up to the first end-of-sequence token
+        mask = torch.cat([prompt.attention_mask.repeat_interleave(group, 0), kept], 1)
+        labels = ids.where(mask.bool(), -100)
+        labels[:, : prompt.input_ids.shape[1]] = -100
+        batch = dict(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        with torch.no_grad(), policy.disable_adapter():
+            reference = model(**batch).log_probs
+        scored = model(**batch)
+        objective = dict(alpha=4.0, log_z="group", group_size=group)
+        out = tb_loss(scored.log_probs, reference, mask=scored.label_mask, **objective)
+        accelerator.backward(out.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.print({k: round(v.item(), 3) for k, v in out.metrics.items()})
+    return policy
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], ["What is 17 * 3?", "Name a river in France."])

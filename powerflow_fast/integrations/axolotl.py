@@ -1,0 +1,35 @@
+"""For Axolotl's `plugins:` list: `powerflow_fast.integrations.axolotl.PowerFlowPlugin`.
+
+Supervised fine-tuning only: on its RL path Axolotl pins a TRL whose trainers ask for full logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def use_head(cfg: Any, trainer: Any) -> None:
+    """Let the trainer that Axolotl has built take its loss from `patch_head`.
+
+    Raises:
+        ValueError: on the RL path, and for a model whose head `patch_head` refuses.
+    """
+    if cfg.get("rl"):
+        raise ValueError(f"rl: expected none (supervised fine-tuning), got {cfg.get('rl')!r}")
+    from powerflow_fast.integrations.transformers import patch_head
+
+    patch_head(trainer.accelerator.unwrap_model(trainer.model), with_labels=True)
+
+
+def __getattr__(name: str) -> type:
+    if name != "PowerFlowPlugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from axolotl.integrations.base import BasePlugin
+
+    class PowerFlowPlugin(BasePlugin):
+        """Axolotl's hooks, of which one is used."""
+
+        def post_trainer_create(self, cfg, trainer):
+            use_head(cfg, trainer)
+
+    return PowerFlowPlugin

@@ -1,0 +1,185 @@
+"""`LATBTrainer`: LA-TB on completions that exist already, on transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from powerflow_fast.integrations.head_patch import patch_head
+from powerflow_fast.loss import TBOutput, tb_loss
+from powerflow_fast.model_head import disable_dropout
+
+LOGGED = ("residual_mean", "residual_std", "policy_logp", "ref_logp", "log_z", "clipped_share")
+
+
+class LATBTrainer(Trainer):
+    """Trains on (prompt, completion) rows that some sampler wrote, without sampling any.
+
+    Rows of one prompt are kept together: a batch size counts prompts, not completions. The loss is
+    the mean over all completions of an optimizer step, whatever the micro-batches and ranks.
+
+    Args:
+        model: a causal language model with `ref_model`, or a PeftModel, whose base without its
+            adapter is the reference.
+        args: TrainingArguments; `remove_unused_columns` is set to False.
+        train_dataset, eval_dataset: rows with `prompt` and `completion` (text, or token ids), and
+            optionally `old_logps` (one log-prob [nats] per completion token, from the policy that
+            sampled; they give clipped importance weights) and `psi` (format term, nats/token).
+            To a completion given as text the end-of-sequence token is added.
+        processing_class: the tokenizer.
+        ref_model: the frozen reference where it is not the base of `model`.
+        alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
+        temperature: at which the completions were sampled.
+        **kwargs: every other argument of Trainer.
+
+    Raises:
+        ValueError: for rows it cannot use, a missing reference, or a head `patch_head` refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Iterable[Mapping[str, Any]],
+        *,
+        processing_class,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        ref_model: PreTrainedModel | None = None,
+        alpha: float = 4.0,
+        log_z: float | str = "group",
+        clip_eps: float = 0.2,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is None and not hasattr(model, "disable_adapter"):
+            raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model: nothing to train, every parameter is frozen")
+        self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
+        for part in (model, ref_model):
+            if part is not None:
+                patch_head(part, temperature)
+                disable_dropout(part)
+        args.remove_unused_columns = False
+        super().__init__(
+            model,
+            args,
+            self._collate,
+            self._encode(train_dataset, processing_class),
+            None if eval_dataset is None else self._encode(eval_dataset, processing_class),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.loss_is_scaled_for_ga = True
+        self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
+        self.ref_model = None
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(
+                ref_model.eval().requires_grad_(False), evaluation_mode=True
+            )
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+
+    def _encode(self, rows: Iterable[Mapping[str, Any]], tokenizer) -> list[list[dict[str, Any]]]:
+        """Rows as token ids, those of one prompt together."""
+        groups: dict[tuple[int, ...], list[dict[str, Any]]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            if not {"prompt", "completion"} <= row.keys():
+                raise ValueError(
+                    f"row {place}: expected columns prompt and completion, got {sorted(row)}"
+                )
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                prompt = tokenizer(prompt)["input_ids"]
+            if isinstance(completion, str):
+                completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
+                completion = [*completion, tokenizer.eos_token_id]
+            old = row.get("old_logps")
+            if not len(prompt) or (old is not None and len(old) != len(completion)):
+                raise ValueError(
+                    f"row {place}: expected a prompt and one of old_logps per completion token, "
+                    f"got {len(prompt)} prompt tokens, {len(completion)} completion tokens and "
+                    f"{'no' if old is None else len(old)} old_logps"
+                )
+            item = {"prompt": prompt, "completion": completion, "psi": row.get("psi") or 0.0}
+            groups[tuple(prompt)].append(item | {"old_logps": old})
+        if self._grouped:
+            for group in groups.values():
+                if len(group) < 2:
+                    raise ValueError(
+                        "log_z='group': expected at least 2 completions of every prompt, got one "
+                        f"of {tokenizer.decode(group[0]['prompt'])!r}; or give log_z a number"
+                    )
+        items = [item for group in groups.values() for item in group]
+        if len({item["old_logps"] is None for item in items}) > 1:
+            raise ValueError("old_logps: expected in every row or in none")
+        return list(groups.values())
+
+    def _collate(self, groups: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        """Right-padded tensors [S, T]; old_logps [S, T - 1] lie where log-probs will."""
+        items = [item for group in groups for item in group]
+        width = max(len(item["prompt"]) + len(item["completion"]) for item in items)
+        ids = torch.full((len(items), width), self._pad)
+        labels, old = torch.full_like(ids, -100), torch.zeros(len(items), width - 1)
+        attention_mask = torch.zeros_like(ids)
+        for i, item in enumerate(items):
+            start, end = len(item["prompt"]), len(item["prompt"]) + len(item["completion"])
+            ids[i, :end] = torch.tensor([*item["prompt"], *item["completion"]])
+            labels[i, start:end] = ids[i, start:end]
+            attention_mask[i, :end] = 1
+            if item["old_logps"] is not None:
+                old[i, start - 1 : end - 1] = torch.tensor(item["old_logps"])
+        batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+        batch["psi"] = torch.tensor([float(item["psi"]) for item in items])
+        if self._grouped:
+            sizes = torch.tensor([len(group) for group in groups])
+            batch["group_ids"] = torch.arange(len(groups)).repeat_interleave(sizes)
+        if items[0]["old_logps"] is not None:
+            batch["old_logps"] = old
+        return batch
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Micro-batches of one step, and how many completions they hold on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["labels"] != -100).any(1).sum() for batch in batches)
+        count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+        return batches, count.clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        names = ("old_logps", "psi", "group_ids")
+        options = {name: inputs.pop(name) for name in names if name in inputs}
+        normalizer = None  # an evaluation counts its own sequences
+        if self.model.training:  # DDP averages gradients over ranks
+            normalizer = num_items_in_batch / self.accelerator.num_processes
+        with torch.no_grad():
+            if self.ref_model is not None:
+                reference = self.ref_model(**inputs, fused_lm_head=True)
+            else:
+                with self.accelerator.unwrap_model(model).disable_adapter():
+                    reference = model(**inputs, fused_lm_head=True)
+        scored = model(**inputs, fused_lm_head=True)
+        out = tb_loss(
+            scored.log_probs,
+            reference.log_probs.to(scored.log_probs.device),
+            mask=scored.label_mask,
+            normalizer=normalizer,
+            **self.loss_options,
+            **{name: value.to(scored.log_probs.device) for name, value in options.items()},
+        )
+        self._record(out)
+        return (out.loss, scored) if return_outputs else out.loss
+
+    def _record(self, out: TBOutput) -> None:
+        for name in LOGGED:
+            self._metrics[name].append(out.metrics[name].detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss's metrics on this rank since the last log."""
+        means = {name: torch.stack(values).mean().item() for name, values in self._metrics.items()}
+        self._metrics.clear()
+        super().log(logs | means, start_time)

@@ -1,0 +1,21 @@
+"""For models and the Trainer of transformers: `patch_head` and `LATBTrainer`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__all__ = ["FusedHeadOutput", "LATBTrainer", "patch_head"]
+
+_HOME = {
+    "FusedHeadOutput": "head_patch",
+    "patch_head": "head_patch",
+    "LATBTrainer": "latb_trainer",
+}
+if TYPE_CHECKING:
+    from powerflow_fast.integrations.head_patch import FusedHeadOutput, patch_head
+    from powerflow_fast.integrations.latb_trainer import LATBTrainer
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"powerflow_fast.integrations.{_HOME[name]}"), name)

@@ -1,0 +1,244 @@
+"""`patch_head` under transformers' own Trainer, and `LATBTrainer` against the loss by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import PromptTuningConfig, get_peft_model  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from powerflow_fast import tb_loss  # noqa: E402
+from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.numerics import logps_error_bound  # noqa: E402
+
+COMPLETIONS = ("Paris", "three four five", "rain sea a b")
+ROWS = [{"prompt": p, "completion": c} for c in COMPLETIONS for p in tiny.PROMPTS]
+
+
+def arguments(folder, **options):
+    defaults = dict(
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return TrainingArguments(str(folder), **defaults | options)
+
+
+def adapted(model=None):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny.model() if model is None else model, tiny.lora())
+    with torch.no_grad():  # away from the reference, so that the ratio and Delta show
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def offline(folder, rows=ROWS, model=None, **options):
+    args = {k: options.pop(k) for k in list(options) if k in TrainingArguments.__dataclass_fields__}
+    return LATBTrainer(
+        adapted() if model is None else model,
+        arguments(folder, **args),
+        rows,
+        processing_class=tiny.tokenizer(),
+        **options,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def by_hand(model, rows, old=None, psi=0.0, alpha=4.0):
+    """The loss of all rows at once, from plain logits."""
+    encode = tiny.tokenizer()
+    total, groups = [], []
+    for row in rows:
+        prompt = encode(row["prompt"])["input_ids"]
+        ids = torch.tensor([[*prompt, *encode(row["completion"])["input_ids"], tiny.EOS]])
+        both = []
+        for context in (torch.enable_grad, model.disable_adapter):
+            with context():
+                logits = model(ids).logits[:, :-1].log_softmax(-1)
+            logps = logits.gather(-1, ids[:, 1:, None])[0, :, 0]
+            both.append(logps[len(prompt) - 1 :])
+        total.append(both)
+        groups.append(tiny.PROMPTS.index(row["prompt"]))
+    lengths = torch.tensor([0] + [len(a) for a, _ in total])
+    return tb_loss(
+        torch.cat([a for a, _ in total]),
+        torch.cat([b for _, b in total]),
+        cu_seqlens=lengths.cumsum(0).int(),
+        log_z="group",
+        group_ids=torch.tensor(groups),
+        alpha=alpha,
+        psi=psi,
+        old_logps=old,
+    )
+
+
+def test_the_offline_loss_is_the_one_by_hand(tmp_path):
+    trainer = offline(tmp_path, per_device_train_batch_size=4, max_steps=1)
+    expected = by_hand(trainer.model, ROWS).loss
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_old_log_probs_weigh_and_psi_shifts(tmp_path):
+    model = adapted()
+    out = by_hand(model, ROWS)
+    drift = 0.1 * torch.randn(len(out.logps))
+    old, psi = out.logps.detach() - drift, -0.5 * torch.arange(len(ROWS)) / len(ROWS)
+    expected = by_hand(model, ROWS, old, psi)
+    parts = old.split(out.lengths.tolist())
+    rows = [
+        row | {"old_logps": part.tolist(), "psi": float(p)}
+        for row, part, p in zip(ROWS, parts, psi, strict=True)
+    ]
+    trainer = offline(tmp_path, rows, model, per_device_train_batch_size=4, max_steps=1)
+    assert losses(trainer)[0] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert expected.importance.std() > 0.01
+
+
+def test_the_step_does_not_depend_on_micro_batches(tmp_path):
+    whole = offline(tmp_path, per_device_train_batch_size=4)
+    split = offline(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-4)
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(weights(split.model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("latb_run.py"))
+    command = [*launch, script, str(tmp_path / "weights.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours = torch.load(tmp_path / "weights.pt", weights_only=True)
+    steps = dict(optim="sgd", learning_rate=0.1, max_steps=2)
+    alone = offline(tmp_path, per_device_train_batch_size=4, **steps)
+    start = weights(alone.model)
+    alone.train()
+    for name, value in weights(alone.model).items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert not torch.equal(value, start[name])
+
+
+def test_it_learns_and_evaluates_with_a_reference_model(tmp_path):
+    torch.manual_seed(0)
+    trainer = offline(
+        tmp_path,
+        model=tiny.model(),
+        ref_model=tiny.model(),
+        eval_dataset=ROWS,
+        max_steps=25,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.5 * before
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([{"prompt": "rain"}], {}, "expected columns prompt and completion"),
+        (ROWS[:1], {}, "at least 2 completions of every prompt"),
+        ([ROWS[0] | {"old_logps": [0.0]}], {}, "one of old_logps per completion token"),
+        ([ROWS[0], ROWS[4] | {"old_logps": [0.0] * 4}], {}, "in every row or in none"),
+        (ROWS, {"model": tiny.model()}, "ref_model: expected a model"),
+        (ROWS, {"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_bad_input_is_named(rows, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        offline(tmp_path, rows, **options)
+
+
+def test_transformers_own_trainer_needs_no_other_change(tmp_path):
+    encode = tiny.tokenizer()
+    rows = [encode(f"{r['prompt']} {r['completion']}")["input_ids"][:5] for r in ROWS]
+    rows = [{"input_ids": ids, "labels": ids} for ids in rows if len(ids) == 5]
+
+    def run(patch):
+        model = tiny.model()
+        if patch:
+            patch_head(model, with_labels=True)
+        trainer = Trainer(model, arguments(tmp_path, gradient_accumulation_steps=2), None, rows)
+        return losses(trainer), model
+
+    (before, _), (after, model) = run(False), run(True)
+    assert len(before) == 3 and after == pytest.approx(before, rel=1e-4)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    assert model(ids).logits.shape == (1, 5, 20)  # no labels, no change
+    assert model(ids, labels=ids, fused_lm_head=False).logits is not None
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
+def test_adapters_and_virtual_tokens_are_scored(tmp_path):
+    ids = torch.randint(2, 20, (2, 6))
+    for model in (adapted(), get_peft_model(tiny.model(), virtual())):
+        model.eval()
+        patch_head(model)
+        with torch.no_grad():
+            ours = model(ids, labels=ids, fused_lm_head=True).log_probs[:, -5:]
+            logits = model(ids).logits[:, -6:-1].log_softmax(-1)
+        expected = logits.gather(-1, ids[:, 1:, None])[..., 0]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def virtual():
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+def test_nothing_to_score_is_a_connected_zero():
+    model = tiny.model()
+    patch_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
+    ids = torch.randint(2, 20, (2, 6))
+    out = model(ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss == 0 and out.label_mask.sum() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert model.lm_head.weight.grad is not None
+
+
+def test_bad_calls_are_named():
+    model = tiny.model()
+    with pytest.raises(ValueError, match="outputs: expected a choice"):
+        patch_head(model, outputs=("logits",))
+    patch_head(model)
+    ids = torch.randint(2, 20, (2, 6))
+    with pytest.raises(ValueError, match="expected labels"):
+        model(ids, fused_lm_head=True)
+
+
+def test_shifted_labels_are_scored_where_they_stand():
+    model = tiny.model()
+    patch_head(model)
+    ids = torch.randint(2, 20, (2, 6))
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    own = model(ids, labels=ids, fused_lm_head=True).log_probs
+    given = model(ids, shift_labels=shifted, fused_lm_head=True).log_probs
+    bound = logps_error_bound(torch.ones(1, 16), model.lm_head.weight)
+    torch.testing.assert_close(given[:, :-1], own, rtol=0, atol=bound)
+    assert not given[:, -1].any()
