@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,13 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _train(argv: list[str]) -> int:
     trainer = _user_input(_prepare_training, argv)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    from powerflow_fast.checkpoint import CheckpointError
+
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except CheckpointError as error:
+        print(f"powerflow-fast: stopped: {error}", file=sys.stderr)
+        return 1
     trainer.save_model(trainer.args.output_dir)
     print(f"Saved to {trainer.args.output_dir}")
     return 0
@@ -135,12 +142,9 @@ def _prepare_training(argv: list[str]):
     if not options.model or not options.data:
         raise UsageError("train needs --model and --data (or both in the --config file)")
     records = read_prompts(options.data, options.chat)
-    if not config.resume_from_checkpoint:
-        _check_output(config.output_dir, options.overwrite)
-    elif not Path(config.resume_from_checkpoint).is_dir():
-        raise UsageError(
-            f"--resume_from_checkpoint {config.resume_from_checkpoint}: no such folder"
-        )
+    _check_output(config.output_dir, options.overwrite or config.resume_from_checkpoint)
+    if config.resume_from_checkpoint:
+        _check_checkpoint(options.model, config)
     model, tokenizer = _load_model(options.model)
     lora = None
     if options.lora_rank > 0:
@@ -285,8 +289,29 @@ def _load_model(name: str):
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
 
 
+def _check_checkpoint(model: str, config) -> None:
+    """The checkpoint to go on from exists and fits the model, as far as its configuration says."""
+    from powerflow_fast.checkpoint import check_made_for, config_facts, last_checkpoint
+
+    name = config.resume_from_checkpoint
+    checkpoint = last_checkpoint(config.output_dir) if name == "last" else name
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise UsageError(f"--resume_from_checkpoint {checkpoint}: no such folder (or 'last')")
+    if checkpoint and model != "smollm2":
+        from transformers import AutoConfig
+
+        check_made_for(checkpoint, config_facts(AutoConfig.from_pretrained(model)))
+
+
 def _check_output(folder: str, overwrite: bool) -> None:
     path = Path(folder)
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        if existing.is_dir():
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from error
     if path.exists() and not path.is_dir():
         raise UsageError(f"{folder}: exists and is not a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

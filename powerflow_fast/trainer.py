@@ -8,7 +8,6 @@ GRPO's loss listed in `config.NOT_HONOURED`.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
+from powerflow_fast.checkpoint import WholeCheckpoints
 from powerflow_fast.config import PowerFlowConfig, check_data, check_reference
 from powerflow_fast.log_z import LogZHead
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
@@ -33,7 +31,6 @@ from powerflow_fast.model_head import (
     read_head,
 )
 
-LOG_Z_FILE = "log_z.pt"
 METRICS = {  # of TBOutput -> name in the logs
     "residual_mean": "residual/mean",
     "residual_std": "residual/std",
@@ -53,7 +50,7 @@ def no_psi(completions: list, **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-class PowerFlowTrainer(GRPOTrainer):
+class PowerFlowTrainer(WholeCheckpoints):
     """Trains a causal language model to sample from a power of its own base, without labels.
 
     The reference is the model as it was given: the base under a disabled adapter (`peft_config`),
@@ -123,11 +120,11 @@ class PowerFlowTrainer(GRPOTrainer):
         for part in (policy, self.ref_model):
             if part is not None:
                 disable_dropout(part)
-        self.log_z: LearnedLogZ | None = None
         if args.log_z == "learned":
             size = base_model(policy).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
+        self._start_checkpoints(policy)
 
     def _check_model(self, policy) -> None:
         if self._is_vlm:
@@ -330,23 +327,6 @@ class PowerFlowTrainer(GRPOTrainer):
                     "the adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
                     stacklevel=2,
                 )
-
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.log_z is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            path = os.path.join(self._get_output_dir(trial=trial), folder, LOG_Z_FILE)
-            torch.save(self.log_z.state_dict(), path)
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.log_z is None or checkpoint is None:
-            return
-        path = os.path.join(checkpoint, LOG_Z_FILE)
-        if not os.path.exists(path):
-            raise ValueError(f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}")
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self.log_z.load_state_dict(state)
 
 
 class LearnedLogZ(TrainerCallback):

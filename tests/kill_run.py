@@ -1,0 +1,140 @@
+"""Runs that are killed, or resumed by another number of processes, for test_checkpoint.py.
+
+    kill_run.py FOLDER kill WORLD KILLS SEED
+    kill_run.py FOLDER resize
+
+Imports once and then forks every run, so that a run costs a second and not an import of torch.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from powerflow_fast import PowerFlowTrainer  # noqa: E402
+from tests import tiny  # noqa: E402
+
+KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
+    max_steps=16,
+    per_device_train_batch_size=4,
+    steps_per_generation=3,
+    num_iterations=2,
+    shuffle_dataset=True,
+    save_steps=1,
+    save_total_limit=2,
+    lr_scheduler_type="linear",
+)
+RESIZE = dict(save_steps=2, optim="sgd", lr_scheduler_type="constant")
+
+
+def train(folder: Path, options: dict, rollout, data) -> None:
+    torch.set_num_threads(1)
+    trainer = PowerFlowTrainer(
+        model=tiny.model(),
+        args=tiny.config(folder, log_z="learned", save_strategy="steps", **options),
+        train_dataset=data,
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(),
+        rollout_func=rollout,
+    )
+    trainer.train(resume_from_checkpoint="last")
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    state = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+    state |= {f"log_z.{n}": p for n, p in trainer.log_z.head.state_dict().items()}
+    if trainer.accelerator.is_main_process:
+        torch.save(state, folder / "end.part")
+        os.replace(folder / "end.part", folder / "end.pt")
+
+
+def start(folder: Path, world: int, **options) -> list[int]:
+    """Fork `world` ranks of a run in `folder`; it goes on from the last checkpoint there."""
+    rollout = tiny.rollout if options.get("optim") == "sgd" else None
+    data = tiny.dataset(4 if rollout else world)
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            if world > 1:
+                own = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in own.items()}
+                options["ddp_backend"] = "gloo"
+            log = os.open(folder.parent / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                train(folder, options, rollout, data)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        ranks.append(child)
+    return ranks
+
+
+def ended(ranks: list[int]) -> bool:
+    return all([os.waitstatus_to_exitcode(os.waitpid(r, 0)[1]) == 0 for r in ranks])
+
+
+def finish(folder: Path, world: int, **options) -> dict:
+    """Run to the end; the parameters."""
+    done = ended(start(folder, world, **options))
+    assert done, "".join(p.read_text()[-2000:] for p in folder.parent.glob("log_*.txt"))
+    return torch.load(folder / "end.pt", weights_only=True)
+
+
+def kill(folder: Path, world: int, kills: int, seed: int) -> None:
+    draw, began = random.Random(seed), time.monotonic()
+    expected = finish(folder / "whole", world, **KILL)
+    length = time.monotonic() - began
+    reached, runs = [], 0
+    run = folder / "killed0"
+    for _ in range(kills):
+        ranks = start(run, world, **KILL)
+        time.sleep(draw.uniform(0.25, 0.95) * length)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        ended(ranks)
+        reached.append(max([0, *(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))]))
+        if (run / "end.pt").exists():  # it was through: another run to kill
+            same(torch.load(run / "end.pt", weights_only=True), expected)
+            run = folder / f"killed{(runs := runs + 1)}"
+    same(finish(run, world, **KILL), expected)
+    print(f"last checkpoints when killed: {reached}; a whole run takes {length:.1f} s")
+
+
+def resize(folder: Path) -> None:
+    """Saved by 2 and loaded by 1, and the reverse, against a run of one process."""
+    batch = {world: dict(RESIZE, per_device_train_batch_size=8 // world) for world in (1, 2)}
+    expected = finish(folder / "one", 1, max_steps=4, **batch[1])
+    finish(folder / "two", 2, max_steps=2, **batch[2])
+    shutil.copytree(folder / "one" / "checkpoint-2", folder / "back" / "checkpoint-2")
+    same(finish(folder / "two", 1, max_steps=4, **batch[1]), expected, 2e-5)
+    same(finish(folder / "back", 2, max_steps=4, **batch[2]), expected, 2e-5)
+
+
+def same(got: dict, expected: dict, tolerance: float = 0.0) -> None:
+    assert got.keys() == expected.keys() and got
+    for name, value in expected.items():
+        error = (got[name] - value).abs().max().item()
+        assert error <= tolerance, (name, error)
+
+
+if __name__ == "__main__":
+    mode = {"kill": kill, "resize": resize}[sys.argv[2]]
+    mode(Path(sys.argv[1]), *map(int, sys.argv[3:]))
