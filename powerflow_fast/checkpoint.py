@@ -43,6 +43,7 @@ class WholeCheckpoints(GRPOTrainer):
     """TRL's trainer with whole checkpoints; `PowerFlowTrainer` adds the objective."""
 
     args: Any  # a PowerFlowConfig
+    health: Any
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
     _staging = False
 
@@ -123,6 +124,7 @@ class WholeCheckpoints(GRPOTrainer):
             "step": self._step,
             "rollouts": self._buffered_inputs if self._step % cycle else None,
             "metrics": dict(self._metrics["train"]),
+            "health": self.health.state_dict(),
         }
         rank = self.accelerator.process_index
         torch.save(state, os.path.join(staged, STATE_FILE.format(rank=rank)))
@@ -150,6 +152,7 @@ class WholeCheckpoints(GRPOTrainer):
             path = os.path.join(checkpoint, STATE_FILE.format(rank=0))
         state = _load(path)
         self._metrics["train"] = defaultdict(list, state["metrics"])
+        self.health.load_state_dict(state["health"])
         if state["world_size"] == world:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)

@@ -277,6 +277,11 @@ def test_unusable_input_is_refused_before_generation(tmp_path):
 
     refused("column 'prompt'", data=Dataset.from_dict({"question": ["a"]}))
     refused("empty", data=Dataset.from_dict({"prompt": []}))
+    small = tiny.model(max_position_embeddings=16)
+    refused("prompt 1 has 7 .*context of 16", model=small, max_completion_length=10)
+    wrapped = get_peft_model(tiny.model(), tiny.lora())
+    refused("peft_config: the model already carries an adapter", model=wrapped)
+    refused("carries an adapter, but the model is no PeftModel", model=wrapped.get_base_model())
     refused("path", peft=False)  # a model in memory only: no reference to load
     frozen = get_peft_model(tiny.model(), tiny.lora(inference_mode=True))
     frozen.requires_grad_(False)
