@@ -191,19 +191,22 @@ def check_lengths(dataset, tokenizer, config, args: PowerFlowConfig) -> None:
 
 def check_reference(model, peft_config) -> None:
     """ValueError where the reference would not be the model as it was given."""
-    if peft_config is not None and hasattr(model, "peft_config"):
-        raise ValueError(
-            "peft_config: the model already carries an adapter; leave peft_config out to go on "
-            "training it, or merge_and_unload() it first to train a new one on top"
-        )
-    if not isinstance(model, str) and not hasattr(model, "peft_config"):
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_A"):
-                raise ValueError(
-                    f"model: {name} carries an adapter, but the model is no PeftModel, so the base "
-                    "cannot be told from it; pass the PeftModel, or the model without it"
-                )
-    if isinstance(model, str) or peft_config is not None or hasattr(model, "peft_config"):
+    if isinstance(model, str):
+        return
+    if hasattr(model, "get_base_model"):  # a PeftModel
+        if peft_config is not None:
+            raise ValueError(
+                "peft_config: the model already carries an adapter; leave peft_config out to go on "
+                "training it, or merge_and_unload() it first to train a new one on top"
+            )
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"model: {name} carries an adapter, but the model is no PeftModel, so the base "
+                "cannot be told from it; pass the PeftModel, or the model without it"
+            )
+    if peft_config is not None:
         return
     if not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
