@@ -1,4 +1,8 @@
-"""One of the runs that test_two_processes_equal_one compares: `ddp_run.py OUT PER_RANK`."""
+"""One of the runs that test_two_processes_equal_one compares: `ddp_run.py OUT PER_RANK KIND`.
+
+KIND is ddp or fsdp2. accelerate does not shard on a CPU, so for fsdp2 the model is given to
+`fully_shard` as accelerate would (decoder layers, then the root with norm and head).
+"""
 
 import faulthandler
 import os
@@ -10,12 +14,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
-def main(out: str, per_rank: int) -> None:
+def shard(trainer) -> None:
+    for layer in trainer.model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    trainer.accelerator.prepare_model = lambda model, **_: model  # no DDP around it
+
+
+def main(out: str, per_rank: int, kind: str) -> None:
     faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
     world = int(os.environ.get("WORLD_SIZE", "1"))
     results = {"losses": [], "parameters": {}}
@@ -40,6 +53,8 @@ def main(out: str, per_rank: int) -> None:
             callbacks=[seen],
         )
         assert trainer.accelerator.num_processes == world
+        if kind == "fsdp2" and world > 1:
+            shard(trainer)
         trainer.train()
         results["losses"] += [row["loss"] for row in seen.logs]
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -47,6 +62,7 @@ def main(out: str, per_rank: int) -> None:
         for prefix, module in parts.items():
             for name, value in module.named_parameters() if module is not None else ():
                 if value.requires_grad:
+                    value = value.full_tensor() if isinstance(value, DTensor) else value
                     results["parameters"][f"{prefix}.{name}"] = value.detach().clone()
     if trainer.accelerator.is_main_process:
         torch.save(results, out)
@@ -55,7 +71,7 @@ def main(out: str, per_rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     # Torn down with the interpreter, gloo's thread can wait for the interpreter lock while the main
     # thread, which holds it, waits for that thread (seen once with torch 2.13).
     os._exit(0)
