@@ -10,10 +10,8 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import ranks, tiny  # noqa: E402
 
 KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
     max_steps=16,
@@ -59,42 +57,20 @@ def train(folder: Path, options: dict, rollout, data) -> None:
 
 def start(folder: Path, world: int, **options) -> list[int]:
     """Fork `world` ranks of a run in `folder`; it goes on from the last checkpoint there."""
+    return ranks.start(world, work(folder, world, options), folder.parent)
+
+
+def work(folder: Path, world: int, options: dict):
     rollout = tiny.rollout if options.get("optim") == "sgd" else None
     data = tiny.dataset(4 if rollout else world)
+    backend = {"ddp_backend": "gloo"} if world > 1 else {}
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            if world > 1:
-                own = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
-                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ |= {name: str(value) for name, value in own.items()}
-                options["ddp_backend"] = "gloo"
-            log = os.open(folder.parent / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                train(folder, options, rollout, data)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        ranks.append(child)
-    return ranks
-
-
-def ended(ranks: list[int]) -> bool:
-    return all([os.waitstatus_to_exitcode(os.waitpid(r, 0)[1]) == 0 for r in ranks])
+    return lambda: train(folder, options | backend, rollout, data)
 
 
 def finish(folder: Path, world: int, **options) -> dict:
     """Run to the end; the parameters."""
-    done = ended(start(folder, world, **options))
-    assert done, "".join(p.read_text()[-2000:] for p in folder.parent.glob("log_*.txt"))
+    ranks.finish(world, work(folder, world, options), folder.parent)
     return torch.load(folder / "end.pt", weights_only=True)
 
 
@@ -105,11 +81,11 @@ def kill(folder: Path, world: int, kills: int, seed: int) -> None:
     reached, runs = [], 0
     run = folder / "killed0"
     for _ in range(kills):
-        ranks = start(run, world, **KILL)
+        running = start(run, world, **KILL)
         time.sleep(draw.uniform(0.25, 0.95) * length)
-        for rank in ranks:
+        for rank in running:
             os.kill(rank, signal.SIGKILL)
-        ended(ranks)
+        ranks.ended(running)
         reached.append(max([0, *(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))]))
         if (run / "end.pt").exists():  # it was through: another run to kill
             same(torch.load(run / "end.pt", weights_only=True), expected)
