@@ -31,10 +31,11 @@ def load_model(name: str, keywords: dict[str, Any] | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = "auto" if torch.cuda.is_available() else torch.float32
+    keywords = {"dtype": dtype, **(keywords or {})}
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **keywords or {}), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name, **keywords), tokenizer
 
 
 def check_output(folder: str, overwrite: bool) -> None:

@@ -37,7 +37,7 @@ class TrainArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "flash_attention_2, sdpa, ... (the best there is)."}
+        default=None, metadata={"help": "flash_attention_2 (if installed), sdpa, ..."}
     )
     boxed_penalty: float = field(
         default=0.0, metadata={"help": r"psi of completions without \boxed{}, e.g. -0.5; 0 is off."}
@@ -90,7 +90,7 @@ def _prepare_training(argv: list[str]):
         _check_checkpoint(options.model, config)
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
     _check_prompts(options.model, data, config)
-    model, tokenizer = load_model(options.model, _quantization(options))
+    model, tokenizer = load_model(options.model, _loading(options))
     lora = None
     if options.lora_rank > 0:
         targets = options.lora_targets.split(",")
@@ -114,18 +114,23 @@ def _prepare_training(argv: list[str]):
     )
 
 
-def _quantization(options: TrainArguments) -> dict[str, Any]:
-    """Keywords of from_pretrained for the base model of QLoRA, and its attention."""
+def _loading(options: TrainArguments) -> dict[str, Any]:
+    """Keywords of from_pretrained: attention, type, and 4-bit weights for QLoRA."""
+    import torch
+
     keywords: dict[str, Any] = {}
-    if options.attn_implementation:
-        keywords["attn_implementation"] = options.attn_implementation
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    attention = options.attn_implementation or ("flash_attention_2" if flash else None)
+    if attention:
+        keywords["attn_implementation"] = attention
+    if options.lora_rank < 1:  # bf16 weights would round updates of a usual learning rate away
+        keywords["dtype"] = torch.float32
     if options.quantize == "none":
         return keywords
     if options.lora_rank < 1:
         raise UsageError("--quantize nf4: 4-bit weights do not train; give a --lora_rank")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes")
-    import torch
     from transformers import BitsAndBytesConfig
 
     keywords["quantization_config"] = BitsAndBytesConfig(
