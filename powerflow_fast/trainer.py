@@ -19,6 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_a
 
 from powerflow_fast.checkpoint import WholeCheckpoints
 from powerflow_fast.config import PowerFlowConfig, check_data, check_lengths, check_reference
+from powerflow_fast.exact_merge import keep_base_exact
 from powerflow_fast.health import METRICS, Health
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
@@ -30,13 +31,7 @@ from powerflow_fast.model_head import (
     read_head,
 )
 from powerflow_fast.packing import check_packing, packed_hidden_state
-from powerflow_fast.rollout import (
-    counted,
-    counted_mask,
-    group_log_z,
-    model_inputs,
-    sampler_gap,
-)
+from powerflow_fast.rollout import counted, counted_mask, group_log_z, model_inputs, sampler_gap
 
 
 def no_psi(completions: list, **_: Any) -> list[float]:
@@ -109,6 +104,8 @@ class PowerFlowTrainer(WholeCheckpoints):
         finally:
             args.beta = 0.0
         self.beta = 0.0
+        if self.use_vllm and hasattr(self.model, "merge_adapter"):
+            keep_base_exact(self.model)
         self._has_psi = psi_funcs is not None
         self._redirect = _ForwardRedirection()
         self._start_checked = False
