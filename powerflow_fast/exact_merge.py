@@ -23,10 +23,11 @@ def keep_base_exact(model: PeftModel | Any) -> None:
     kept: list[tuple[nn.Module, Any, Tensor | None]] = []  # layer, its weight, a copy of that
 
     def merge_adapter(*args, **kwargs) -> None:
+        module: Any
         for module in model.modules():
             if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
                 layer = module.get_base_layer()
-                weight: Any = layer.weight
+                weight = layer.weight
                 copy = weight.detach().cpu().clone() if weight.is_floating_point() else None
                 kept.append((layer, weight, copy))
         merge(*args, **kwargs)
