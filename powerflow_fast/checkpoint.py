@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,31 +85,27 @@ class WholeCheckpoints(GRPOTrainer):
         run = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = os.path.join(run, STAGING, name), os.path.join(run, name)
-        problem: Exception | None = None
-        self._staging = True
-        try:
-            if self.accelerator.is_local_main_process:
-                shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self._save_state(staged, final)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # a full disk comes as any of them
-            problem = error
-        finally:
-            self._staging = False
-        problems = [p for p in gather_object([_one_line(problem)]) if p]  # on every rank, or none
-        if problems:
+        save = super()._save_checkpoint
+        if self.accelerator.is_local_main_process:
             shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
-            kept = last_checkpoint(run)
-            rest = f"the last whole checkpoint is {kept}" if kept else "there is none before it"
-            raise CheckpointError(f"could not write {final}: {problems[0]}; {rest}") from problem
-        if self.accelerator.is_main_process:
-            _move(staged, final)
         self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            self._staging = True
+            try:
+                save(model, trial)
+                self._save_state(staged, final)
+            finally:
+                self._staging = False
+
+        def publish() -> None:
+            if self.accelerator.is_local_main_process:
+                _flush(staged)
+            if self.accelerator.is_main_process:
+                _move(staged, final)
+
+        self._on_every_rank(write, run, final)
+        self._on_every_rank(publish, run, final)
         if self.accelerator.is_local_main_process and os.path.isdir(staged):
             _move(staged, final)  # another node with a disk of its own
         if self.args.should_save:
@@ -116,6 +113,25 @@ class WholeCheckpoints(GRPOTrainer):
             rotate_checkpoints(run, limit, best_model_checkpoint=best, use_mtime=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
+
+    def _on_every_rank(self, part: Callable[[], None], run: str, final: str) -> None:
+        """Do `part`; where it fails on one rank, all raise, and none waits for another."""
+        problem: Exception | None = None
+        try:
+            part()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # a full disk comes as any of them
+            problem = error
+        problems = [p for p in gather_object([_one_line(problem)]) if p]
+        if problems:
+            if self.accelerator.is_local_main_process:
+                shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
+            kept = last_checkpoint(run)
+            rest = f"the last whole checkpoint is {kept}" if kept else "there is none before it"
+            raise CheckpointError(f"could not write {final}: {problems[0]}; {rest}") from problem
 
     def _save_state(self, staged: str, final: str) -> None:
         cycle = self.args.steps_per_generation * self.num_iterations
@@ -136,9 +152,6 @@ class WholeCheckpoints(GRPOTrainer):
             if self.state.best_model_checkpoint == staged:
                 self.state.best_model_checkpoint = final
                 self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process:
-            _flush(staged)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

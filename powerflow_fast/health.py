@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,9 +138,12 @@ class Health(TrainerCallback):
             return
         lines = [f"=== step {step}", f"prompt: {_text(prompts[0])}"]
         lines += [f"--- {i}: {_text(c)}" for i, c in enumerate(completions[:shown], start=1)]
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        with open(os.path.join(self.args.output_dir, SAMPLES), "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n\n")
+        try:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            with open(os.path.join(self.args.output_dir, SAMPLES), "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n\n")
+        except OSError as error:  # no reason to stop; the next checkpoint will be one
+            warnings.warn(f"{SAMPLES} could not be written: {error}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         return {"start_length": self.start_length, "bad": self.bad}

@@ -8,6 +8,7 @@ Imports once and then forks every run, so that a run costs a second and not an i
 
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -38,6 +39,7 @@ RESIZE = dict(save_steps=2, optim="sgd", lr_scheduler_type="constant")
 
 def train(folder: Path, options: dict, rollout, data) -> None:
     torch.set_num_threads(1)
+    callbacks = options.pop("callbacks", [])
     trainer = PowerFlowTrainer(
         model=tiny.model(),
         args=tiny.config(folder, log_z="learned", save_strategy="steps", **options),
@@ -45,6 +47,7 @@ def train(folder: Path, options: dict, rollout, data) -> None:
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora(),
         rollout_func=rollout,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint="last")
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -100,8 +103,26 @@ def resize(folder: Path) -> None:
     expected = finish(folder / "one", 1, max_steps=4, **batch[1])
     finish(folder / "two", 2, max_steps=2, **batch[2])
     shutil.copytree(folder / "one" / "checkpoint-2", folder / "back" / "checkpoint-2")
+    full(folder)
     same(finish(folder / "two", 1, max_steps=4, **batch[1]), expected, 2e-5)
     same(finish(folder / "back", 2, max_steps=4, **batch[2]), expected, 2e-5)
+
+
+def full(folder: Path) -> None:
+    """One of two ranks cannot write any more: both end, the other says why, and none hangs."""
+    options = dict(RESIZE, per_device_train_batch_size=4, max_steps=4, callbacks=[FullDisk()])
+    running = start(folder / "two", 2, **options)
+    assert not ranks.ended(running)
+    last = (folder / "log_0.txt").read_text().splitlines()[-1]  # rank 1 cannot even write its log
+    assert "CheckpointError: could not write" in last and "checkpoint-2" in last, last
+
+
+class FullDisk(tiny.TrainerCallback):
+    """On rank 1, no file can grow beyond 100 bytes from step 3 on."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["RANK"] == "1":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
 
 def same(got: dict, expected: dict, tolerance: float = 0.0) -> None:
