@@ -1,4 +1,4 @@
-"""The command `powerflow-fast`: train, demo, eval, info.
+"""The command `powerflow-fast`: train, demo, eval, plan, info.
 
 Bad input ends with one line on stderr and exit code 2. Nothing heavy is imported before a command
 needs it.
@@ -10,44 +10,17 @@ import argparse
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-
-class UsageError(Exception):
-    """What the user can put right; its message is printed without a traceback."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-@dataclass
-class TrainArguments:
-    """Options of `train` beside those of PowerFlowConfig."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Model folder or name; 'smollm2' is the packaged one."}
-    )
-    data: str | None = field(default=None, metadata={"help": "Prompt file, .txt or .jsonl."})
-    chat: bool = field(
-        default=False, metadata={"help": "Give text prompts to the chat template as user messages."}
-    )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains all parameters."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale, divided by the rank."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules for LoRA, separated by commas."}
-    )
-    boxed_penalty: float = field(
-        default=0.0, metadata={"help": r"psi of completions without \boxed{}, e.g. -0.5; 0 is off."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Write into an output folder that holds another run."}
-    )
+from powerflow_fast.cli_common import (
+    Parser,
+    UsageError,
+    check_output,
+    load_model,
+    one_line,
+    user_input,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,23 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
-            return _train(argv[1:])
+            from powerflow_fast.cli_train import train
+
+            return train(argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args)
     except UsageError as error:
-        print(f"powerflow-fast: error: {_one_line(error)}", file=sys.stderr)
+        print(f"powerflow-fast: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="powerflow-fast",
         description="Train a language model to sample from a power of itself, without labels.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands.add_parser("train", help="train on a prompt file (flags, or --config FILE.yaml)")
     _add_demo(commands)
     _add_eval(commands)
+    _add_plan(commands)
     info = commands.add_parser("info", help="versions, devices and the back end in use")
     info.set_defaults(run=_info)
     return parser
@@ -104,64 +80,45 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_eval)
 
 
-def _train(argv: list[str]) -> int:
-    trainer = _user_input(_prepare_training, argv)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
-    print(f"Saved to {trainer.args.output_dir}")
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("plan", help="memory of a run, and the micro-batch that fits")
+    command.add_argument("model", help="shape name (Llama-3-70B), or a folder or name of a model")
+    command.add_argument("--gpus", type=int, default=1)
+    command.add_argument("--memory-gb", type=float, default=80.0, help="of each GPU (80)")
+    choices = ("bf16", "fp32", "fp8", "nf4")
+    command.add_argument("--weights", choices=choices, default="bf16", help="type of the base")
+    command.add_argument("--lora-rank", type=int, default=16, help="0 trains all parameters (16)")
+    command.add_argument("--tokens", type=int, default=8192, help="of a sequence (8192)")
+    command.add_argument("--completions", type=int, default=8, help="sampled at once per GPU (8)")
+    command.add_argument("--sharding", choices=("ddp", "fsdp"), default="ddp")
+    command.add_argument("--offload", action="store_true", help="FSDP shards in main memory")
+    command.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    command.add_argument("--micro-batch", type=int, help="show this one (the largest that fits)")
+    command.add_argument("--tflops", type=float, help="measured rate of a GPU, for a throughput")
+    command.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from powerflow_fast.plan import Run, report
+
+    names = ("gpus", "memory_gb", "weights", "lora_rank", "tokens", "completions", "sharding")
+    options = {name: getattr(args, name) for name in (*names, "offload")}
+    options["checkpointing"] = not args.no_checkpointing
+    run = user_input(lambda: Run(_shape(args.model), **options))
+    print(user_input(report, run, args.micro_batch, args.tflops))
     return 0
 
 
-def _prepare_training(argv: list[str]):
-    """The trainer that flags and YAML file describe; every check of input happens here."""
-    # transformers' notes about TRL's own use of it would stand before the one line of an error.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    argv = [part for word in argv for part in _split_config(word)]
-    _check_config_file(argv)
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import TrlParser
+def _shape(model: str):
+    from powerflow_fast.model_shapes import MODEL_SHAPES, ModelShape, model_shape
 
-    from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
-    from powerflow_fast.prompts import read_prompts
-    from powerflow_fast.rewards import missing_boxed
+    if model in MODEL_SHAPES:
+        return model_shape(model)
+    if not Path(model).is_dir() and "/" not in model:
+        model_shape(model)  # raises, with the names there are
+    from transformers import AutoConfig
 
-    class Parser(TrlParser):
-        error = _Parser.error
-
-    types: Any = (TrainArguments, PowerFlowConfig)
-    parser = Parser(types, prog="powerflow-fast train")
-    options, config = parser.parse_args_and_config(argv)
-    if not options.model or not options.data:
-        raise UsageError("train needs --model and --data (or both in the --config file)")
-    records = read_prompts(options.data, options.chat)
-    if not config.resume_from_checkpoint:
-        _check_output(config.output_dir, options.overwrite)
-    elif not Path(config.resume_from_checkpoint).is_dir():
-        raise UsageError(
-            f"--resume_from_checkpoint {config.resume_from_checkpoint}: no such folder"
-        )
-    model, tokenizer = _load_model(options.model)
-    lora = None
-    if options.lora_rank > 0:
-        targets = options.lora_targets.split(",")
-        if config.learning_rate == PowerFlowConfig.learning_rate:
-            note = f"learning_rate is {config.learning_rate:g}, meant for training all parameters"
-            print(f"note: {note}; LoRA usually takes 1e-4 to 3e-4", file=sys.stderr)
-        lora = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-        )
-    return PowerFlowTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in records]),
-        processing_class=tokenizer,
-        peft_config=lora,
-        psi_funcs=missing_boxed(options.boxed_penalty) if options.boxed_penalty else None,
-    )
+    return ModelShape.from_config(AutoConfig.from_pretrained(model))
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -175,8 +132,8 @@ def _demo(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(settings, name)}"
             )
-    _check_output(settings.output_dir, args.overwrite)
-    _user_input(_find_demo_parts)
+    check_output(settings.output_dir, args.overwrite)
+    user_input(_find_demo_parts)
     import torch
 
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
@@ -201,8 +158,8 @@ def _eval(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1")
     split = None if args.data else "heldout"
-    questions = _user_input(read_questions, args.data or QUESTIONS, split)
-    model, tokenizer = _user_input(_load_with_adapter, args.model, args.adapter)
+    questions = user_input(read_questions, args.data or QUESTIONS, split)
+    model, tokenizer = user_input(_load_with_adapter, args.model, args.adapter)
     from powerflow_fast.evaluation import Sampling, evaluate
 
     prompts = [_format(tokenizer, args, question.prompt) for question in questions]
@@ -258,73 +215,12 @@ def _info(_: argparse.Namespace) -> int:
 def _load_with_adapter(model: str, adapter: str | None):
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
-    loaded, tokenizer = _load_model(model)
+    loaded, tokenizer = load_model(model)
     if adapter:
         from peft import PeftModel
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded, tokenizer
-
-
-def _load_model(name: str):
-    """(model, tokenizer) of a folder, a Hub name, or 'smollm2'; float32 unless a GPU is there."""
-    if name == "smollm2":
-        from powerflow_fast.smollm2 import load_smollm2
-
-        return load_smollm2()
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or folder.exists()):
-        raise UsageError(f"--model {name}: no such folder")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
-
-
-def _check_output(folder: str, overwrite: bool) -> None:
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{folder}: exists and is not a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(f"{folder}: holds another run; name another folder, or pass --overwrite")
-
-
-def _split_config(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
-
-
-def _check_config_file(argv: list[str]) -> None:
-    """TRL's parser opens and reads the YAML file; say first, in one line, why it could not."""
-    if "--config" not in argv:
-        return
-    rest = argv[argv.index("--config") + 1 :]
-    if not rest or not Path(rest[0]).is_file():
-        raise UsageError(f"--config {rest[0] if rest else ''}: no such file")
-    import yaml
-
-    try:
-        yaml.safe_load(Path(rest[0]).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UsageError(f"{rest[0]}: {where}not YAML") from error
-
-
-def _user_input(step: Callable, *arguments: Any):
-    """Run a step that only reads what the user gave: its errors are the user's to put right."""
-    try:
-        return step(*arguments)
-    except (ValueError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error.__cause__ or error).__name__
 
 
 if __name__ == "__main__":

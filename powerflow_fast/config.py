@@ -46,6 +46,14 @@ class PowerFlowConfig(GRPOConfig):
         default=4.0,
         metadata={"help": "Power of the base model to sample from, > 0: above 1 sharpens."},
     )
+    alpha_start: float = field(
+        default=1.0,
+        metadata={"help": "alpha of the first step, > 0, where alpha_warmup_steps is set."},
+    )
+    alpha_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps over which alpha goes from alpha_start to alpha; 0: constant."},
+    )
     log_z: str = field(
         default="group",
         metadata={
@@ -55,6 +63,10 @@ class PowerFlowConfig(GRPOConfig):
     )
     log_z_lr: float = field(
         default=1e-3, metadata={"help": "Constant learning rate of the learned log Z', > 0."}
+    )
+    log_z_lr_scheduled: bool = field(
+        default=False,
+        metadata={"help": "Let the policy's scheduler act on the learning rate of log Z' too."},
     )
     log_z_layers: int = field(
         default=3, metadata={"help": "Linear layers of the learned log Z', at least 1."}
@@ -84,6 +96,26 @@ class PowerFlowConfig(GRPOConfig):
             "choices": ["auto", "torch", "triton"],
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Compute real tokens only, packed into one row (best with flash-attn)."},
+    )
+    stop_on_collapse: bool = field(
+        default=True,
+        metadata={"help": "End the run when completions shrink or repeat, with a message."},
+    )
+    min_length_share: float = field(
+        default=0.2,
+        metadata={"help": "Of the first rollout's mean length: below it completions shrank."},
+    )
+    min_distinct: float = field(
+        default=0.2,
+        metadata={"help": "Share of distinct 4-grams within completions: below it they repeat."},
+    )
+    sample_completions: int = field(
+        default=2,
+        metadata={"help": "Completions of one prompt to write to samples.txt at each log; 0: no."},
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Always true: with dropout the policy would not start at the reference."},
@@ -91,9 +123,14 @@ class PowerFlowConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         _positive("alpha", self.alpha)
+        _positive("alpha_start", self.alpha_start)
         _positive("log_z_lr", self.log_z_lr)
-        if self.log_z_layers < 1:
-            raise ValueError(f"log_z_layers: expected at least 1, got {self.log_z_layers}")
+        for name, least in (("log_z_layers", 1), ("alpha_warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("min_length_share", "min_distinct"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {getattr(self, name)}")
         if not (math.isfinite(self.clip_eps) and self.clip_eps >= 0):
             raise ValueError(f"clip_eps: expected a finite number >= 0, got {self.clip_eps!r}")
         fields = type(self).__dataclass_fields__
@@ -131,9 +168,45 @@ def check_data(dataset) -> None:
         raise ValueError("train_dataset: it is empty")
 
 
+def check_lengths(dataset, tokenizer, config, args: PowerFlowConfig) -> None:
+    """ValueError where a prompt and its completion do not fit into the model's context."""
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None),)
+    context = min((n for n in (*limits, args.vllm_max_model_length) if n), default=None)
+    if context is None or not hasattr(dataset, "__getitem__"):
+        return
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
+        if isinstance(prompts[0], str):
+            rows = tokenizer(prompts)["input_ids"]
+        else:
+            rows = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
+        for i, row in enumerate(rows, start=start):
+            if len(row) + args.max_completion_length > context:
+                raise ValueError(
+                    f"train_dataset: prompt {i} has {len(row)} tokens, which with "
+                    f"max_completion_length={args.max_completion_length} is beyond the context of "
+                    f"{context}; drop it, or lower max_completion_length"
+                )
+
+
 def check_reference(model, peft_config) -> None:
-    """ValueError where full fine-tuning has no place to load the reference from."""
-    if isinstance(model, str) or peft_config is not None or hasattr(model, "peft_config"):
+    """ValueError where the reference would not be the model as it was given."""
+    if isinstance(model, str):
+        return
+    if hasattr(model, "get_base_model"):  # a PeftModel
+        if peft_config is not None:
+            raise ValueError(
+                "peft_config: the model already carries an adapter; leave peft_config out to go on "
+                "training it, or merge_and_unload() it first to train a new one on top"
+            )
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"model: {name} carries an adapter, but the model is no PeftModel, so the base "
+                "cannot be told from it; pass the PeftModel, or the model without it"
+            )
+    if peft_config is not None:
         return
     if not getattr(model.config, "_name_or_path", ""):
         raise ValueError(

@@ -8,44 +8,30 @@ GRPO's loss listed in `config.NOT_HONOURED`.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
-from powerflow_fast.config import PowerFlowConfig, check_data, check_reference
-from powerflow_fast.log_z import LogZHead
+from powerflow_fast.checkpoint import WholeCheckpoints
+from powerflow_fast.config import PowerFlowConfig, check_data, check_lengths, check_reference
+from powerflow_fast.exact_merge import keep_base_exact
+from powerflow_fast.health import METRICS, Health
+from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.model_head import (
-    ModelHead,
     base_model,
     check_head,
     disable_dropout,
     last_hidden_state,
     read_head,
 )
-
-LOG_Z_FILE = "log_z.pt"
-METRICS = {  # of TBOutput -> name in the logs
-    "residual_mean": "residual/mean",
-    "residual_std": "residual/std",
-    "policy_logp": "logps/policy",
-    "ref_logp": "logps/reference",
-    "log_z": "log_z",
-    "kl": "kl",
-    "entropy": "entropy",
-    "importance_mean": "importance/mean",
-    "clipped_share": "importance/clipped_share",
-    "zero_length_count": "completions/zero_length",
-}
+from powerflow_fast.packing import check_packing, packed_hidden_state
+from powerflow_fast.rollout import counted, counted_mask, group_log_z, model_inputs, sampler_gap
 
 
 def no_psi(completions: list, **_: Any) -> list[float]:
@@ -53,7 +39,7 @@ def no_psi(completions: list, **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-class PowerFlowTrainer(GRPOTrainer):
+class PowerFlowTrainer(WholeCheckpoints):
     """Trains a causal language model to sample from a power of its own base, without labels.
 
     The reference is the model as it was given: the base under a disabled adapter (`peft_config`),
@@ -101,6 +87,9 @@ class PowerFlowTrainer(GRPOTrainer):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
         check_data(train_dataset)
         check_reference(model, peft_config)
+        tokenizer = kwargs.get("processing_class")
+        if tokenizer is not None and not isinstance(model, str):
+            check_lengths(train_dataset, tokenizer, model.config, args)
         reward_funcs: Any = no_psi if psi_funcs is None else psi_funcs
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         try:
@@ -115,19 +104,25 @@ class PowerFlowTrainer(GRPOTrainer):
         finally:
             args.beta = 0.0
         self.beta = 0.0
+        if self.use_vllm and hasattr(self.model, "merge_adapter"):
+            keep_base_exact(self.model)
         self._has_psi = psi_funcs is not None
         self._redirect = _ForwardRedirection()
         self._start_checked = False
         policy = self.accelerator.unwrap_model(self.model)
+        if tokenizer is None or isinstance(model, str):
+            check_lengths(train_dataset, self.processing_class, policy.config, args)
         self._check_model(policy)
         for part in (policy, self.ref_model):
             if part is not None:
                 disable_dropout(part)
-        self.log_z: LearnedLogZ | None = None
         if args.log_z == "learned":
             size = base_model(policy).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
+        self.health = Health(args)
+        self.add_callback(self.health)
+        self._start_checkpoints(policy)
 
     def _check_model(self, policy) -> None:
         if self._is_vlm:
@@ -144,6 +139,8 @@ class PowerFlowTrainer(GRPOTrainer):
             read_head(base)  # sharded already (ZeRO-3): the comparison would need a gather
         else:
             check_head(base)
+            if self.args.padding_free:
+                check_packing(base)
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             warnings.warn(
                 "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
@@ -174,52 +171,97 @@ class PowerFlowTrainer(GRPOTrainer):
         self._psi_of_all = super()._calculate_rewards(*args, **kwargs)  # [global B, functions]
         return self._psi_of_all
 
+    def _alpha(self) -> float:
+        """alpha of a rollout that is drawn now; it stays that rollout's own."""
+        args, step = self.args, self.state.global_step
+        if step >= args.alpha_warmup_steps:
+            return args.alpha
+        return args.alpha_start + (args.alpha - args.alpha_start) * step / args.alpha_warmup_steps
+
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
 
-        Added: psi [B], group [B], num_sequences (not empty, over all ranks), and where groups are
-        split over micro-batches group_log_z [B] and ref_per_token_logps [B, T].
+        Added: psi, alpha and group [B], num_sequences (not empty, over all ranks); group_log_z [B]
+        where groups are split over micro-batches; ref_per_token_logps [B, T] where they are at hand
+        or serve several updates.
         """
-        output = super()._generate_and_score_completions(inputs)
+        self._ref_logps = None
+        with self.health.phase("rollout"):
+            output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
         psi = (self._psi_of_all * self.reward_weights.to(self._psi_of_all.device)).nansum(1)
         output["psi"] = psi[rank * count : (rank + 1) * count]
+        output["alpha"] = torch.full_like(output["psi"], self._alpha())
         places = torch.arange(rank * count, (rank + 1) * count, device=psi.device)
         output["group"] = places // self._group_size()
-        counted = _counted_mask(output).any(1)
-        output["num_sequences"] = self.accelerator.gather(counted.sum()).sum()
-        if not self._has_psi:  # TRL's reward figures would be those of no_psi
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name in [key for key in metrics if "reward" in key]:
-                del metrics[name]
-        if self.log_z is None and not self._groups_are_whole():
-            self._add_group_log_z(output)
-        if self.log_z is not None and not self.log_z.started:
-            self._add_group_log_z(output)
+        sequences = counted_mask(output).any(1).sum()
+        output["num_sequences"] = self.accelerator.gather(sequences).sum()
+        split = self.log_z is None and not self._groups_are_whole()
+        fresh = self.log_z is not None and not self.log_z.started
+        sampled = "sampling_per_token_logps" in output
+        if self._ref_logps is not None or self.num_iterations > 1 or split or fresh or sampled:
+            self._add_scores(output)
+        if split or fresh:
+            size = self._group_size()
+            output["group_log_z"] = group_log_z(output, size, self.args, self.accelerator)
+        if fresh:
             self.log_z.head.warm_start(self.accelerator.gather(output["group_log_z"]))
             self.log_z.started = True
+        self._watch(output)
         return output
 
+    def _watch(self, output: dict[str, Any]) -> None:
+        """Metrics of a rollout; raises TrainingStopped where it has collapsed."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        if not self._has_psi:  # TRL's reward figures would be those of no_psi
+            for name in [key for key in metrics if "reward" in key]:
+                del metrics[name]
+        rows = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+        ids = [row[mask].tolist() for row, mask in rows]
+        figures = self.health.rollout_figures(ids, self._group_size(), self.accelerator)
+        figures["alpha"] = output["alpha"][0].item()
+        for name, value in figures.items():
+            metrics[name].append(value)
+        if mode == "train":
+            length = metrics["completions/mean_length"][-1]
+            distinct = figures["completions/distinct_ngrams"]
+            self.health.check_rollout(self.state.global_step, length, distinct)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_: Any
+    ):
+        """TRL asks for the sampling policy's log-probs; the reference's come along with them."""
+        tensors = {}
+        for kind, values in (("ids", input_ids), ("mask", attention_mask)):
+            tensors[f"prompt_{kind}"] = values[:, :-logits_to_keep]
+            tensors[f"completion_{kind}"] = values[:, -logits_to_keep:]
+        logps, self._ref_logps = self._score(tensors)
+        return logps, None, None
+
     @torch.no_grad()
-    def _add_group_log_z(self, output: dict[str, Any]) -> None:
-        """Score a rollout of size [B] in micro-batches and add each prompt's log Z' estimate."""
-        count = len(output["group"])
-        size = min(count, self.args.per_device_train_batch_size)
-        parts = []
+    def _score(self, rollout: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs of policy and reference, 0 where not counted, in micro-batches."""
+        size = self.args.per_device_train_batch_size
+        count, parts = len(rollout["completion_ids"]), []
         for start in range(0, count, size):
-            part = {k: v[start : start + size] if v.ndim else v for k, v in output.items()}
+            part = {k: v[start : start + size] if v.ndim else v for k, v in rollout.items()}
             parts.append(self._run(self.model, part, log_z=0.0))
-        mask = _counted_mask(output)
-        ref_logps = torch.zeros(mask.shape, device=mask.device)
-        ref_logps[mask] = torch.cat([out.ref_logps for out in parts]).to(mask.device)
-        output["ref_per_token_logps"] = ref_logps
-        # With log Z' = 0 the residual is minus the estimate. All ranks together hold whole groups.
-        residual = torch.cat([out.residual for out in parts]).to(mask.device)
-        residual = self.accelerator.gather(residual)
-        counted = self.accelerator.gather(mask.any(1)).view(-1, self._group_size())
-        total = -residual.view_as(counted).where(counted, 0.0).sum(1)
-        mean = total / counted.sum(1).clamp(min=1)
-        output["group_log_z"] = mean[output["group"]]
+        mask = counted_mask(rollout)
+        policy, reference = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
+        policy[mask] = torch.cat([out.logps for out in parts]).to(mask.device)
+        reference[mask] = torch.cat([out.ref_logps for out in parts]).to(mask.device)
+        return policy, reference
+
+    def _add_scores(self, output: dict[str, Any]) -> None:
+        """ref_per_token_logps, old_per_token_logps, and how far the sampler is from the policy."""
+        if self._ref_logps is None:
+            output["old_per_token_logps"], self._ref_logps = self._score(output)
+        output["ref_per_token_logps"] = self._ref_logps
+        if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, value in sampler_gap(output, self.accelerator).items():
+                metrics[f"sampling/sampling_logp_difference/{name}"].append(value)
 
     def _compute_loss(self, model, inputs) -> Tensor:
         training = self.model.training
@@ -242,10 +284,10 @@ class PowerFlowTrainer(GRPOTrainer):
     def _loss_in_forward(self, policy, inputs, *, log_z=None, normalizer=None) -> TBOutput:
         args = self.args
         prompt_length = inputs["prompt_ids"].shape[1]
-        mask = _counted_mask(inputs)  # [B, T]
+        mask = counted_mask(inputs)  # [B, T]
         reference, ref_head = self._reference(policy, inputs, mask)
         head = read_head(base_model(policy))
-        hidden = last_hidden_state(base_model(policy), *_model_inputs(inputs))
+        hidden = self._hidden(base_model(policy), inputs)
         # A model split over devices (`device_map`) may end on another one than it starts.
         device = head.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
@@ -255,13 +297,13 @@ class PowerFlowTrainer(GRPOTrainer):
         group_ids = inputs["group"] if isinstance(log_z, str) else None
         with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
             return fused_linear_tb_loss(
-                _counted(hidden, mask, head),
+                counted(hidden, mask, head),
                 head.weight,
                 inputs["completion_ids"][mask],
                 **{k: None if v is None else v.to(device) for k, v in reference.items()},
                 cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int(),
-                alpha=args.alpha,
-                psi=inputs["psi"],
+                alpha=inputs.get("alpha", args.alpha),
+                psi=inputs.get("psi"),
                 old_logps=self._old_logps(inputs, mask),
                 clip_eps=args.clip_eps,
                 balance=args.balance,
@@ -276,24 +318,28 @@ class PowerFlowTrainer(GRPOTrainer):
                 **head.transform,
             )
 
+    def _hidden(self, base, inputs) -> Tensor:  # [B, L, H]
+        forward = packed_hidden_state if self.args.padding_free else last_hidden_state
+        return forward(base, *model_inputs(inputs))
+
     def _reference(self, policy, inputs, mask) -> tuple[dict[str, Any], tuple]:
         """(keywords of the loss, parameters to gather) of the reference; runs before the policy."""
         if "ref_per_token_logps" in inputs:
             return {"ref_logps": inputs["ref_per_token_logps"][mask]}, ()
-        with torch.no_grad():
+        with torch.no_grad(), self.health.phase("reference"):
             if self.ref_model is not None:
                 base = self.accelerator.unwrap_model(self.ref_model)
-                call = (self.ref_model, base, last_hidden_state, base)
-                hidden = self._redirect(*call, *_model_inputs(inputs))
+                call = (self.ref_model, base, self._hidden, base)
+                hidden = self._redirect(*call, inputs)
                 head = read_head(base)
             else:
                 base = base_model(policy)
                 with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-                    hidden = last_hidden_state(base, *_model_inputs(inputs))
+                    hidden = self._hidden(base, inputs)
                     head = read_head(base)
         shared = head.weight is read_head(base_model(policy)).weight
         keywords = {
-            "ref_hidden": _counted(hidden, mask, head),
+            "ref_hidden": counted(hidden, mask, head),
             "ref_weight": None if shared else head.weight,
             "ref_bias": None if shared else head.bias,
         }
@@ -307,7 +353,7 @@ class PowerFlowTrainer(GRPOTrainer):
         return inputs.get("group_log_z", "group")
 
     def _old_logps(self, inputs, mask) -> Tensor | None:
-        """[N] log-probs by the policy that sampled: vLLM's own, else TRL's of the old policy."""
+        """[N] log-probs by the policy that sampled: the sampler's own, else the old policy's."""
         old = inputs.get("old_per_token_logps")
         sampled = inputs.get("sampling_per_token_logps")
         if sampled is not None and self.vllm_importance_sampling_correction and old is not None:
@@ -321,77 +367,29 @@ class PowerFlowTrainer(GRPOTrainer):
         values = self.accelerator.gather(values).mean(0).tolist()
         for name, value in zip(METRICS.values(), values, strict=True):
             self._metrics[mode][name].append(value)
-        if mode == "train" and not self._start_checked:
-            self._start_checked = True
-            gap = abs(values[2] - values[3])  # mean log-prob of policy and reference
-            if self.state.global_step == 0 and gap > 0.02:
-                warnings.warn(
-                    f"policy and reference differ by {gap:.3g} nats/token before the first step: "
-                    "the adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
-                    stacklevel=2,
-                )
+        if mode == "train":
+            self.health.check_loss(self.state.global_step, values[:2])
+            self._check_start(values[list(METRICS).index("kl")])
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.log_z is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            path = os.path.join(self._get_output_dir(trial=trial), folder, LOG_Z_FILE)
-            torch.save(self.log_z.state_dict(), path)
+    def _check_start(self, kl: float) -> None:
+        if not self._start_checked and self.state.global_step == 0 and kl > 1e-3:
+            warnings.warn(
+                f"policy and reference differ before the first step (KL {kl:.3g} nats/token): the "
+                "adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
+                stacklevel=2,
+            )
+        self._start_checked = True
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.log_z is None or checkpoint is None:
-            return
-        path = os.path.join(checkpoint, LOG_Z_FILE)
-        if not os.path.exists(path):
-            raise ValueError(f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}")
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self.log_z.load_state_dict(state)
+    def training_step(self, *args: Any, **kwargs: Any):
+        with self.health.phase("policy"):
+            return super().training_step(*args, **kwargs)
 
-
-class LearnedLogZ(TrainerCallback):
-    """The log Z' head and its own optimizer: outside DDP, clipping and every scheduler.
-
-    It steps whenever the policy's optimizer does, with gradients averaged over ranks as DDP's are.
-    """
-
-    def __init__(self, hidden_size: int, args: PowerFlowConfig, accelerator) -> None:
-        self.accelerator, self.started = accelerator, False
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)  # the same start on every rank
-            head = LogZHead(hidden_size, num_layers=args.log_z_layers)
-        self.head = head.to(accelerator.device)
-        parameters = self.head.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, lr=args.log_z_lr, weight_decay=0.0)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        for parameter in self.head.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.started = True
-
-
-def _counted_mask(inputs) -> Tensor:  # [B, T] bool
-    mask = inputs["completion_mask"].bool()
-    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
-
-
-def _model_inputs(inputs) -> tuple[Tensor, Tensor]:
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-
-
-def _counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
-    """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
-    hidden = hidden[:, -mask.shape[1] - 1 : -1]
-    return hidden[mask.to(hidden.device)].to(head.weight.device)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            for name, value in self.health.figures(self.state.num_input_tokens_seen).items():
+                self._metrics["train"][name] = [value]
+            if self.accelerator.is_main_process:
+                shown = min(self.args.sample_completions, self.num_generations)
+                texts = self._logs["prompt"], self._logs["completion"]
+                self.health.write_sample(self.state.global_step, *map(list, texts), shown)
+        super().log(logs, start_time)

@@ -1,6 +1,13 @@
-"""One of the runs that test_two_processes_equal_one compares: `ddp_run.py OUT PER_RANK`."""
+"""The runs that test_two_processes_equal_one compares: `ddp_run.py FOLDER`.
+
+One process, two with DDP, two with FSDP2; each leaves its losses and parameters. accelerate does
+not shard on a CPU, so for FSDP2 the model is given to `fully_shard` as accelerate would (decoder
+layers, then the root with norm and head).
+"""
 
 import faulthandler
+import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -10,16 +17,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import ranks, tiny  # noqa: E402
 
 
-def main(out: str, per_rank: int) -> None:
+def shard(trainer) -> None:
+    for layer in trainer.model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    trainer.accelerator.prepare_model = lambda model, **_: model  # no DDP around it
+
+
+def run(out: str, kind: str) -> None:
     faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
+    torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     results = {"losses": [], "parameters": {}}
-    for log_z in ("group", "learned"):
+    # Micro-batches of whole groups, and groups that lie on both ranks.
+    for log_z, per_rank in itertools.product(("group", "learned"), (8, 2)):
         seen = tiny.Gradients()
         trainer = PowerFlowTrainer(
             model=tiny.model(),
@@ -40,14 +58,19 @@ def main(out: str, per_rank: int) -> None:
             callbacks=[seen],
         )
         assert trainer.accelerator.num_processes == world
+        if kind == "fsdp2":
+            shard(trainer)
         trainer.train()
         results["losses"] += [row["loss"] for row in seen.logs]
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        parts = {log_z: policy, f"{log_z}.head": trainer.log_z and trainer.log_z.head}
+        name = f"{log_z}{per_rank}"
+        parts = {name: policy, f"{name}.head": trainer.log_z and trainer.log_z.head}
         for prefix, module in parts.items():
-            for name, value in module.named_parameters() if module is not None else ():
+            for key, value in module.named_parameters() if module is not None else ():
                 if value.requires_grad:
-                    results["parameters"][f"{prefix}.{name}"] = value.detach().clone()
+                    assert isinstance(value, DTensor) == (module is policy and kind == "fsdp2")
+                    value = value.full_tensor() if isinstance(value, DTensor) else value
+                    results["parameters"][f"{prefix}.{key}"] = value.detach().clone()
     if trainer.accelerator.is_main_process:
         torch.save(results, out)
     if world > 1:
@@ -55,7 +78,7 @@ def main(out: str, per_rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
-    # Torn down with the interpreter, gloo's thread can wait for the interpreter lock while the main
-    # thread, which holds it, waits for that thread (seen once with torch 2.13).
-    os._exit(0)
+    folder = Path(sys.argv[1])
+    for kind, world in (("one", 1), ("ddp", 2), ("fsdp2", 2)):
+        work = functools.partial(run, str(folder / f"{kind}.pt"), kind)
+        ranks.finish(world, work, folder / kind)

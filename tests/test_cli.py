@@ -110,6 +110,8 @@ def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
     assert "adapter_config.json" in refused(capsys, "eval", "--adapter", nothing)
     flags = train_flags(model_folder, prompts, out)
     assert "no such folder" in refused(capsys, *flags, "--resume_from_checkpoint", nothing)
+    nowhere = train_flags(model_folder, prompts, "/proc/powerflow")
+    assert "/proc/powerflow: cannot be written" in refused(capsys, *nowhere)
     (tmp_path / "bad.yaml").write_text("alpha: 2\nmodel: [broken\n")
     assert "bad.yaml: line" in refused(capsys, "train", f"--config={tmp_path / 'bad.yaml'}")
     (tmp_path / "list.yaml").write_text("- alpha\n")
@@ -121,6 +123,10 @@ def test_bad_options_are_refused(capsys, tmp_path, model_folder, prompts):
     flags = train_flags(model_folder, prompts, tmp_path / "out")
     assert "alpha" in refused(capsys, *flags, "--alpha", "-1")
     assert "alpha" in refused(capsys, *flags, "--alpha", "much")
+    assert "min_distinct" in refused(capsys, *flags, "--min_distinct", "2")
+    assert "beyond the context" in refused(capsys, *flags, "--max_completion_length", "9999")
+    assert "bitsandbytes" in refused(capsys, *flags, "--quantize", "nf4")
+    assert "--lora_rank" in refused(capsys, *flags, "--quantize", "nf4", "--lora_rank", "0")
     assert "beta" in refused(capsys, *flags, "--beta", "0.1")
     assert "num_generations" in refused(capsys, *flags, "--num_generations", "1")
     assert "nonsense" in refused(capsys, *flags, "--nonsense", "1")
@@ -156,6 +162,21 @@ def test_train_from_yaml_then_eval_with_the_adapter(capsys, tmp_path, model_fold
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= scores["accuracy_sampled"] <= 1 and scores["samples"] == 5
     assert scores["base_logp"] < 0 and 1 <= scores["mean_length"] <= 3
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(capsys, tmp_path, model_folder, prompts):
+    flags = train_flags(model_folder, prompts, tmp_path / "out")
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "last"]
+    assert main(flags) == 0 and main([*flags, "--max_steps", "3"]) == 0
+    assert (tmp_path / "out" / "checkpoint-3" / "powerflow.json").is_file()
+    other = tmp_path / "other"
+    tiny.model(hidden_size=32).save_pretrained(other)
+    capsys.readouterr()
+    moved = [str(other) if word == str(model_folder) else word for word in flags]
+    assert "belongs to another model" in refused(capsys, *moved)  # before it is loaded
+    (tmp_path / "out" / ".saving").write_text("in the way")
+    assert main([*flags, "--max_steps", "4"]) == 1
+    assert "stopped: could not write" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_info_says_which_back_end_and_why(capsys):

@@ -1,0 +1,268 @@
+"""Checkpoints that are whole or absent, and a resume that goes on exactly where the run stood.
+
+transformers saves adapter, optimizer, scheduler and random state. Added here: log Z', the buffered
+rollouts and the position in them, running metrics, and a note of the model they belong to. A
+checkpoint is written under a temporary name, flushed to disk and then renamed, so that a process
+killed at any moment leaves the last one as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, send_to_device
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
+from trl import GRPOTrainer
+
+STAGING = ".saving"
+LOG_Z_FILE = "log_z.pt"
+MODEL_FILE = "powerflow.json"
+STATE_FILE = "powerflow_state_{rank}.pt"
+CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says why, and what is still there."""
+
+
+class WholeCheckpoints(GRPOTrainer):
+    """TRL's trainer with whole checkpoints; `PowerFlowTrainer` adds the objective."""
+
+    args: Any  # a PowerFlowConfig
+    health: Any
+    log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
+    _staging = False
+
+    def _start_checkpoints(self, policy) -> None:
+        """Call at the end of `__init__`, with the policy as it will be trained."""
+        self._made_for = describe(policy)
+        self.add_callback(_EpochOrder(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As transformers'; "last" is the last checkpoint in `output_dir`, or a start from none."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True or checkpoint == "last":
+            found = last_checkpoint(self.args.output_dir)
+            if found is None and checkpoint is True:
+                raise ValueError(f"resume_from_checkpoint: none in {self.args.output_dir}")
+            checkpoint = found
+        if checkpoint:
+            check_made_for(checkpoint, self._made_for)
+            if self.log_z is not None and not os.path.exists(os.path.join(checkpoint, LOG_Z_FILE)):
+                raise ValueError(
+                    f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}"
+                )
+        return super().train(checkpoint or None, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # else uploads would race with the move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = os.path.join(run, STAGING, name), os.path.join(run, name)
+        save = super()._save_checkpoint
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            self._staging = True
+            try:
+                save(model, trial)
+                self._save_state(staged, final)
+            finally:
+                self._staging = False
+
+        def publish() -> None:
+            if self.accelerator.is_local_main_process:
+                _flush(staged)
+            if self.accelerator.is_main_process:
+                _move(staged, final)
+
+        self._on_every_rank(write, run, final)
+        self._on_every_rank(publish, run, final)
+        if self.accelerator.is_local_main_process and os.path.isdir(staged):
+            _move(staged, final)  # another node with a disk of its own
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(run, limit, best_model_checkpoint=best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _on_every_rank(self, part: Callable[[], None], run: str, final: str) -> None:
+        """Do `part`; where it fails on one rank, all raise, and none waits for another."""
+        problem: Exception | None = None
+        try:
+            part()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # a full disk comes as any of them
+            problem = error
+        problems = [p for p in gather_object([_one_line(problem)]) if p]
+        if problems:
+            if self.accelerator.is_local_main_process:
+                shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
+            kept = last_checkpoint(run)
+            rest = f"the last whole checkpoint is {kept}" if kept else "there is none before it"
+            raise CheckpointError(f"could not write {final}: {problems[0]}; {rest}") from problem
+
+    def _save_state(self, staged: str, final: str) -> None:
+        cycle = self.args.steps_per_generation * self.num_iterations
+        state = {
+            "world_size": self.accelerator.num_processes,
+            "step": self._step,
+            "rollouts": self._buffered_inputs if self._step % cycle else None,
+            "metrics": dict(self._metrics["train"]),
+            "health": self.health.state_dict(),
+        }
+        rank = self.accelerator.process_index
+        torch.save(state, os.path.join(staged, STATE_FILE.format(rank=rank)))
+        if self.args.should_save:
+            if self.log_z is not None:
+                torch.save(self.log_z.state_dict(), os.path.join(staged, LOG_Z_FILE))
+            with open(os.path.join(staged, MODEL_FILE), "w", encoding="utf-8") as file:
+                json.dump(self._made_for, file, indent=1)
+            if self.state.best_model_checkpoint == staged:
+                self.state.best_model_checkpoint = final
+                self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.log_z is not None:
+            self.log_z.load_state_dict(_load(os.path.join(checkpoint, LOG_Z_FILE)))
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        path = os.path.join(checkpoint, STATE_FILE.format(rank=rank))
+        if not os.path.exists(path):
+            path = os.path.join(checkpoint, STATE_FILE.format(rank=0))
+        state = _load(path)
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+        self.health.load_state_dict(state["health"])
+        if state["world_size"] == world:
+            self._step = state["step"]
+            self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        warnings.warn(
+            f"written by {state['world_size']} processes, resumed by {world}: random numbers "
+            "differ, and rollouts that were not used up are drawn again",
+            stacklevel=2,
+        )
+
+
+class _EpochOrder(TrainerCallback):
+    """Makes the order of prompts a function of seed and epoch, so that a resume finds its place."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        sampler = getattr(self.trainer, "_sampler", None)
+        if sampler is not None and sampler.shuffle:
+            sampler.generator.manual_seed(sampler.seed + int(state.epoch or 0))
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest whole checkpoint in `folder`, or None."""
+    return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+
+
+def describe(policy) -> dict[str, Any]:
+    """What a checkpoint of `policy` fits: configuration, base weights, trainable parameters."""
+    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    names = sorted(
+        f"{name} {list(getattr(p, 'ds_shape', p.shape))}"
+        for name, p in policy.named_parameters()
+        if p.requires_grad
+    )
+    weight = base.get_input_embeddings().weight
+    readable = weight.numel() and not weight.is_meta  # not where ZeRO-3 has taken it apart
+    return {
+        **config_facts(base.config),
+        "embedding": float(weight[:64].detach().double().abs().sum()) if readable else None,
+        "trainable": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+    }
+
+
+def config_facts(config) -> dict[str, Any]:
+    """The part of `describe` that a configuration alone gives."""
+    config = config.get_text_config()
+    return {key: getattr(config, key, None) for key in CONFIG_KEYS}
+
+
+def check_made_for(checkpoint: str, expected: dict[str, Any]) -> None:
+    """ValueError unless `checkpoint` was written for a model with the facts `expected`."""
+    try:
+        with open(os.path.join(checkpoint, MODEL_FILE), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is not a checkpoint of this trainer, or not "
+            f"whole ({MODEL_FILE}: {type(error).__name__})"
+        ) from error
+    for key, value in expected.items():
+        other = found.get(key)
+        same = other == value
+        if isinstance(value, float) and isinstance(other, float):
+            same = math.isclose(value, other, rel_tol=1e-6)
+        if not same and None not in (value, other):
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} belongs to another model or adapter: "
+                f"{key} is {other} there and {value} here"
+            )
+
+
+def _load(path: str) -> dict[str, Any]:
+    # Through the plain CPU: torch cannot restore to, or from, gloo's device "cpu:0".
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _move(staged: str, final: str) -> None:
+    """Rename; one of the same name, from an earlier try at this step, makes way first."""
+    if os.path.isdir(final):
+        os.rename(final, staged + ".old")
+    os.rename(staged, final)
+    shutil.rmtree(os.path.dirname(staged), ignore_errors=True)
+
+
+def _flush(folder: str) -> None:
+    """Have the disk hold every file of `folder` before it gets its name."""
+    for root, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _one_line(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,175 @@
+"""What a run tells about itself, and when it stops by itself.
+
+Repetition, distinct completions per prompt, share of time per phase, tokens per second, peak
+memory, and a sample of completions to read. A run whose completions collapse, or whose loss is no
+longer a number, ends with `TrainingStopped` before the optimizer can make it worse.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+METRICS = {  # of TBOutput -> name in the logs
+    "residual_mean": "residual/mean",
+    "residual_std": "residual/std",
+    "policy_logp": "logps/policy",
+    "ref_logp": "logps/reference",
+    "log_z": "log_z",
+    "kl": "kl",
+    "entropy": "entropy",
+    "importance_mean": "importance/mean",
+    "clipped_share": "importance/clipped_share",
+    "zero_length_count": "completions/zero_length",
+}
+SAMPLES = "samples.txt"
+NGRAM = 4  # tokens
+PATIENCE = 3  # bad rollouts in a row
+
+
+class TrainingStopped(RuntimeError):
+    """The run ended itself; the message says what happened and what to change."""
+
+
+class Health(TrainerCallback):
+    """Watches rollouts and losses; every rank sees the same figures and stops with the others."""
+
+    def __init__(self, args) -> None:
+        self.args = args
+        self.start_length = 0.0  # mean length of the first rollout, tokens
+        self.bad = {"length": 0, "repetition": 0}  # rollouts in a row
+        self.phases: dict[str, float] = defaultdict(float)  # seconds since the last log
+        self._running: list[str] = []
+        self._mark = self._logged = time.perf_counter()
+        self._tokens = 0
+
+    def check_rollout(self, step: int, length: float, distinct: float) -> None:
+        """Raise where completions collapsed: `length` tokens on average, `distinct` n-grams."""
+        self.start_length = self.start_length or length
+        if not self.args.stop_on_collapse:
+            return
+        shrunk = length < self.args.min_length_share * self.start_length
+        self.bad["length"] = self.bad["length"] + 1 if shrunk else 0
+        repeats = distinct < self.args.min_distinct
+        self.bad["repetition"] = self.bad["repetition"] + 1 if repeats else 0
+        cure = "go back to an earlier checkpoint; lower learning_rate, bring alpha nearer to 1"
+        if self.bad["length"] >= PATIENCE:
+            raise TrainingStopped(
+                f"length collapse at step {step}: completions have {length:.3g} tokens on average, "
+                f"{self.start_length:.3g} at the start, in {PATIENCE} rollouts in a row. {cure}, "
+                "keep balance='length', or give short completions a psi (min_length_share)"
+            )
+        if self.bad["repetition"] >= PATIENCE:
+            raise TrainingStopped(
+                f"repetition at step {step}: {distinct:.0%} of the {NGRAM}-grams within a "
+                f"completion are distinct, in {PATIENCE} rollouts in a row. {cure}, keep "
+                "balance='length', or shorten max_completion_length (min_distinct)"
+            )
+
+    def check_loss(self, step: int, values: Sequence[float]) -> None:
+        """Raise where a loss or residual is not finite; called before its backward pass."""
+        if not all(math.isfinite(value) for value in values):
+            raise TrainingStopped(
+                f"the loss at step {step} is not finite; parameters are as they were before this "
+                "step. Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for "
+                "-inf in the sampler's or psi's values"
+            )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside as `name`, and not as that of a phase around it."""
+        self._switch([*self._running, name])
+        try:
+            yield
+        finally:
+            self._switch(self._running[:-1])
+
+    def _switch(self, running: list[str]) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # a few times a micro-batch, beside its metrics' own
+        now = time.perf_counter()
+        if self._running:
+            self.phases[self._running[-1]] += now - self._mark
+        self._mark, self._running = now, running
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._switch([*self._running, "optimizer"])
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._switch(self._running[:-1])
+
+    def figures(self, tokens_seen: int) -> dict[str, float]:
+        """Shares of time per phase, tokens/s (prompts and completions, all ranks), peak memory."""
+        now, total = time.perf_counter(), sum(self.phases.values())
+        figures = {f"time/{name}": t / total for name, t in sorted(self.phases.items()) if total}
+        if self._tokens:  # unknown in the first log after a resume
+            figures["tokens_per_second"] = (tokens_seen - self._tokens) / (now - self._logged)
+        figures["memory/peak_gb"] = peak_memory() / 1e9
+        self.phases.clear()
+        self._logged, self._tokens = now, tokens_seen
+        return figures
+
+    @staticmethod
+    def rollout_figures(
+        sequences: Sequence[Sequence[int]], group_size: int, accelerator
+    ) -> dict[str, float]:
+        """Repetition and diversity of this rank's completions' token ids, over all ranks."""
+        distinct = torch.tensor([distinct_ngrams(sequences)], device=accelerator.device)
+        hashes = torch.tensor([hash(tuple(ids)) for ids in sequences], device=accelerator.device)
+        groups = accelerator.gather(hashes).view(-1, group_size).tolist()
+        return {
+            "completions/distinct_ngrams": accelerator.gather(distinct).mean().item(),
+            "completions/distinct_per_prompt": sum(len(set(g)) for g in groups) / len(groups),
+        }
+
+    def write_sample(self, step: int, prompts: list, completions: list, shown: int) -> None:
+        """Append the first `shown` completions of one prompt to samples.txt in the run's folder."""
+        if not (shown and completions):
+            return
+        lines = [f"=== step {step}", f"prompt: {_text(prompts[0])}"]
+        lines += [f"--- {i}: {_text(c)}" for i, c in enumerate(completions[:shown], start=1)]
+        try:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            with open(os.path.join(self.args.output_dir, SAMPLES), "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n\n")
+        except OSError as error:  # no reason to stop; the next checkpoint will be one
+            warnings.warn(f"{SAMPLES} could not be written: {error}", stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start_length": self.start_length, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start_length, self.bad = state["start_length"], state["bad"]
+
+
+def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = NGRAM) -> float:
+    """Mean over sequences of different token n-grams / all; 1 where none has n tokens."""
+    shares = []
+    for ids in sequences:
+        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 1.0
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process allocated on its accelerator, or else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _text(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    return "\n".join(f"[{message['role']}] {message.get('content')}" for message in item)

@@ -1,0 +1,262 @@
+"""Where every gigabyte of a training run goes, and the largest micro-batch that fits.
+
+Counted from the model's shape, not measured: the tensors that autograd keeps in a transformers
+decoder with LoRA on every linear layer and an attention that keeps no [L, L] scores. A test holds
+the counts against the measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from powerflow_fast.model_shapes import ModelShape
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
+QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
+# What the triton head may use at once beside [N, H] tensors (kernels/config.py: SOFT_BYTES and
+# STATISTICS_BYTES), and what the torch head's tiles take on a CPU.
+HEAD_BUDGET = {"cuda": (512 + 128) << 20, "cpu": 8 << 20}
+KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plan is asked about.
+
+    Args:
+        shape: the model.
+        gpus: of `memory_gb` each.
+        weights: "bf16", "fp32", or "nf4", "fp8" for the linear layers of a frozen base.
+        lora_rank: LoRA on every linear layer; 0 trains all parameters, with a frozen second copy as
+            the reference.
+        tokens: of a sequence, prompt and completion, padding included where it is computed.
+        completions: sequences that one GPU samples at a time.
+        sharding: "fsdp" divides weights, gradients and optimizer over the GPUs, "ddp" copies them.
+        offload: with "fsdp": shards rest in main memory.
+        checkpointing: recompute each layer in the backward pass.
+        device: "cuda" or "cpu", of which the head's buffers depend.
+    """
+
+    shape: ModelShape
+    gpus: int = 1
+    memory_gb: float = 80.0
+    weights: str = "bf16"
+    lora_rank: int = 16
+    tokens: int = 8192
+    completions: int = 8
+    sharding: str = "ddp"
+    offload: bool = False
+    checkpointing: bool = True
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory_gb", "tokens", "completions"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank: expected at least 0, got {self.lora_rank}")
+        for name, choices in (("weights", tuple(BYTES)), ("sharding", ("ddp", "fsdp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        if self.weights in QUANTIZED and (self.lora_rank == 0 or self.sharding == "fsdp"):
+            raise ValueError(
+                f"weights={self.weights!r}: expected LoRA and sharding='ddp'; quantised weights "
+                "neither train nor shard here"
+            )
+        if self.offload and self.sharding != "fsdp":
+            raise ValueError("offload: expected sharding='fsdp', whose shards it moves")
+
+    @property
+    def width(self) -> float:
+        """Bytes of a number in activations."""
+        return BYTES["fp32" if self.weights == "fp32" else "bf16"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the largest moment; `host` is main memory, of all ranks together."""
+
+    weights: float
+    reference: float  # a second copy, for full fine-tuning
+    gathered: float  # full layers in use under FSDP, or a dequantised matrix
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept for the backward pass
+    head: float  # while the loss runs
+    backward: float  # while a layer's backward pass runs: the head's is over then
+    sampler: float  # key-value cache, while sampling: nothing of the three above is there then
+    host: float
+
+    @property
+    def total(self) -> float:
+        resting = [f.name for f in fields(self)[:6]]
+        step = self.activations + max(self.head, self.backward)
+        return sum(getattr(self, name) for name in resting) + max(step, self.sampler)
+
+
+def lora_parameters(shape: ModelShape, rank: int) -> int:
+    """Parameters of LoRA on the seven linear layers of every decoder layer."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    h, i = shape.hidden_size, shape.intermediate_size
+    return shape.num_layers * rank * (2 * (h + q) + 2 * (h + kv) + 3 * (h + i))
+
+
+def layer_activations(run: Run) -> float:
+    """Bytes per token that the backward pass of one decoder layer needs, inputs included.
+
+    In the run's width: both normed inputs [H]; queries, keys, values (repeated for each query head)
+    and attention's output, once as attention keeps it and once as the next layer's input [q each];
+    gate, its silu, up and their product [I each]; the seven LoRA bottlenecks. In float32: the two
+    inputs of the norms [H].
+    """
+    shape = run.shape
+    q = shape.num_heads * shape.head_dim
+    numbers = 2 * shape.hidden_size + 5 * q + 4 * shape.intermediate_size + 7 * run.lora_rank
+    return run.width * numbers + 4 * 2 * shape.hidden_size
+
+
+def kept_bytes(run: Run, sequences: int) -> float:
+    """Kept from the forward to the backward pass of a micro-batch: the layers', the last norm's."""
+    shape = run.shape
+    a_layer = run.width * shape.hidden_size if run.checkpointing else layer_activations(run)
+    last_norm = (4 + run.width) * shape.hidden_size
+    return (a_layer * shape.num_layers + last_norm) * run.tokens * sequences
+
+
+def backward_bytes(run: Run, sequences: int) -> float:
+    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values."""
+    passing = run.width * 3 * run.shape.intermediate_size  # of gate, up and their product
+    again = layer_activations(run) if run.checkpointing else 0.0
+    return (passing + again) * run.tokens * sequences
+
+
+def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
+    """Of policy and reference log-probs and the gradient of the hidden states.
+
+    Fused: packed states of both models, gradient and its direction in float32, and bounded buffers.
+    Else: logits in the run's width, in float32, and their gradient (the reference's pass is over).
+    """
+    n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
+    packed = n * h * (3 * run.width)
+    if fused:
+        return packed + n * h * 4 + min(HEAD_BUDGET[run.device], n * v * (4 + run.width))
+    return packed + n * v * (run.width + 4 + 4)
+
+
+def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
+    """Memory of a run with micro-batches of `sequences`; `fused` is this library's head."""
+    shape, width = run.shape, run.width
+    total = shape.parameters()
+    rows = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    linear = total - rows
+    weights = linear * BYTES[run.weights] + rows * width
+    shards = run.gpus if run.sharding == "fsdp" else 1
+    if run.sharding == "fsdp":  # this layer, the next one, and the unit of embedding and head
+        gathered = width * (2 * shape.layer_parameters() + rows)
+    else:
+        largest = shape.hidden_size * max(shape.intermediate_size, shape.hidden_size)
+        gathered = width * largest if run.weights in QUANTIZED else 0.0
+    full = run.lora_rank == 0
+    trained = total if full else lora_parameters(shape, run.lora_rank)
+    # PEFT keeps adapters in float32; TRL turns those of a quantised model into bf16.
+    trained_width = width if full or run.weights in QUANTIZED else 4.0
+    here = 0.0 if run.offload else 1.0 / shards
+    resting = {
+        "weights": weights * here,
+        "reference": weights * here if full else 0.0,
+        "adapter": 0.0 if full else trained * trained_width * here,
+        "gradients": trained * trained_width * here,
+        "optimizer": 2 * trained * trained_width * here,  # AdamW
+    }
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
+    moved = weights * (2 if full else 1) + trained * trained_width * (3 if full else 4)
+    return Memory(
+        gathered=gathered,
+        activations=kept_bytes(run, sequences),
+        backward=backward_bytes(run, sequences),
+        head=head_bytes(run, sequences, fused),
+        sampler=cache * run.tokens * run.completions,
+        host=moved if run.offload else 0.0,
+        **resting,
+    )
+
+
+def largest_micro_batch(run: Run, fused: bool = True) -> int:
+    """Sequences per GPU and pass that fit; 0 where not even one does."""
+    budget = run.memory_gb * 1e9 * (1 - KEPT_BACK)
+    fits, step = 0, 1
+    while plan(run, fits + step, fused).total <= budget and fits + step < 1 << 20:
+        fits, step = fits + step, 2 * step
+    while step:
+        if plan(run, fits + step, fused).total <= budget:
+            fits += step
+        step //= 2
+    return fits
+
+
+def flops_per_token(run: Run) -> float:
+    """Floating-point operations of one training step for a token of `tokens`-long sequences.
+
+    Products of the layers: policy and reference forward, the gradient of the inputs, recomputation
+    with checkpointing, the gradient of the weights where they train; causal attention, forward once
+    a pass and twice in the gradient; the head's three products (four where it trains).
+    """
+    shape, full = run.shape, run.lora_rank == 0
+    layers = 2 * shape.num_layers * shape.layer_parameters()
+    attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * run.tokens
+    passes = 2 + run.checkpointing
+    head = (4 if full else 3) * 2 * shape.hidden_size * shape.vocab_size
+    return layers * (passes + 1 + full) + attention * (passes + 2) + head
+
+
+def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
+    """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"micro_batch: expected at least 1 sequence, got {sequences}")
+    fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
+    shown = sequences or max(fits[True], 1)
+    memory = {fused: plan(run, shown, fused) for fused in (True, False)}
+    titles = {
+        "weights": f"weights ({run.weights})",
+        "reference": "reference (second copy)",
+        "gathered": "layers gathered (FSDP)"
+        if run.sharding == "fsdp"
+        else "one matrix dequantised",
+        "adapter": f"adapter (rank {run.lora_rank})",
+        "gradients": "gradients",
+        "optimizer": "optimizer (AdamW)",
+        "activations": f"activations{', checkpointed' if run.checkpointing else ''}",
+        "head": "then head, policy and reference",
+        "backward": "or one layer's backward pass",
+        "sampler": f"or all before: cache of {run.completions} sequences",
+        "total": "largest moment",
+    }
+    lines = [
+        f"{run.gpus} GPU(s) of {run.memory_gb:g} GB, {run.sharding}{', offload' * run.offload}; "
+        f"{shown} sequence(s) of {run.tokens} tokens a micro-batch",
+        f"{'GB per GPU':<36}{'this head':>12}{'plain logits':>14}",
+    ]
+    for name, title in titles.items():
+        ours, plain = (getattr(memory[fused], name) / 1e9 for fused in (True, False))
+        if ours or plain:
+            lines.append(f"{title:<36}{ours:>12.2f}{plain:>14.2f}")
+    lines.append(f"{'largest micro-batch':<36}{fits[True]:>12}{fits[False]:>14}")
+    other = kept_bytes(replace(run, checkpointing=not run.checkpointing), shown) / 1e9
+    lines.append(
+        f"activations {'without' if run.checkpointing else 'with'} checkpointing: {other:.2f} GB"
+    )
+    if run.offload:
+        lines.append(f"main memory, all ranks together: {memory[True].host / 1e9:.1f} GB")
+    if not fits[True]:
+        lines.append("does not fit: fewer tokens, more GPUs, nf4, or offload")
+    if tflops is None:
+        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
+    else:
+        rate = tflops * 1e12 / flops_per_token(run)
+        lines.append(
+            f"throughput at {tflops:g} TFLOP/s (given): {rate:.0f} tokens/s a GPU "
+            "trained, sampling not counted"
+        )
+    lines.append(f"{KEPT_BACK:.0%} of the memory is kept back for driver and allocator (assumed)")
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""What a run measures of itself, and when it ends itself."""
+
+import pytest
+
+pytest.importorskip("trl")
+
+from powerflow_fast.health import PATIENCE, TrainingStopped, distinct_ngrams  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.test_trainer import make  # noqa: E402
+
+
+def rollout_of(completion):
+    """A rollout in which completion(step, place) gives the ids."""
+
+    def rollout(prompts, trainer):
+        ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+        places = [i % trainer.num_generations for i in range(len(prompts))]
+        drawn = [completion(trainer.state.global_step, place) for place in places]
+        return {"prompt_ids": ids, "completion_ids": drawn, "logprobs": None}
+
+    return rollout
+
+
+def test_distinct_ngrams_by_hand():
+    assert distinct_ngrams([[1, 2, 3, 4, 5]]) == 1.0
+    assert distinct_ngrams([[7] * 13]) == pytest.approx(1 / 10)
+    assert distinct_ngrams([[1, 2, 1, 2, 1], [3, 4]], n=2) == pytest.approx((2 / 4 + 1) / 2)
+    assert distinct_ngrams([[1], []]) == 1.0
+
+
+def test_metrics_of_a_run(tmp_path):
+    trainer, seen = make(
+        tmp_path, rollout=rollout_of(lambda step, place: [2, 3, 4, 5, 6 + place // 2]), max_steps=2
+    )
+    trainer.train()
+    first, second = seen.logs
+    assert first["completions/distinct_per_prompt"] == 2
+    assert first["completions/distinct_ngrams"] == 1
+    shares = {
+        name: first[f"time/{name}"] for name in ("rollout", "reference", "policy", "optimizer")
+    }
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    assert second["tokens_per_second"] > 0
+    assert 0.05 < first["memory/peak_gb"] < 100
+    text = (tmp_path / "samples.txt").read_text()
+    assert text.count("=== step") == 2
+    assert f"prompt: {tiny.PROMPTS[0]}\n--- 1: the capital of France Paris\n" in text
+
+
+def test_length_collapse_ends_the_run(tmp_path):
+    shrinking = rollout_of(lambda step, place: [2 + place] * 2 if step else list(range(2, 20)))
+    trainer, seen = make(tmp_path, rollout=shrinking, max_steps=9)
+    with pytest.raises(TrainingStopped, match="length collapse at step 3.* 2 tokens.* 18 at"):
+        trainer.train()
+    assert len(seen.steps) == PATIENCE  # and not one step on the rollout that was the last straw
+
+
+def test_repetition_ends_the_run_unless_it_is_asked_not_to(tmp_path):
+    repeating = rollout_of(lambda step, place: [2 + place] * 20)
+    trainer, _ = make(tmp_path, rollout=repeating, max_steps=9)
+    with pytest.raises(TrainingStopped, match="repetition at step 2.*lower learning_rate"):
+        trainer.train()
+    trainer, seen = make(tmp_path, rollout=repeating, max_steps=5, stop_on_collapse=False)
+    trainer.train()
+    assert len(seen.steps) == 5
+
+
+def test_one_bad_rollout_is_not_a_collapse(tmp_path):
+    mixed = rollout_of(lambda step, place: [2] * 20 if step % 3 else list(range(2, 20)))
+    trainer, seen = make(tmp_path, rollout=mixed, max_steps=7)
+    trainer.train()
+    assert len(seen.steps) == 7
+
+
+class Poison(tiny.TrainerCallback):
+    """From step 1 on, the adapter holds a NaN."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_the_step(tmp_path):
+    trainer, seen = make(tmp_path, max_steps=3)
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingStopped, match="step 1 is not finite.*max_grad_norm"):
+        trainer.train()
+    assert len(seen.steps) == 1
+
+
+def test_the_start_of_the_watch_survives_a_resume(tmp_path):
+    shrinking = rollout_of(lambda step, place: [2 + place] * 2 if step else list(range(2, 20)))
+    options = dict(rollout=shrinking, save_strategy="steps", save_steps=1)
+    make(tmp_path, max_steps=2, **options)[0].train()
+    trainer, _ = make(tmp_path, max_steps=9, **options)
+    with pytest.raises(TrainingStopped, match="length collapse at step 3"):
+        trainer.train(resume_from_checkpoint="last")

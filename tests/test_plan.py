@@ -1,0 +1,117 @@
+"""`powerflow-fast plan`: its counts against real steps, against each other, and its answers."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from powerflow_fast.cli import main  # noqa: E402
+from powerflow_fast.model_shapes import model_shape  # noqa: E402
+from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan  # noqa: E402
+from tests import plan_run, tiny  # noqa: E402
+
+LLAMA = model_shape("Llama-3-70B")
+
+
+@pytest.mark.parametrize(("checkpointing", "fused"), [(True, True), (False, False)])
+def test_counts_are_the_measured_peak_of_a_real_step(checkpointing, fused):
+    """Within -5 % and +20 %: a plan that errs should err on the safe side.
+
+    Seen when this was written, with the other two combinations: +1 to +11 %.
+    """
+    script = Path(plan_run.__file__)
+    command = [sys.executable, script, str(int(checkpointing)), "fused" if fused else "plain"]
+    # Freed blocks go back to the system, so that a freed one does not hide a new one.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    memory = plan(plan_run.run_of(checkpointing), plan_run.SEQUENCES, fused)
+    counted = memory.activations + max(memory.head, memory.backward)
+    ratio = counted / int(done.stdout)
+    print(f"counted {counted / 1e6:.0f} MB, measured {int(done.stdout) / 1e6:.0f} MB")
+    assert 0.95 < ratio < 1.2
+
+
+def test_weights_and_adapter_are_those_of_the_model():
+    model = plan_run.build(False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lora_parameters(plan_run.SHAPE, 8) == trained
+    memory = plan(plan_run.run_of(False), 1)
+    assert memory.weights == 4 * (sum(p.numel() for p in model.parameters()) - trained)
+    assert memory.adapter == memory.gradients == memory.optimizer / 2 == 4 * trained
+    for name in ("Llama-3-70B", "Qwen2.5-7B"):
+        shape = model_shape(name)
+        with torch.device("meta"):
+            full = AutoModelForCausalLM.from_config(shape.to_config())
+            full = get_peft_model(full, LoraConfig(r=16, target_modules="all-linear"))
+        trained = sum(p.numel() for p in full.parameters() if p.requires_grad)
+        assert lora_parameters(shape, 16) == trained
+
+
+def test_seventy_billion_on_one_gpu():
+    run = Run(LLAMA, weights="nf4", lora_rank=16, tokens=8192)
+    memory = plan(run, 1)
+    assert 39e9 < memory.weights < 40e9  # 68.5e9 at 4.127 bits and 2.1e9 at 16
+    assert largest_micro_batch(run) >= 1
+    assert largest_micro_batch(replace(run, weights="bf16")) == 0
+    assert plan(run, 1, fused=False).head > 8 * memory.head
+    no_checkpoints = replace(run, checkpointing=False)
+    assert largest_micro_batch(no_checkpoints) == 0
+
+
+def test_seventy_billion_on_two_gpus():
+    resident = Run(LLAMA, gpus=2, sharding="fsdp")
+    assert largest_micro_batch(resident) == 0  # half of 141 GB, and what is gathered
+    offloaded = replace(resident, offload=True)
+    assert largest_micro_batch(offloaded) >= 1
+    memory = plan(offloaded, 1)
+    assert memory.weights == memory.optimizer == 0 and memory.host > 141e9
+
+
+def test_the_largest_micro_batch_is_the_largest():
+    for tokens in (512, 4096):
+        run = Run(model_shape("Qwen2.5-7B"), memory_gb=40, tokens=tokens)
+        fits = largest_micro_batch(run)
+        assert plan(run, fits).total <= 0.95 * 40e9 < plan(run, fits + 1).total
+        assert largest_micro_batch(run, fused=False) < fits
+
+
+def test_the_command_answers(capsys, tmp_path):
+    assert main(["plan", "Llama-3-70B", "--weights", "nf4"]) == 0
+    out = capsys.readouterr().out
+    assert "weights (nf4)" in out and "not measured" in out and "nan" not in out
+    rows = re.findall(r"largest micro-batch +(\d+) +(\d+)", out)
+    assert int(rows[0][0]) >= int(rows[0][1])
+    tiny.model().save_pretrained(tmp_path / "model")
+    argv = ["plan", str(tmp_path / "model"), "--tokens", "64", "--tflops", "100"]
+    assert main(argv) == 0
+    assert "100 TFLOP/s (given)" in capsys.readouterr().out
+    argv = ["plan", "Llama-3-70B", "--gpus", "2", "--sharding", "fsdp", "--offload"]
+    assert main(argv) == 0 and "main memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["nothing"], "Llama-3-70B"),
+        (["Llama-3-70B", "--memory-gb", "0"], "memory_gb"),
+        (["Llama-3-70B", "--weights", "int3"], "invalid choice"),
+        (["Llama-3-70B", "--weights", "nf4", "--lora-rank", "0"], "LoRA"),
+        (["Llama-3-70B", "--offload"], "sharding"),
+        (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch"),
+    ],
+)
+def test_bad_questions_get_one_line(capsys, argv, word):
+    assert main(["plan", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and word in err
