@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_grpo_step.py -s
 
-Each runs in a process of its own: time is the median of several steps, memory the peak of a step
-beside what is resident before it (on a GPU, the allocator's peak).
+Each figure comes from a process of its own: time is the median of several steps, memory the peak
+of a step beside what is resident before it (on a GPU, the allocator's peak).
 """
 
 from __future__ import annotations
@@ -95,11 +95,10 @@ def resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) * 1024
 
 
-def measure(head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:
-    """Loss, median seconds and extra bytes at the peak of a step."""
+def measure(what: str, head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:
+    """The loss, and of a step the median "seconds" or the extra "bytes" at its peak."""
     from powerflow_fast.integrations.trl import install_head
 
-    gpu = torch.cuda.is_available()
     with (
         tempfile.TemporaryDirectory() as folder,
         install_head() if head == "ours" else nullcontext(),
@@ -111,38 +110,43 @@ def measure(head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]
         loss.backward()
         return loss.item()  # waits for a GPU
 
-    step()  # loads libraries, starts threads, allocates gradients
-    if gpu:
+    loss = step()  # loads libraries, starts threads, allocates gradients
+    if what == "seconds":
+        times = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return {"loss": loss, what: statistics.median(times)}
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-    loss = step()
-    peak = torch.cuda.max_memory_allocated() if gpu else resident("VmHWM")
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
-    return {"loss": loss, "seconds": statistics.median(times), "bytes": peak - before}
+        return {"loss": loss, what: torch.cuda.max_memory_allocated() - before}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step()
+    return {"loss": loss, what: resident("VmHWM") - before}
 
 
-def in_child_process(head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.test_grpo_step", head, str(int(adapter))]
-    # As glibc frees blocks it raises this threshold and then keeps them: they would not count.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = subprocess.run(
-        [*command, json.dumps(sizes)], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def in_child_processes(head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for what in ("seconds", "bytes"):
+        # As glibc frees blocks it raises this threshold and then keeps them: they would not count.
+        # Below it every block is new pages, which would count as time.
+        env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what == "bytes" else {})
+        arguments = [what, head, str(int(adapter)), json.dumps(sizes)]
+        command = [sys.executable, "-m", "benchmarks.test_grpo_step", *arguments]
+        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        figures |= json.loads(run.stdout.splitlines()[-1])
+    return figures
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
 def test_grpo_is_no_slower_and_no_larger_with_this_head(adapter):
     sizes = GPU if torch.cuda.is_available() else CPU
-    theirs, ours = (in_child_process(head, adapter, sizes) for head in ("trl", "ours"))
+    theirs, ours = (in_child_processes(head, adapter, sizes) for head in ("trl", "ours"))
     for name, row in (("TRL's head", theirs), ("this head", ours)):
         print(f"\n{name}: {row['seconds']:.2f} s a step, {row['bytes'] / 1e6:.0f} MB extra")
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-3)
@@ -151,4 +155,5 @@ def test_grpo_is_no_slower_and_no_larger_with_this_head(adapter):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2] == "1", json.loads(sys.argv[3]))))
+    what, head, adapter, sizes = sys.argv[1:]
+    print(json.dumps(measure(what, head, adapter == "1", json.loads(sizes))))
