@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint bench bench-gpu report kernels clean
+.PHONY: help setup demo test lint test-kills test-others architectures bench bench-gpu report \
+	kernels clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,16 @@ demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minu
 
 test: lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+test-kills: $(STAMP)  ## 20 kills at random moments, one process and two: resumed bit by bit
+	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
+
+test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
+	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.others OMP_NUM_THREADS=1 $(BIN)/pytest tests/integrations
+
+architectures: $(STAMP)  ## our log-probs against every causal model of transformers
+	$(BIN)/python -m tests.integrations.architectures
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,4 +59,4 @@ kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code fa
 	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -63,11 +63,12 @@ def linear_logprobs(
         targets: [...] int64 token ids in [0, V) or `ignore_index`.
         bias: [V].
         temperature, logit_scale, softcap: the logit transform above; temperature > 0, softcap > 0.
-        return_entropy: also return the entropy [nats] of each row. `True` is differentiable and
-            takes the recompute route in backward; `"detached"` has no gradient and costs little.
+        return_entropy: also return the entropy [nats] of each row, at little cost. `True` is
+            differentiable, and a backward pass through it recomputes the logits; `"detached"` has
+            no gradient.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
         grad_tolerance: largest probability mass per row that the gradient may leave out
-            (arrangement and check: certified.py). 0 is exact. A differentiable entropy and a
+            (arrangement and check: certified.py). 0 is exact. A gradient through the entropy and a
             `process_group` are always exact, which meets any tolerance.
         process_group: the vocabulary is split over these ranks, rank by rank; `weight` and `bias`
             are this rank's slices (of any size), `hidden` and `targets` the same everywhere. A
@@ -190,11 +191,10 @@ def head_outputs(
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
     # The direction needs nothing but the upstream gradient of logps; a trained head or bias needs
-    # the logits once more (with a tolerance only the kept ones), a differentiable entropy or a
-    # vocabulary split over ranks takes the recompute route.
+    # the logits once more (with a tolerance only the kept ones), a vocabulary split over ranks
+    # takes the recompute route, and so does the backward pass that meets a gradient of the entropy.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    recompute = (options.entropy and not detach_entropy) or options.group_name is not None
-    recompute |= trains_head and options.grad_tolerance == 0
+    recompute = options.group_name is not None or (trains_head and options.grad_tolerance == 0)
     want_direction = torch.is_grad_enabled() and hidden.requires_grad and not recompute
     logps, ref_logps, entropy, _, _, certificate, _ = head_forward(
         *flat,

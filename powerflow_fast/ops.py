@@ -188,17 +188,20 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept)
     ctx.options, ctx.want_direction, ctx.want_kept = options, want_direction, want_kept
     ctx.hidden_dtype = hidden.dtype
-    ctx.recomputes = want_kept or not want_direction
+    ctx.recomputes = want_kept or not want_direction or HeadOptions.decode(options).entropy
     recompute = (hidden, weight, bias, lse, entropy, kept) if ctx.recomputes else ()
     ctx.save_for_backward(targets, direction, *recompute)
 
 
 def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     nothing = (None,) * 10
+    options = HeadOptions.decode(ctx.options)
+    grad_entropy = grad_entropy if options.entropy else None
     if grad_logps is None and grad_entropy is None:
         return nothing
-    options = HeadOptions.decode(ctx.options)
     targets, direction, *saved = ctx.saved_tensors
+    # The direction is that of logps; an entropy that is only read leaves it to be.
+    use_direction = ctx.want_direction and grad_entropy is None
 
     def counted_only(grad: Tensor | None) -> Tensor | None:
         return None if grad is None else grad.where(targets != options.ignore_index, 0.0)
@@ -208,7 +211,7 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     grad_logps = counted_only(grad_logps)
     needs = list(ctx.needs_input_grad[:3])
     grads = [None, None, None]
-    if ctx.want_direction and needs[0]:
+    if use_direction and needs[0]:
         grads[0], needs[0] = (direction * grad_logps[:, None]).to(ctx.hidden_dtype), False
     if any(needs):
         hidden, weight, bias, lse, entropy, kept = saved
@@ -221,7 +224,7 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
             targets,
             lse,
             entropy if options.entropy else None,
-            kept if ctx.want_kept else None,
+            kept if ctx.want_kept and use_direction else None,
             ctx.options,
             needs,
         )

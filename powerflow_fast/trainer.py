@@ -135,12 +135,9 @@ class PowerFlowTrainer(WholeCheckpoints):
                 "the adapter with is_trainable=True"
             )
         base = base_model(policy)
-        if any(p.is_meta or p.numel() == 0 for p in base.parameters()):
-            read_head(base)  # sharded already (ZeRO-3): the comparison would need a gather
-        else:
-            check_head(base)
-            if self.args.padding_free:
-                check_packing(base)
+        check_head(base)
+        if self.args.padding_free:
+            check_packing(base)
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             warnings.warn(
                 "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
