@@ -21,9 +21,13 @@ pytest_plugins = ["benchmarks.budget"]
 # In order of importance; a file without a group of its own is the group its name says.
 ORDER = ("tb-frozen", "certified", "forward", "pair", "training-step", "scaling", "tb-trained")
 
+# Whole trainers, minutes each: only where --groups or the command line names them.
+ON_REQUEST = ("grpo-step", "trainer-step")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--groups", help=f"comma-separated, of: {', '.join(ORDER)}")
+    names = ", ".join(ORDER + ON_REQUEST)
+    parser.addoption("--groups", help=f"comma-separated, of: {names}; default: {', '.join(ORDER)}")
     parser.addoption("--peers", help=f"comma-separated, of: {', '.join(PEERS)}")
     parser.addoption("--results", type=Path, help="folder to write the results file to")
     parser.addoption("--tiny", action="store_true", help="tiny sizes: walk the code, time nothing")
@@ -31,33 +35,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for option, known in (("groups", ORDER), ("peers", PEERS)):
-        _chosen(config, option, known)
+    _chosen(config, "groups", ORDER, ON_REQUEST)
+    _chosen(config, "peers", tuple(PEERS))
     config.stash[SESSION] = Session(config)
 
 
-def _chosen(config: pytest.Config, option: str, known) -> set[str]:
+def _chosen(
+    config: pytest.Config, option: str, default: tuple[str, ...], more: tuple[str, ...] = ()
+) -> set[str]:
     given = config.getoption(option)
-    names = set(known) if given is None else {name.strip() for name in given.split(",")}
-    if unknown := sorted(names - set(known)):
+    names = set(default) if given is None else {name.strip() for name in given.split(",")}
+    if unknown := sorted(names - {*default, *more}):
         raise pytest.UsageError(
-            f"--{option}: expected some of {', '.join(known)}; got {', '.join(unknown)}"
+            f"--{option}: expected some of {', '.join(default + more)}; got {', '.join(unknown)}"
         )
     return names
 
 
 def group_of(item: pytest.Item) -> str:
     marker = item.get_closest_marker("benchmark")
-    stem = item.path.stem.removeprefix("test_").replace("_", "-")
-    return stem if marker is None else marker.kwargs.get("group", stem)
+    of_file = _group_of_file(item.path)
+    return of_file if marker is None else marker.kwargs.get("group", of_file)
+
+
+def _group_of_file(path: Path) -> str:
+    return path.stem.removeprefix("test_").replace("_", "-")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Chosen groups and peers, most important first, timed by the device's own clock."""
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
-    groups, peers = _chosen(config, "groups", ORDER), _chosen(config, "peers", PEERS)
-    kept = [item for item in ours if group_of(item) in groups and peer_of(item) in {None, *peers}]
-    kept.sort(key=lambda item: ORDER.index(group_of(item)))
+    groups = _chosen(config, "groups", ORDER, ON_REQUEST)
+    if config.getoption("groups") is None:  # pytest benchmarks/test_grpo_step.py
+        groups |= {_group_of_file(Path(argument.partition("::")[0])) for argument in config.args}
+    peers = {None, *_chosen(config, "peers", tuple(PEERS))}
+    kept = [item for item in ours if group_of(item) in groups and peer_of(item) in peers]
+    kept.sort(key=lambda item: (ORDER + ON_REQUEST).index(group_of(item)))
     timer = Clock(config.stash[SESSION].device).now
     for item in kept:  # pytest-benchmark reads one marker alone
         options = {"group": group_of(item), "timer": timer}

@@ -1,6 +1,6 @@
 """Steps per minute: PowerFlowTrainer against TRL's GRPOTrainer, same model and rollouts.
 
-    pytest benchmarks/test_trainer_step.py --write-results
+    pytest benchmarks/test_trainer_step.py --results benchmarks/results
 
 GRPO runs with beta > 0, since only then does it compute a reference, as PowerFlow always does. Both
 have LoRA on every linear layer of SmolLM2-135M-Instruct, the same completions (drawn beforehand),
@@ -99,6 +99,6 @@ def test_steps_per_minute(tmp_path, request):
             times[kind] += step_times(kind, tmp_path / f"{kind}{turn}")
     rate = {kind: 60 / statistics.median(seconds) for kind, seconds in times.items()}
     print({kind: round(value, 2) for kind, value in rate.items()}, "steps per minute")
-    if request.config.getoption("--write-results"):
-        results_file.write("trainer", {"steps_per_minute": rate, "seconds": times})
+    if folder := request.config.getoption("results"):
+        results_file.write("trainer", {"steps_per_minute": rate, "seconds": times}, folder)
     assert rate["powerflow"] >= BAR * rate["grpo"]

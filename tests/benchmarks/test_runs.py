@@ -67,6 +67,17 @@ def test_unknown_names_are_refused():
         assert f"{option}: expected some of " in done.stderr and f"got {name}" in done.stderr
 
 
+def test_whole_trainers_run_on_request_alone():
+    path = "benchmarks/test_grpo_step.py"
+    for options, found in (
+        (["benchmarks"], False),
+        ([path], True),
+        (["benchmarks", "--groups", "grpo-step"], True),
+    ):
+        done = run("pytest", *options, "--tiny", "--collect-only", "-q", "-p", "no:cacheprovider")
+        assert (f"{path}::test_grpo_is" in done.stdout) == found, done.stdout
+
+
 def test_what_the_budget_drops_is_named(tmp_path):
     done = benchmarks("--groups", "forward", "--peers", "powerflow-fast", "--budget", "0")
     assert "dropped: 1 after 0 s" in done.stdout
