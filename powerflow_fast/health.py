@@ -32,6 +32,11 @@ METRICS = {  # of TBOutput -> name in the logs
     "clipped_share": "importance/clipped_share",
     "zero_length_count": "completions/zero_length",
 }
+CERTIFICATE = {  # likewise, with grad_tolerance
+    "columns_kept": "certified/columns_kept",
+    "skipped_mass": "certified/skipped_mass",
+    "dense_blocks": "certified/dense_blocks",
+}
 SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
 PATIENCE = 3  # bad rollouts in a row

@@ -20,7 +20,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_a
 from powerflow_fast.checkpoint import WholeCheckpoints
 from powerflow_fast.config import PowerFlowConfig, check_data, check_lengths, check_reference
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import METRICS, Health
+from powerflow_fast.health import CERTIFICATE, METRICS, Health
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.model_head import (
@@ -310,6 +310,7 @@ class PowerFlowTrainer(WholeCheckpoints):
                 temperature=self.temperature,
                 return_entropy="detached",
                 backend=args.loss_backend,
+                grad_tolerance=args.grad_tolerance,
                 log_z=log_z,
                 group_ids=group_ids,
                 **head.transform,
@@ -359,10 +360,11 @@ class PowerFlowTrainer(WholeCheckpoints):
 
     @torch.no_grad()
     def _record(self, out: TBOutput, mode: str) -> None:
-        values = torch.stack([out.metrics[name].float() for name in METRICS])
+        names = METRICS | CERTIFICATE if self.args.grad_tolerance > 0 else METRICS
+        values = torch.stack([out.metrics[name].float() for name in names])
         values = values[None].to(self.accelerator.device)
         values = self.accelerator.gather(values).mean(0).tolist()
-        for name, value in zip(METRICS.values(), values, strict=True):
+        for name, value in zip(names.values(), values, strict=True):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self.health.check_loss(self.state.global_step, values[:2])

@@ -101,6 +101,23 @@ def test_loss_and_gradient_equal_naive_float64(tmp_path, micro_batch):
     assert_close(seen.steps[0], gradients)
 
 
+def test_a_tolerance_reaches_the_head_and_its_certificate_the_logs(tmp_path):
+    runs = []
+    for tolerance in (0.0, 0.2):
+        trainer, seen = make(tmp_path, grad_tolerance=tolerance)
+        # Sharp enough that of 20 columns a few may go.
+        trainer.model.get_base_model().lm_head.weight.data.mul_(20)
+        start_from_nonzero_adapter(trainer)
+        trainer.train()
+        runs.append(seen)
+    exact, sparse = (seen.logs[0] for seen in runs)
+    assert sparse["loss"] == pytest.approx(exact["loss"], rel=1e-5)
+    assert 0 < sparse["certified/columns_kept"] < 1 and "certified/columns_kept" not in exact
+    assert 0 < sparse["certified/skipped_mass"] <= 0.2
+    name = next(iter(runs[0].steps[0]))
+    assert not torch.equal(runs[0].steps[0][name], runs[1].steps[0][name])
+
+
 @pytest.mark.parametrize("log_z", ["group", "learned"])
 def test_micro_batches_do_not_matter_with_empty_sequences(tmp_path, log_z):
     """Truncated completions are masked: the denominator must not count them, in any split."""

@@ -1,6 +1,7 @@
 """`pytest benchmarks/` and the GPU script as a user starts them, in tiny sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark would take itself for a worker of this run's xdist, and write nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def benchmarks(*options: str) -> subprocess.CompletedProcess:
