@@ -25,7 +25,14 @@ from powerflow_fast.certified import (
     sparse_direction,
 )
 from powerflow_fast.options import HeadForward, HeadOptions
-from powerflow_fast.tiled_head import Head, OnlineHead, matmul, softcap_slope, target_columns
+from powerflow_fast.tiled_head import (
+    Head,
+    OnlineHead,
+    exp_,
+    matmul,
+    softcap_slope,
+    target_columns,
+)
 
 
 def forward(
@@ -191,12 +198,12 @@ def _dlogits(
     """g (1[y=v] - p_v) - e p_v (log p_v + entropy), times the transform's derivative."""
     slope = None if options.softcap is None else softcap_slope(logits, options)
     log_p = logits.sub_(lse[:, None])
-    p = log_p.exp()
     coefficient = -grad_logps[:, None]
     if grad_entropy is not None:
         coefficient = coefficient - grad_entropy[:, None] * (
             log_p.clamp_min(-1e30) + entropy[:, None]
         )
+    p = exp_(log_p)
     dlogits = p.mul_(coefficient)
     index, inside = target_columns
     dlogits.scatter_add_(1, index, grad_logps[:, None].where(inside, 0.0))

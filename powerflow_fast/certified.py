@@ -17,16 +17,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.tiled_head import Head, OnlineHead, softcap_slope
+from powerflow_fast.tiled_head import (
+    Head,
+    OnlineHead,
+    exp_,
+    softcap_slope,
+    target_columns,
+)
 
-BLOCK = 128  # rows that share one choice of columns
+# Rows that share one choice of columns. 64 keep about half of what 128 keep, and cost least of 32,
+# 64 and 128 on two CPU cores.
+BLOCK = 64
 # The bound adds the largest p_v of each skipped column over the block. No single row has them all:
 # its mass is smaller, by 4 to 16 on the text of SmolLM2. These factors are tried in this order, and
 # each adds its columns to those of the one before; the last fails by rounding at most.
 SLACKS = (16.0, 8.0, 4.0, 1.0)
 # Gathering and forming the logits again cost more than they save beyond this share of the columns.
 LARGEST_SHARE = 0.4
-PROBE = 32  # one row in so many is looked at beforehand
+PROBE = 64  # one row in so many is looked at beforehand
+# Columns kept by a block grow with its rows to this power (64 to 1024 rows of SmolLM2's text).
+GROWTH = 0.66
+STEPS_PER_NAT, LAST_STEP = 8, 320  # bounds on log p, from 0 to -40
 
 
 class SparseDirection(NamedTuple):
@@ -61,19 +72,20 @@ def exact_certificate(rows: int, block: int, like: Tensor) -> Tensor:
 
 
 def looks_sharp(head: Head) -> bool:
-    """Whether a block made of every PROBE-th row would keep few enough columns."""
+    """Whether blocks would keep few enough columns, from one made of every PROBE-th row."""
     n, vocab = len(head.hidden), len(head.weight)
     if n < 4 * BLOCK:  # the look would cost as much as it saves
         return True
     sample = head.of_rows(slice(0, n, PROBE))
-    z = sample.hidden.new_empty((len(sample.hidden), vocab), dtype=head.dtype)
+    rows = len(sample.hidden)
+    z = sample.hidden.new_empty((rows, vocab), dtype=head.dtype)
     for start, stop, weight_tile in sample.weight_tiles():
         for r in sample.row_slices():
             z[r, start:stop] = sample.logits(r, weight_tile, sample.bias_tile(start, stop))
     p = z.softmax(1).scatter_(1, sample.targets.clamp(0, vocab - 1)[:, None], 0.0)
-    skipped = p.amax(0).sort().values.cumsum(0)
-    kept = (skipped > SLACKS[-2] * head.options.grad_tolerance).sum()
-    return bool(kept <= LARGEST_SHARE * vocab)
+    steps = _steps(p.amax(0).log())
+    kept = (steps <= _limits(steps, head.options.grad_tolerance)[-2]).sum()
+    return bool(kept <= LARGEST_SHARE * min(1.0, rows / BLOCK) ** GROWTH * vocab)
 
 
 def sparse_direction(head: OnlineHead) -> SparseDirection:
@@ -82,14 +94,16 @@ def sparse_direction(head: OnlineHead) -> SparseDirection:
     sums = torch.zeros(head.hidden.shape, dtype=head.dtype, device=head.hidden.device)
     skipped = torch.zeros(n, dtype=head.dtype, device=head.hidden.device)
     kept = torch.zeros(head.peaks.values.shape, dtype=torch.bool, device=sums.device)
+    total = head.others + head.target_share  # sum_v e^(z_v - max)
     dense = []
     for block, peaks in enumerate(head.peaks.values):
         r = slice(block * BLOCK, min((block + 1) * BLOCK, n))
         mass = torch.zeros_like(skipped[r])
         for columns in _growing_choice(peaks, head.options.grad_tolerance):
             kept[block, columns] = True
-            mass += _multiply(head, r, columns, sums[r])
-            skipped[r] = (head.other_share[r] - mass).clamp_min(0.0)
+            if len(columns):
+                mass += _multiply(head, r, columns, sums[r])
+            skipped[r] = (head.other_share[r] - mass / total[r]).clamp_min(0.0)
             # Not `>`: a NaN row proves nothing.
             if (skipped[r] <= head.options.grad_tolerance).all():
                 break
@@ -107,7 +121,7 @@ def sparse_direction(head: OnlineHead) -> SparseDirection:
     worst = skipped.max() if n else skipped.sum()
     certificate = torch.stack([share.to(worst), worst, worst.new_tensor(len(dense))])
     kept[block_of_row, head.targets.clamp(0, vocab - 1)] = True
-    return SparseDirection(head.finish_direction(sums, torch.ones_like(skipped)), certificate, kept)
+    return SparseDirection(head.finish_direction(sums, total), certificate, kept)
 
 
 def _growing_choice(peaks: Tensor, tolerance: float) -> Iterator[Tensor]:
@@ -115,28 +129,47 @@ def _growing_choice(peaks: Tensor, tolerance: float) -> Iterator[Tensor]:
 
     Left out are the columns with the smallest bounds, a slack times the tolerance together.
     """
-    vocab = len(peaks)
-    bounds, order = peaks.float().exp_().sort()
-    budgets = bounds.new_tensor([slack * tolerance for slack in SLACKS])
-    last = vocab
-    for first in torch.searchsorted(bounds.cumsum(0), budgets).tolist():
-        if vocab - first > LARGEST_SHARE * vocab:
+    steps = _steps(peaks)
+    before = -1
+    for limit in _limits(steps, tolerance):
+        if (steps <= limit).sum() > LARGEST_SHARE * len(steps):
             return
-        if first < last or last == vocab:
-            yield order[first:last].sort().values
-        last = first
+        yield ((steps > before) & (steps <= limit)).nonzero()[:, 0]
+        before = limit
+
+
+def _steps(peaks: Tensor) -> Tensor:
+    """[V] int32 steps of 1 / STEPS_PER_NAT by which a bound on log p lies below 0; NaN is 0."""
+    return (peaks.float() * -STEPS_PER_NAT).nan_to_num(0.0, LAST_STEP).clamp(0, LAST_STEP).int()
+
+
+def _limits(steps: Tensor, tolerance: float) -> list[int]:
+    """For each slack, the step up to which columns have to be kept. Whole numbers: deterministic.
+
+    A histogram instead of a sort; a bound counts as its step's largest, e^(1/8) too much at most.
+    """
+    counts = steps.bincount(minlength=LAST_STEP + 1)
+    largest = torch.arange(LAST_STEP + 1, device=steps.device).div(-STEPS_PER_NAT).exp()
+    beyond = (counts * largest).flip(0).cumsum(0).flip(0)  # of this step and those below it
+    budgets = beyond.new_tensor(SLACKS) * tolerance
+    # A step may go if it and all below fit; the last that may not is the limit.
+    return ((beyond > budgets[:, None]).sum(1) - 1).tolist()
 
 
 def _multiply(
     head: OnlineHead, r: slice, columns: Tensor, sums: Tensor, weight_tile: Tensor | None = None
 ) -> Tensor:
-    """sums += sum over `columns`, targets left out, of p_v J_v W_v; returns their mass [rows]."""
+    """sums += sum over `columns`, targets left out, of e^(z_v - max) J_v W_v; returns the masses.
+
+    `columns` are ascending.
+    """
     if weight_tile is None:
-        weight_tile = head.weight[columns].to(head.product_dtype)
+        weight_tile = head.weight.index_select(0, columns).to(head.product_dtype)
     z = head.logits(r, weight_tile, None if head.bias is None else head.bias[columns])
     slope = None if head.options.softcap is None else softcap_slope(z, head.options)
-    p = z.sub_(head.maximum[r][:, None]).sub_(head.log_total[r][:, None]).exp_()
-    p.masked_fill_(columns == head.targets[r][:, None], 0.0)
-    mass = p.sum(1)
-    head.accumulate(sums, p if slope is None else p.mul_(slope), weight_tile)
+    index, inside = target_columns(head.targets[r], columns, len(columns))
+    z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
+    e = exp_(z.sub_(head.maximum[r][:, None]))
+    mass = e.sum(1)
+    head.accumulate(sums, e if slope is None else e.mul_(slope), weight_tile)
     return mass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.certified import LARGEST_SHARE, PROBE
+from powerflow_fast.certified import GROWTH, LARGEST_SHARE, PROBE
 from powerflow_fast.options import HeadOptions
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config
     no_entropy = replace(options, entropy=False)
     logit_statistics(sample, None, targets, None, no_entropy, config.statistics, config.tma, search)
     counts = choose_columns(search.peaks, SLACKS[0] * options.grad_tolerance, most=1).counts
-    return bool(counts.float().mean() <= LARGEST_SHARE * len(policy.weight))
+    growth = min(1.0, len(targets) / config.statistics.rows) ** GROWTH
+    return bool(counts.float().mean() <= LARGEST_SHARE * growth * len(policy.weight))
 
 
 class Attempt(NamedTuple):

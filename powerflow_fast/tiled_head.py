@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -136,7 +137,7 @@ class OnlineHead(Head):
         z.sub_(finite[:, None])
         if self.peaks is not None:
             self.peaks.update(z, r.start, start, stop)
-        e = z.exp_() if self.weighted is None else z.exp()
+        e = exp_(z if self.weighted is None else z.clone())
         if self.weighted is not None:
             # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
             moved = self.weighted[r] + self.others[r] * shift.clamp_min(-1e30)
@@ -199,6 +200,15 @@ class OnlineHead(Head):
             rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
             rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
         return sums
+
+
+def exp_(z: Tensor) -> Tensor:
+    """e^z in place; 0 where it would be subnormal.
+
+    Such numbers are below any rounding of a softmax, and CPUs multiply them many times slower.
+    """
+    smallest = math.log(torch.finfo(z.dtype).tiny)
+    return torch.threshold_(z, smallest, -torch.inf).exp_()
 
 
 def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
