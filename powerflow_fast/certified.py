@@ -34,7 +34,7 @@ BLOCK = 64
 SLACKS = (16.0, 8.0, 4.0, 1.0)
 # Gathering and forming the logits again cost more than they save beyond this share of the columns.
 LARGEST_SHARE = 0.4
-PROBE = 64  # one row in so many is looked at beforehand
+PROBE = 64  # one row in so many is looked at beforehand, and at least half a block
 # Columns kept by a block grow with its rows to this power (64 to 1024 rows of SmolLM2's text).
 GROWTH = 0.66
 STEPS_PER_NAT, LAST_STEP = 8, 320  # bounds on log p, from 0 to -40
@@ -72,11 +72,11 @@ def exact_certificate(rows: int, block: int, like: Tensor) -> Tensor:
 
 
 def looks_sharp(head: Head) -> bool:
-    """Whether blocks would keep few enough columns, from one made of every PROBE-th row."""
+    """Whether blocks would keep few enough columns, from one made of rows all over the batch."""
     n, vocab = len(head.hidden), len(head.weight)
     if n < 4 * BLOCK:  # the look would cost as much as it saves
         return True
-    sample = head.of_rows(slice(0, n, PROBE))
+    sample = head.of_rows(slice(0, n, n // max(BLOCK // 2, n // PROBE)))
     rows = len(sample.hidden)
     z = sample.hidden.new_empty((rows, vocab), dtype=head.dtype)
     for start, stop, weight_tile in sample.weight_tiles():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.certified import GROWTH, LARGEST_SHARE, PROBE
+from powerflow_fast.certified import LARGEST_SHARE, PROBE
 from powerflow_fast.options import HeadOptions
 
 if TYPE_CHECKING:
@@ -85,20 +85,22 @@ def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Con
 
 
 def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> bool:
-    """Whether blocks made of every PROBE-th row would keep few enough columns."""
+    """Whether blocks made of rows all over the batch would keep few enough columns."""
     from powerflow_fast.kernels.columns import choose_columns
     from powerflow_fast.kernels.statistics import logit_statistics
 
-    if len(targets) < 4 * config.statistics.rows:  # the look would cost as much as it saves
+    num_n, block = len(targets), config.statistics.rows
+    if num_n < 4 * block:  # the look would cost as much as it saves
         return True
-    sample = policy._replace(hidden=policy.hidden[::PROBE])
-    targets = targets[::PROBE].contiguous()
+    rows = max(1, num_n // (PROBE * block)) * block  # whole blocks
+    stride = num_n // rows
+    sample = policy._replace(hidden=policy.hidden[: rows * stride : stride])
+    targets = targets[: rows * stride : stride].contiguous()
     search = _search(sample, targets, options, config)
     no_entropy = replace(options, entropy=False)
     logit_statistics(sample, None, targets, None, no_entropy, config.statistics, config.tma, search)
     counts = choose_columns(search.peaks, SLACKS[0] * options.grad_tolerance, most=1).counts
-    growth = min(1.0, len(targets) / config.statistics.rows) ** GROWTH
-    return bool(counts.float().mean() <= LARGEST_SHARE * growth * len(policy.weight))
+    return bool(counts.float().mean() <= LARGEST_SHARE * len(policy.weight))
 
 
 class Attempt(NamedTuple):

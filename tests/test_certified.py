@@ -138,6 +138,16 @@ def test_a_flat_policy_is_recognised_before_it_costs_anything(monkeypatch):
     }
 
 
+def test_one_flat_row_in_every_block_is_seen_beforehand(monkeypatch):
+    """As in text, where a few tokens are open and most are not: each block would end up dense."""
+    hidden, weight, targets = sharp_inputs(n=1024, sharpness=25.0)
+    hidden[certified.BLOCK // 2 :: certified.BLOCK] *= 0.01
+    targets = targets.clamp(min=0)
+    hidden.requires_grad_()
+    monkeypatch.setattr(backend_torch, "sparse_direction", None)  # would fail if it were called
+    linear_logprobs(hidden, weight, targets, grad_tolerance=1e-3).sum().backward()
+
+
 @pytest.mark.parametrize("transform", [{}, {"softcap": 20.0, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("sharpness", [12.0, 0.3], ids=["sharp", "flat"])
 def test_trained_head_is_within_the_tolerance(transform, sharpness):
