@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -89,12 +90,6 @@ def build(sizes: dict[str, int], adapter: bool, folder: str):
     return trainer, inputs
 
 
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process [bytes]."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) * 1024
-
-
 def measure(what: str, head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:
     """The loss, and of a step the median "seconds" or the extra "bytes" at its peak."""
     from powerflow_fast.integrations.trl import install_head
@@ -123,10 +118,10 @@ def measure(what: str, head: str, adapter: bool, sizes: dict[str, int]) -> dict[
         before = torch.cuda.memory_allocated()
         step()
         return {"loss": loss, what: torch.cuda.max_memory_allocated() - before}
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    memory.reset_resident_peak()
+    before = memory.resident("VmRSS")
     step()
-    return {"loss": loss, what: resident("VmHWM") - before}
+    return {"loss": loss, what: memory.resident("VmHWM") - before}
 
 
 def in_child_processes(head: str, adapter: bool, sizes: dict[str, int]) -> dict[str, float]:

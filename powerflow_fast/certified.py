@@ -20,9 +20,9 @@ from torch import Tensor
 from powerflow_fast.tiled_head import (
     Head,
     OnlineHead,
+    drop_targets,
     exp_,
     softcap_slope,
-    target_columns,
 )
 
 # Rows that share one choice of columns. 64 keep about half of what 128 keep, and cost least of 32,
@@ -167,8 +167,7 @@ def _multiply(
         weight_tile = head.weight.index_select(0, columns).to(head.product_dtype)
     z = head.logits(r, weight_tile, None if head.bias is None else head.bias[columns])
     slope = None if head.options.softcap is None else softcap_slope(z, head.options)
-    index, inside = target_columns(head.targets[r], columns, len(columns))
-    z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
+    drop_targets(z, head.targets[r], columns)
     e = exp_(z.sub_(head.maximum[r][:, None]))
     mass = e.sum(1)
     head.accumulate(sums, e if slope is None else e.mul_(slope), weight_tile)

@@ -49,9 +49,8 @@ def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: C
     columns = tokens.where(usable, spread)
     bias = None if policy.bias is None else policy.bias[columns]
     sample = policy._replace(weight=policy.weight[columns], bias=bias)
-    no_entropy = replace(options, entropy=False)
     statistics = logit_statistics(
-        sample, None, targets, None, no_entropy, config.statistics, config.tma
+        sample, None, targets, None, options, config.statistics, config.tma
     )
     logps, lse = torch.empty((2, 1, num_n), dtype=torch.float32, device=targets.device)
     combine(statistics, targets, options.ignore_index, logps, lse, None)
@@ -73,6 +72,7 @@ def start_search(
     policy: Operands, targets: Tensor, options: HeadOptions, config: Config
 ) -> Search | None:
     """None where the policy is so flat that the exact route is cheaper."""
+    options = replace(options, entropy=False)  # the pass that follows forms it, not the search
     if not _looks_sharp(policy, targets, options, config):
         return None
     return _search(policy, targets, options, config)
@@ -97,8 +97,7 @@ def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config
     sample = policy._replace(hidden=policy.hidden[: rows * stride : stride])
     targets = targets[: rows * stride : stride].contiguous()
     search = _search(sample, targets, options, config)
-    no_entropy = replace(options, entropy=False)
-    logit_statistics(sample, None, targets, None, no_entropy, config.statistics, config.tma, search)
+    logit_statistics(sample, None, targets, None, options, config.statistics, config.tma, search)
     counts = choose_columns(search.peaks, SLACKS[0] * options.grad_tolerance, most=1).counts
     return bool(counts.float().mean() <= LARGEST_SHARE * len(policy.weight))
 

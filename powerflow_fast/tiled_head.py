@@ -127,8 +127,7 @@ class OnlineHead(Head):
         """Take columns start:stop into the running statistics of rows r."""
         z = self.logits(r, weight_tile, self.bias_tile(start, stop))
         slope = softcap_slope(z, self.options) if self._wants_slope else None
-        index, inside = target_columns(self.targets[r] - start, slice(None), stop - start)
-        z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
+        drop_targets(z, self.targets[r] - start, slice(None))
         maximum = torch.maximum(self.maximum[r], z.amax(1))
         # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
         finite = maximum.where(maximum != -torch.inf, 0.0)
@@ -209,6 +208,12 @@ def exp_(z: Tensor) -> Tensor:
     """
     smallest = math.log(torch.finfo(z.dtype).tiny)
     return torch.threshold_(z, smallest, -torch.inf).exp_()
+
+
+def drop_targets(z: Tensor, local: Tensor, columns: slice | Tensor) -> None:
+    """Set the logits of the targets to -inf, in place; arguments as in `target_columns`."""
+    index, inside = target_columns(local, columns, z.shape[1])
+    z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
 
 
 def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
