@@ -150,11 +150,7 @@ def backward(
     grad_hidden = grads.hidden
     if grad_hidden is not None and rows is not None:
         grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
-    return (
-        grad_hidden,
-        grads.weight,
-        None if grads.bias is None else grads.bias.to(bias.dtype),
-    )
+    return grad_hidden, grads.weight, None if grads.bias is None else grads.bias.to(bias.dtype)
 
 
 def _prepare_direction(policy: OnlineHead) -> None:

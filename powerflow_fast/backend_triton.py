@@ -161,14 +161,8 @@ def backward(
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]
         if known:
-            write_kept_dlogits(
-                numerators,
-                start,
-                targets[:known] - start,
-                grad_known,
-                active[:known],
-                dlogits[:known],
-            )
+            rows = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
+            write_kept_dlogits(numerators, start, *rows)
         if known < num_n:
             of_chunk = weight[start:stop], None if bias is None else bias[start:stop]
             write_dlogits_chunk(
