@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from powerflow_fast.numerators import Layout
+
 # Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
 # route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
 # GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
@@ -114,8 +116,22 @@ CANDIDATES = (
 )
 
 
+def soft_exponent(dtype: torch.dtype) -> int:
+    """Power of two by which stored softmax numerators are enlarged.
+
+    float16 ends at 2^-24 and numerators are at most 1: 15 more powers keep the mass that underflows
+    below 2^-39 per column. bfloat16 has float32's range.
+    """
+    return 15 if dtype == torch.float16 else 0
+
+
 def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def numerators_layout() -> Layout:
+    """One that every tile of the tables fits, tuned or not: it must not depend on the device."""
+    return Layout(piece=16 if is_interpreted() else 64, multiple=256)
 
 
 def chip_name(device: torch.device) -> str:

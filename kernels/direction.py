@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Config
-from powerflow_fast.kernels.statistics import soft_exponent
+from powerflow_fast.kernels.config import Config, soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.config import Tile, soft_exponent
 from powerflow_fast.kernels.direction import Kept
-from powerflow_fast.kernels.statistics import soft_exponent
 from powerflow_fast.kernels.tiles import (
     Operands,
     above_shift,

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.config import Tile, soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,
@@ -250,15 +250,6 @@ def _allocate(parts: int, rows: int, entropy: bool, device: torch.device) -> Sta
         # No program owns an out-of-range target: its row stays NaN, never a plausible number.
         torch.full((rows,), float("nan"), dtype=torch.float32, device=device),
     )
-
-
-def soft_exponent(dtype: torch.dtype) -> int:
-    """Power of two by which stored softmax numerators are enlarged.
-
-    float16 ends at 2^-24 and numerators are at most 1: 15 more powers keep the mass that underflows
-    below 2^-39 per column. bfloat16 has float32's range.
-    """
-    return 15 if dtype == torch.float16 else 0
 
 
 def padded_columns(num_v: int, tile: Tile) -> int:

@@ -24,15 +24,22 @@ from powerflow_fast.certified import (
     looks_sharp,
     sparse_direction,
 )
+from powerflow_fast.numerators import Layout, Numerators
 from powerflow_fast.options import HeadForward, HeadOptions
 from powerflow_fast.tiled_head import (
     Head,
     OnlineHead,
+    add_product_,
     exp_,
     matmul,
     softcap_slope,
     target_columns,
+    tile_shape,
 )
+
+
+def numerators_layout(device: torch.device) -> Layout:
+    return Layout(piece=tile_shape(device)[1], multiple=1)
 
 
 def forward(
@@ -43,8 +50,12 @@ def forward(
     ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden [N, H], weight [V, H], bias [V]
     options: HeadOptions,
     want_direction: bool,
+    numerators: Numerators | None = None,
 ) -> HeadForward:
-    """Log-probs of the targets under both models, and d logps / d hidden if wanted."""
+    """Log-probs of the targets under both models, and d logps / d hidden if wanted.
+
+    `numerators`, if given, are filled for as many rows that count as they have.
+    """
     rows = _counted_rows(targets, options)
     counted = targets if rows is None else targets[rows]
     policy = OnlineHead(_take(hidden, rows), weight, bias, counted, options)
@@ -56,7 +67,10 @@ def forward(
     with _bf16_products(policy.product_dtype, hidden):
         if want_direction:
             _prepare_direction(policy)
+        policy.numerators = numerators
         _sweep(models)
+        if numerators is not None:
+            policy.finish_numerators()
         direction = certificate = kept = None
         if policy.peaks is not None:
             direction, certificate, kept = sparse_direction(policy)
@@ -94,8 +108,12 @@ def backward(
     options: HeadOptions,
     needs: Sequence[bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
+    numerators: Numerators | None = None,  # likewise, without grad_entropy
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits, of the kept columns if given; hidden's in float32."""
+    """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
+
+    Those of the kept columns alone, if given.
+    """
     rows = _counted_rows(targets, options)
     if rows is not None:
         grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
@@ -104,9 +122,14 @@ def backward(
     if kept is not None:  # few columns of each block remain of a tile
         head.tile = (BLOCK, 8 * head.tile[1])
     grads = _Gradients(head, needs)
+    known = 0 if numerators is None else min(numerators.rows, len(targets))
     with _bf16_products(head.product_dtype, hidden):
         for start, stop, weight_tile in head.weight_tiles():
-            for r in head.row_slices():
+            grads.start_tile(start, stop)
+            for r in head.row_slices(0, known):
+                dlogits = _kept_dlogits(numerators, head, grad_logps[r], r, start, stop)
+                grads.add(dlogits, r, start, slice(0, stop - start), weight_tile)
+            for r in head.row_slices(known):
                 columns = _kept_columns(kept, r, start, stop)
                 tile = weight_tile[columns]
                 if len(tile) == 0:
@@ -127,11 +150,7 @@ def backward(
     grad_hidden = grads.hidden
     if grad_hidden is not None and rows is not None:
         grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
-    return (
-        grad_hidden,
-        grads.weight,
-        None if grads.bias is None else grads.bias.to(bias.dtype),
-    )
+    return grad_hidden, grads.weight, None if grads.bias is None else grads.bias.to(bias.dtype)
 
 
 def _prepare_direction(policy: OnlineHead) -> None:
@@ -152,8 +171,14 @@ class _Gradients:
         self.hidden = full(head.hidden.shape, 0.0) if needs[0] else None
         self.weight = weight.new_empty(weight.shape) if needs[1] else None
         self.bias = full((len(weight),), 0.0) if needs[2] else None
-        width = min(len(weight), head.tile[1])
-        self.tile = full((width, weight.shape[1]), 0.0) if needs[1] else None
+        self.tile: Tensor | None = None  # float32 rows of the weight's gradient
+
+    def start_tile(self, start: int, stop: int) -> None:
+        """Columns start:stop of the vocabulary are next."""
+        if self.weight is not None:
+            rows = self.weight[start:stop]
+            same = rows.dtype == self.head.dtype  # then they are summed where they belong
+            self.tile = rows.zero_() if same else torch.zeros_like(rows, dtype=self.head.dtype)
 
     def add(
         self, dlogits: Tensor, r: slice, start: int, columns: slice | Tensor, weight_tile: Tensor
@@ -163,15 +188,17 @@ class _Gradients:
             self.bias[start:][columns] += dlogits.sum(0)
         dlogits = dlogits.to(weight_tile.dtype)
         if self.hidden is not None:
-            self.hidden[r] += matmul(dlogits, weight_tile)
+            add_product_(self.hidden[r], dlogits, weight_tile)
         if self.tile is not None:
             x = self.head.hidden[r].to(weight_tile.dtype)
-            self.tile[columns] += matmul(dlogits.T, x)
+            if isinstance(columns, slice):
+                add_product_(self.tile[columns], dlogits.T, x)
+            else:
+                self.tile.index_add_(0, columns, matmul(dlogits.T, x))
 
     def store_tile(self, start: int, stop: int) -> None:
-        if self.tile is not None:
-            self.weight[start:stop] = self.tile[: stop - start]
-            self.tile.zero_()
+        if self.weight is not None and self.tile.dtype != self.weight.dtype:
+            self.weight[start:stop] = self.tile
 
 
 def _sweep(models: list[OnlineHead]) -> None:
@@ -210,6 +237,24 @@ def _dlogits(
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(options.scale)
+
+
+def _kept_dlogits(
+    numerators: Numerators,
+    head: Head,
+    grad_logps: Tensor,  # [n] of rows r
+    r: slice,
+    start: int,
+    stop: int,
+) -> Tensor:  # [n, stop - start]
+    """What `_dlogits` gives for rows r and the tile's columns, from the kept numerators."""
+    values, factors, own = numerators
+    grad = grad_logps * head.options.scale
+    dlogits = head.scratch(len(grad), stop - start)
+    coefficient = factors[start // head.tile[1], r] * -grad
+    torch.mul(values[r, start:stop], coefficient[:, None], out=dlogits)
+    index, inside = target_columns(head.targets[r] - start, slice(0, stop - start), stop - start)
+    return dlogits.scatter_add_(1, index, (grad * own[r])[:, None].where(inside, 0.0))
 
 
 def _kept_columns(kept: Tensor | None, r: slice, start: int, stop: int) -> slice | Tensor:

@@ -2,8 +2,9 @@
 
 Forward, per row chunk: one launch forms softmax statistics of policy and reference, a second
 merges them, and where the direction is wanted a third multiplies the softmax numerators, stored by
-the first, with the weight. Backward, per vocabulary chunk: a kernel recomputes the logits
-and writes their gradient; the products with it are the vendor library's.
+the first, with the weight. Backward, per vocabulary chunk: the gradient of the logits is written
+by a kernel that recomputes them, or for the first rows of a trained head by one that reads the
+numerators which the forward pass kept; the products with it are the vendor library's.
 
 Triton is imported when a function here is called, not with this module.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,14 +21,24 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.certified import exact_certificate
+from powerflow_fast.gradient_sums import GradientSums, dlogits_scale
+from powerflow_fast.numerators import Layout, Numerators
 from powerflow_fast.options import HeadForward, HeadOptions
+from powerflow_fast.tiled_head import softcap_slope
 
 if TYPE_CHECKING:
     from powerflow_fast.certified_triton import Search
     from powerflow_fast.kernels.config import Config
+    from powerflow_fast.kernels.statistics import Statistics
     from powerflow_fast.kernels.tiles import Operands
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def numerators_layout(device: torch.device) -> Layout:
+    from powerflow_fast.kernels import config
+
+    return config.numerators_layout()
 
 
 def forward(
@@ -37,9 +49,13 @@ def forward(
     ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden [N, H], weight [V, H], bias [V]
     options: HeadOptions,
     want_direction: bool,
+    numerators: Numerators | None = None,
     config: Config | None = None,  # tile shapes, to try them; None chooses
 ) -> HeadForward:
-    """Log-probs of the targets under both models; the direction d logps / d hidden if wanted."""
+    """Log-probs of the targets under both models; the direction d logps / d hidden if wanted.
+
+    `numerators`, if given, are filled for as many rows as they have.
+    """
     from powerflow_fast.certified_triton import RowTotals, sparse_direction, start_search
     from powerflow_fast.tuning import tile_config
 
@@ -48,7 +64,7 @@ def forward(
     reference = None if ref is None else _operands(*ref)
     if reference is not None and not _fit_one_launch(policy, reference):
         _check_inputs(reference.hidden, reference.weight)
-        out = forward(hidden, weight, bias, targets, None, options, want_direction)
+        out = forward(hidden, weight, bias, targets, None, options, want_direction, numerators)
         ref_hidden, ref_weight, ref_bias = reference
         alone = forward(ref_hidden, ref_weight, ref_bias, targets, None, options, False)
         return out._replace(ref_logps=alone.logps)
@@ -67,8 +83,8 @@ def forward(
         direction = hidden.new_empty((num_n, num_h), dtype=torch.float32)
     totals = []
     rows = _forward_rows(policy, models, direction is not None, config)
-    for start in range(0, num_n, rows):
-        span = slice(start, min(start + rows, num_n))
+    known = 0 if numerators is None else numerators.rows
+    for span in (*_spans(0, known, rows), *_spans(known, num_n, rows)):
         totals.append(
             _forward_chunk(
                 policy._replace(hidden=policy.hidden[span]),
@@ -76,6 +92,7 @@ def forward(
                 targets[span],
                 (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
                 None if direction is None else direction[span],
+                numerators.of_rows(span) if span.start < known else None,
                 options,
                 config,
                 search and search.of_rows(span, config.statistics.rows),
@@ -115,40 +132,49 @@ def backward(
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # of the certified route; all columns are taken
+    numerators: Numerators | None = None,  # as `forward` left them, without grad_entropy
     config: Config | None = None,  # as in `forward`
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by recomputing the logits; hidden's in float32."""
+    """Gradients, hidden's in float32, by recomputing the logits of rows without numerators."""
     from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+    from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
     from powerflow_fast.tuning import tile_config
 
     _check_inputs(hidden, weight)
     config = config or tile_config(_operands(hidden, weight, bias), targets, options)
-    num_n, num_h = hidden.shape
-    num_v = weight.shape[0]
+    num_n, num_v = len(hidden), len(weight)
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     active &= targets != options.ignore_index
-    out_scale = _dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
-    sums = _GradientSums(hidden, weight, bias, active, out_scale, needs)
+    out_scale = dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
+    sums = GradientSums(hidden, weight, bias, active, out_scale, needs)
     columns = _chunk_columns(DLOGITS_BYTES, num_n, num_v, hidden.element_size(), config)
     buffer = hidden.new_empty((num_n, columns))
+    known = 0 if numerators is None else numerators.rows
+    grad_known = grad_logps[:known] * (options.scale * out_scale)
+    entropy = None if grad_entropy is None else entropy
+    others = [
+        None if x is None else x[known:].contiguous()
+        for x in (grad_logps, grad_entropy, lse, entropy, active)
+    ]
     for start in range(0, num_v if num_n else 0, columns):
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]
-        write_dlogits_chunk(
-            _operands(hidden, weight[start:stop], None if bias is None else bias[start:stop]),
-            targets - start,
-            grad_logps.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(),
-            lse.contiguous(),
-            None if grad_entropy is None else entropy.contiguous(),
-            active,
-            out_scale,
-            dlogits,
-            options,
-            config.dlogits,
-            config.tma,
-        )
+        if known:
+            rows = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
+            write_kept_dlogits(numerators, start, *rows)
+        if known < num_n:
+            of_chunk = weight[start:stop], None if bias is None else bias[start:stop]
+            write_dlogits_chunk(
+                _operands(hidden[known:], *of_chunk),
+                targets[known:] - start,
+                *others,
+                out_scale,
+                dlogits[known:],
+                options,
+                config.dlogits,
+                config.tma,
+            )
         sums.add(dlogits, start, stop)
     return sums.results()
 
@@ -226,6 +252,11 @@ def _fit_one_launch(policy: Operands, reference: Operands) -> bool:
     )
 
 
+def _spans(start: int, stop: int, rows: int) -> Iterator[slice]:
+    for first in range(start, stop, rows):
+        yield slice(first, min(first + rows, stop))
+
+
 def _forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
     """Rows of one chunk: its statistics and softmax numerators stay within their budgets."""
     from powerflow_fast.kernels import config as table
@@ -253,6 +284,7 @@ def _forward_chunk(
     targets: Tensor,  # [n]
     outputs: tuple[Tensor, Tensor, Tensor | None],  # logps, lse, entropy: [models, n], to be filled
     direction: Tensor | None,  # [n, H] to be filled
+    numerators: Numerators | None,  # of these rows, to be filled
     options: HeadOptions,
     config: Config,
     search: Search | None,
@@ -263,7 +295,7 @@ def _forward_chunk(
     from powerflow_fast.kernels.statistics import logit_statistics, padded_columns
 
     logps, lse, entropy = outputs
-    soft = None
+    soft = None if numerators is None else numerators.values
     if direction is not None:
         columns = padded_columns(policy.weight.shape[0], config.statistics)
         soft = policy.hidden.new_empty((targets.shape[0], columns))
@@ -285,7 +317,32 @@ def _forward_chunk(
             shifts,
         )
     n = len(targets)
+    if numerators is not None:
+        _finish_numerators(numerators, statistics, row_shift, row_total, logps[0], options, config)
     return row_shift[:n], row_total[:n], statistics.target_logit[:n]
+
+
+def _finish_numerators(
+    numerators: Numerators,
+    statistics: Statistics,
+    row_shift: Tensor,  # [models * n]
+    row_total: Tensor,  # [models * n]
+    logps: Tensor,  # [n]
+    options: HeadOptions,
+    config: Config,
+) -> None:
+    """The factors that bring stored numerators to probabilities; what belongs to the targets."""
+    from powerflow_fast.kernels.config import soft_exponent
+
+    values, factors, own = numerators
+    n = len(logps)
+    p = torch.exp2(statistics.tile_shift[:, :n] - row_shift[:n]) / row_total[:n]
+    p *= 2.0 ** -soft_exponent(values.dtype)
+    repeats = config.statistics.part // numerators_layout(values.device).piece
+    factors[: len(p) * repeats] = p.repeat_interleave(repeats, 0)
+    own[:] = -logps.expm1()
+    if options.softcap is not None:
+        own *= softcap_slope(statistics.target_logit[:n], options)
 
 
 def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: Config) -> int:
@@ -293,81 +350,6 @@ def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: C
     block = config.dlogits.columns
     tiles = max(1, budget // (max(num_n, 1) * itemsize * block))
     return min(tiles * block, math.ceil(num_v / block) * block)
-
-
-def _dlogits_scale(
-    grad_logps: Tensor,  # [N]
-    grad_entropy: Tensor | None,  # [N]
-    num_v: int,
-    options: HeadOptions,
-    dtype: torch.dtype,
-) -> Tensor:  # [1]
-    """A power of two that puts the largest d loss / d logits near 2^13, in float16.
-
-    A TB coefficient of 1e-6 on a probability of 1e-3 is below float16's smallest number. bfloat16
-    would hold it, but with 8 bits of mantissa, and hidden and weight would have to be cast to it.
-    The other dtypes have float32's range and need no scale.
-    """
-    one = torch.ones(1, dtype=torch.float32, device=grad_logps.device)
-    if dtype != torch.float16 or grad_logps.numel() == 0:
-        return one
-    largest = grad_logps.abs().amax()
-    if grad_entropy is not None:
-        # |p (log p + entropy)| is at most about the largest entropy, log V.
-        largest = largest + grad_entropy.abs().amax() * (math.log(num_v) + 1.0)
-    largest = largest * abs(options.logit_scale / options.temperature)
-    exponent = 13.0 - torch.ceil(torch.log2(largest))
-    usable = torch.isfinite(exponent)  # not where every gradient is 0, or one is inf or NaN
-    return torch.where(usable, torch.exp2(exponent.clamp(-100, 100)), one)
-
-
-class _GradientSums:
-    """Turns chunks of d loss / d logits into the gradients that are needed."""
-
-    def __init__(
-        self,
-        hidden: Tensor,  # [N, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        active: Tensor,  # [N] bool
-        out_scale: Tensor,  # [1]
-        needs: tuple[bool, bool, bool],
-    ) -> None:
-        need_hidden, need_weight, need_bias = needs
-        self.unscale = 1.0 / out_scale
-        self.weight = weight
-        # 0 * inf is NaN: inactive rows must be 0 in the product over the tokens.
-        self.hidden = hidden.where(active[:, None], 0) if need_weight else None
-        self.grad_hidden = (
-            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-            if need_hidden
-            else None
-        )
-        self.grad_weight = torch.zeros_like(weight) if need_weight else None
-        self.grad_bias = torch.zeros_like(bias) if need_bias and bias is not None else None
-
-    def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
-        if self.grad_hidden is not None:
-            self.grad_hidden += _mm(dlogits, self.weight[start:stop])
-        if self.grad_weight is not None:
-            self.grad_weight[start:stop] = _mm(dlogits.T, self.hidden) * self.unscale
-        if self.grad_bias is not None:
-            self.grad_bias[start:stop] = dlogits.sum(0, dtype=torch.float32) * self.unscale
-
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        grad_hidden = self.grad_hidden
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(self.unscale)
-        return grad_hidden, self.grad_weight, self.grad_bias
-
-
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32, which for 16-bit operands PyTorch offers on CUDA only."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 __all__ = ["backward", "forward", "sequence_residual_backward", "sequence_residual_forward"]

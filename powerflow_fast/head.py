@@ -190,19 +190,23 @@ def head_outputs(
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
-    # The direction needs nothing but the upstream gradient of logps; a trained head or bias needs
-    # the logits once more (with a tolerance only the kept ones), a vocabulary split over ranks
-    # takes the recompute route, and so does the backward pass that meets a gradient of the entropy.
+    # A frozen head's direction needs nothing but the upstream gradient of logps. A trained head or
+    # bias needs d loss / d logits: from the numerators that are kept, or by forming logits once
+    # more (with a tolerance only the kept columns), as do a vocabulary split over ranks and the
+    # backward pass that meets a gradient of the entropy.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    recompute = options.group_name is not None or (trains_head and options.grad_tolerance == 0)
-    want_direction = torch.is_grad_enabled() and hidden.requires_grad and not recompute
-    logps, ref_logps, entropy, _, _, certificate, _ = head_forward(
+    whole = torch.is_grad_enabled() and options.group_name is None
+    exact_head = trains_head and options.grad_tolerance == 0
+    want_direction = whole and hidden.requires_grad and not exact_head
+    want_numerators = whole and exact_head and (detach_entropy or not options.entropy)
+    logps, ref_logps, entropy, _, _, certificate, *_ = head_forward(
         *flat,
         targets.reshape(-1),
         *flat_ref,
         options.encode(),
         want_direction,
         want_direction and trains_head,
+        want_numerators,
     )
     if detach_entropy:
         entropy = entropy.detach()

@@ -66,6 +66,7 @@ DEFAULT = (
     Variant("kept"),
     Variant("direction", certified=True),
     Variant("dlogits"),
+    Variant("kept_dlogits"),
     Variant("combine", models=2, entropy=True),
     Variant("columns"),
     Variant("residual"),
@@ -154,11 +155,20 @@ def _source(variant: Variant, chip: str):
 
 def _elementwise_source(variant: Variant):
     """-> (jit function, no descriptors, constants) of the kernels without a product."""
-    from powerflow_fast.kernels import columns, combine, residual  # type: ignore[attr-defined]
+    from powerflow_fast.kernels import (  # type: ignore[attr-defined]
+        columns,
+        combine,
+        config,
+        kept_dlogits,
+        residual,
+    )
 
     if variant.kernel == "columns":
         constants = {"LOWEST": columns.LOWEST, "STEPS": columns.STEPS, "BLOCK": columns.BLOCK}
         return columns.choose_columns_kernel, {}, constants
+    if variant.kernel == "kept_dlogits":
+        constants = {"PIECE": config.numerators_layout().piece, "BLOCK_N": kept_dlogits.BLOCK}
+        return kept_dlogits.kept_dlogits_kernel, {}, constants
     if variant.kernel == "combine":
         constants = dict(combine.BLOCKS)
         if not variant.entropy:

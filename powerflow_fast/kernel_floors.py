@@ -68,6 +68,7 @@ def floors(n: int, h: int, v: int, kept: float, itemsize: int = 2) -> list[Floor
         Floor("kept probabilities", kept * product, states + head + kept * numerators),
         Floor("direction of kept", kept * product, kept * numerators + head + direction),
         Floor("d logits (trained head)", product, states + head + numerators),
+        Floor("d logits of kept numerators", 0.0, 2 * numerators),
     ]
 
 

@@ -4,9 +4,11 @@ Two routes to the gradient:
 
 * exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction
   that the forward pass already knows. The forward saves it, [N, H], and the backward scales rows.
-* recompute: weight, bias or entropy need gradients. The forward saves the log-sum-exp and the
-  backward forms the logits once more, tile by tile. Where a tolerance allows it (certified.py), the
-  gradient of hidden is the direction's, and those of weight and bias take the kept columns alone.
+* d loss / d logits: weight, bias or entropy need gradients. The backward forms them tile by tile:
+  of the first rows from the softmax numerators that the forward saved (numerators.py), of the
+  others, or where the entropy has a gradient, from logits that it recomputes with the saved
+  log-sum-exp. Where a tolerance allows it (certified.py), the gradient of hidden is the
+  direction's, and those of weight and bias take the kept columns alone.
 
 Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent
 output is an empty tensor.
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from powerflow_fast import vocab_parallel
 from powerflow_fast.certified import exact_certificate, num_blocks
+from powerflow_fast.numerators import Numerators, new_numerators
 from powerflow_fast.options import HeadOptions
 
 
@@ -78,8 +81,10 @@ def head_forward(
     options: str,
     want_direction: bool,
     want_kept: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H], certificate [3] and kept.
+    want_numerators: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H], certificate [3], kept, and the
+    three tensors of Numerators.
 
     kept is bool [blocks, V], see certified.py; the certificate of an exact route is (1, 0, 0). What
     is not wanted is empty.
@@ -89,9 +94,13 @@ def head_forward(
     ref = None
     if ref_hidden is not None:
         ref = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+    layout = backend.numerators_layout(hidden.device)
+    numerators = new_numerators(hidden, weight, layout, want_numerators)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            out = backend.forward(hidden, weight, bias, targets, ref, opts, want_direction)
+            to_fill = numerators if want_numerators else None
+            arguments = (hidden, weight, bias, targets, ref, opts, want_direction, to_fill)
+            out = backend.forward(*arguments)
         else:
             out = vocab_parallel.forward(backend, hidden, weight, bias, targets, ref, opts)
     counted = targets != opts.ignore_index
@@ -109,6 +118,7 @@ def head_forward(
         empty.clone() if out.direction is None else out.direction,
         exact_certificate(0, 1, out.logps) if out.certificate is None else out.certificate,
         kept,
+        *numerators,
     )
 
 
@@ -128,18 +138,21 @@ def _(
     options,
     want_direction,
     want_kept,
+    want_numerators,
 ):
+    opts = HeadOptions.decode(options)
+    layout = backend_module(opts, hidden).numerators_layout(hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = hidden.shape[0]
-    entropy = HeadOptions.decode(options).entropy
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(0 if ref_hidden is None else n, dtype=dtype),
-        hidden.new_empty(n if entropy else 0, dtype=dtype),
+        hidden.new_empty(n if opts.entropy else 0, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(hidden.shape if want_direction else 0, dtype=dtype),
         hidden.new_empty(3, dtype=dtype),
         hidden.new_empty(_kept_shape(hidden, weight) if want_kept else 0, dtype=torch.bool),
+        *new_numerators(hidden, weight, layout, want_numerators),
     )
 
 
@@ -154,16 +167,20 @@ def head_backward(
     lse: Tensor,  # [N]
     entropy: Tensor | None,  # [N]
     kept: Tensor | None,  # [blocks, V] bool
+    values: Tensor | None,  # [rows, columns] of Numerators, as are the next two
+    factors: Tensor | None,  # [pieces, rows]
+    own: Tensor | None,  # [rows]
     options: str,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recompute route: gradients of hidden, weight and bias; empty where not needed."""
+    """Gradients of hidden, weight and bias; empty where not needed."""
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            grads = backend.backward(*arguments, needs, kept)
+            numerators = None if values is None else Numerators(values, factors, own)
+            grads = backend.backward(*arguments, needs, kept, numerators)
         else:
             grads = vocab_parallel.backward(backend, *arguments, needs)
     grad_hidden, grad_weight, grad_bias = (
@@ -173,7 +190,22 @@ def head_backward(
 
 
 @head_backward.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, kept, options, needs):
+def _(
+    grad_logps,
+    grad_entropy,
+    hidden,
+    weight,
+    bias,
+    targets,
+    lse,
+    entropy,
+    kept,
+    values,
+    factors,
+    own,
+    options,
+    needs,
+):
     inputs = (hidden, weight, bias)
     return tuple(
         x.new_empty(x.shape) if need else hidden.new_empty(0)
@@ -182,19 +214,20 @@ def _(grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, kep
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, _, _, _, options, want_direction, want_kept = inputs
-    _, ref_logps, entropy, lse, direction, certificate, kept = output
+    hidden, weight, bias, targets, _, _, _, options, *wants = inputs
+    _, ref_logps, entropy, lse, direction, certificate, kept, *numerators = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept)
-    ctx.options, ctx.want_direction, ctx.want_kept = options, want_direction, want_kept
+    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept, *numerators)
+    ctx.options = options
+    ctx.want_direction, ctx.want_kept, ctx.want_numerators = wants
     ctx.hidden_dtype = hidden.dtype
-    ctx.recomputes = want_kept or not want_direction or HeadOptions.decode(options).entropy
-    recompute = (hidden, weight, bias, lse, entropy, kept) if ctx.recomputes else ()
+    ctx.recomputes = ctx.want_kept or not ctx.want_direction or HeadOptions.decode(options).entropy
+    recompute = (hidden, weight, bias, lse, entropy, kept, *numerators) if ctx.recomputes else ()
     ctx.save_for_backward(targets, direction, *recompute)
 
 
 def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     options = HeadOptions.decode(ctx.options)
     grad_entropy = grad_entropy if options.entropy else None
     if grad_logps is None and grad_entropy is None:
@@ -214,7 +247,9 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     if use_direction and needs[0]:
         grads[0], needs[0] = (direction * grad_logps[:, None]).to(ctx.hidden_dtype), False
     if any(needs):
-        hidden, weight, bias, lse, entropy, kept = saved
+        hidden, weight, bias, lse, entropy, kept, *numerators = saved
+        if not ctx.want_numerators or grad_entropy is not None:
+            numerators = (None, None, None)
         recomputed = head_backward(
             grad_logps,
             counted_only(grad_entropy),
@@ -225,6 +260,7 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
             lse,
             entropy if options.entropy else None,
             kept if ctx.want_kept and use_direction else None,
+            *numerators,
             ctx.options,
             needs,
         )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels.config import soft_exponent
+from powerflow_fast.numerators import Numerators
 from powerflow_fast.options import HeadOptions
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 # multiprocessors.
 _CPU_TILE = (512, 1024)
 _GPU_TILE = (4096, 8192)
+# Kept numerators relative to the largest of their tile, and tiles relative to their row, are 0
+# below these: far below a rounding of the softmax, and their product with a gradient would be
+# subnormal, see `exp_`.
+_SMALLEST_NUMERATOR = 2.0**-64
+_SMALLEST_FACTOR = 2.0**-48
 
 
 class Head:
@@ -40,16 +47,17 @@ class Head:
         # multiplied.
         native = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.product_dtype = hidden.dtype if native else self.dtype
-        self.tile = _GPU_TILE if hidden.is_cuda else _CPU_TILE
+        self.tile = tile_shape(hidden.device)
         self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
 
     def of_rows(self, r: slice) -> Head:
         """The same head over some of the rows."""
         return Head(self.hidden[r], self.weight, self.bias, self.targets[r], self.options)
 
-    def row_slices(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), self.tile[0]):
-            yield slice(start, start + self.tile[0])
+    def row_slices(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+        stop = len(self.hidden) if stop is None else stop
+        for first in range(start, stop, self.tile[0]):
+            yield slice(first, min(first + self.tile[0], stop))
 
     def weight_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, weight[start:stop]) with the tile in the product's type."""
@@ -58,14 +66,18 @@ class Head:
             yield start, start + len(tile), tile.to(self.product_dtype)
 
     def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
-        """Logits of rows r and the tile's columns, in a buffer that the next call overwrites."""
+        """Logits of rows r and the tile's columns, in `scratch`."""
         x = self.hidden[r].to(self.product_dtype)
-        size = len(x) * len(weight_tile)
-        if len(self.buffer) < size:
-            self.buffer.resize_(size)
-        z = self.buffer[:size].view(len(x), len(weight_tile))
+        z = self.scratch(len(x), len(weight_tile))
         matmul(x, weight_tile.T, out=z)
         return self._transform(z, bias_tile)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of a buffer that the next call overwrites."""
+        size = rows * columns
+        if len(self.buffer) < size:
+            self.buffer.resize_(size)
+        return self.buffer[:size].view(rows, columns)
 
     def bias_tile(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop]
@@ -86,10 +98,7 @@ class Head:
 
     def accumulate(self, rows: Tensor, e: Tensor, weight_tile: Tensor) -> None:
         """rows += e @ weight_tile, summed in float32."""
-        if self.product_dtype == self.dtype:
-            rows.addmm_(e, weight_tile)
-        else:
-            rows += matmul(e.to(self.product_dtype), weight_tile)
+        add_product_(rows, e.to(self.product_dtype), weight_tile)
 
 
 class OnlineHead(Head):
@@ -107,6 +116,7 @@ class OnlineHead(Head):
         self.weighted = zeros(n) if self.options.entropy else None  # times (z_v - max)
         self.expected: Tensor | None = None  # [n, H] sum_v e^(z_v - max) J_v W_v
         self.peaks: Peaks | None = None  # where the columns that matter are to be found
+        self.numerators: Numerators | None = None  # to be filled with those of the first rows
 
     def collect_expected(self) -> None:
         """Have the sweep collect the sum that the direction over the whole vocabulary needs."""
@@ -143,14 +153,36 @@ class OnlineHead(Head):
             self.weighted[r] = moved * decay + (e * z.clamp_min_(-1e30)).sum(1)
         self.others[r] = self.others[r] * decay + e.sum(1)
         self.maximum[r] = maximum
+        if slope is not None:
+            e.mul_(slope)
         if self.expected is not None:
-            if slope is not None:
-                e.mul_(slope)
             self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
+        if self.numerators is not None:
+            self._keep(e, r, start, stop)
 
     @property
     def _wants_slope(self) -> bool:
-        return self.options.softcap is not None and self.expected is not None
+        wanted = self.expected is not None or self.numerators is not None
+        return self.options.softcap is not None and wanted
+
+    def _keep(self, e: Tensor, r: slice, start: int, stop: int) -> None:
+        """Store numerators of rows r, relative to their running maximum; `e` is overwritten."""
+        values, factors, _ = self.numerators
+        r = slice(r.start, min(r.stop, len(values)))
+        if r.start >= r.stop:
+            return
+        e = torch.threshold_(e[: r.stop - r.start], _SMALLEST_NUMERATOR, 0.0)
+        exponent = soft_exponent(values.dtype)
+        values[r, start:stop] = e.mul_(2.0**exponent) if exponent else e
+        factors[start // self.tile[1], r] = self.maximum[r]
+
+    def finish_numerators(self) -> None:
+        """Once the sweep is over: maxima to factors, and what belongs to the targets."""
+        values, factors, own = self.numerators
+        n = min(len(values), len(self.hidden))
+        p = factors[:, :n].sub_(self.maximum[:n]).sub_(self.log_total[:n]).exp_()
+        torch.threshold_(p, _SMALLEST_FACTOR, 0.0).mul_(2.0 ** -soft_exponent(values.dtype))
+        own[:n] = self.own_derivative[:n]
 
     @cached_property  # read once the sweep is over
     def target_share(self) -> Tensor:
@@ -185,20 +217,29 @@ class OnlineHead(Head):
         """[n] 1 - p_y, which is known to more digits than p_y."""
         return self.others / (self.others + self.target_share)
 
+    @property
+    def own_derivative(self) -> Tensor:
+        """[n] (1 - p_y) J_y."""
+        if self.options.softcap is None:
+            return self.other_share
+        return self.other_share * softcap_slope(self.target_logits, self.options)
+
     def finish_direction(self, sums: Tensor, divisor: Tensor) -> Tensor:
         """scale * ((1 - p_y) J_y W[y] - sums / divisor), in place of `sums` [n, H].
 
         NaN where the target is outside the vocabulary, as logps is.
         """
-        own = self.options.scale * self.other_share
-        if self.options.softcap is not None:
-            own = own * softcap_slope(self.target_logits, self.options)
+        own = self.options.scale * self.own_derivative
         own = own.where(~self.target_logits.isnan(), torch.nan)
         for r in self.row_slices():
             target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
             rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
             rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
         return sums
+
+
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    return _GPU_TILE if device.type == "cuda" else _CPU_TILE
 
 
 def exp_(z: Tensor) -> Tensor:
@@ -235,6 +276,14 @@ def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[
 def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
     """1 - tanh(x)^2 from the capped logits: tanh(x) = logits * temperature / softcap."""
     return 1.0 - (logits * (options.temperature / options.softcap)) ** 2
+
+
+def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a @ b, in float32 (float64 for float64)."""
+    if a.dtype == sums.dtype:
+        sums.addmm_(a, b)
+    else:
+        sums += matmul(a, b)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

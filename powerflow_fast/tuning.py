@@ -75,20 +75,19 @@ def tune(
     hidden, weight, bias = policy
     plain = replace(options, entropy=False, grad_tolerance=0.0)
     rows = (hidden, weight, bias, targets)
-    lse = forward(*rows, None, plain, False, table).lse
+    lse = forward(*rows, None, plain, False, config=table).lse
     ones = torch.ones_like(lse)
 
     def scores(config: Config) -> object:
-        return forward(*rows, None, plain, False, config)
+        return forward(*rows, None, plain, False, config=config)
 
     def direction(config: Config) -> object:
-        return forward(*rows, None, plain, True, config)
+        return forward(*rows, None, plain, True, config=config)
 
     def dlogits(config: Config) -> object:
+        upstream = (ones, None)
         needs = (True, False, False)
-        return backward(
-            ones, None, hidden, weight, bias, targets, lse, None, plain, needs, None, config
-        )
+        return backward(*upstream, *rows, lse, None, plain, needs, config=config)
 
     best = table
     for field, call in (("statistics", scores), ("direction", direction), ("dlogits", dlogits)):

@@ -387,7 +387,7 @@ def test_opcheck(trained_head):
     hidden.requires_grad_(), weight.requires_grad_(trained_head)
     options = HeadOptions(entropy=trained_head).encode()
     reference = (hidden.detach(), None, bias)
-    args = (hidden, weight, bias, targets, *reference, options, not trained_head, False)
+    args = (hidden, weight, bias, targets, *reference, options, not trained_head, False, False)
     torch.library.opcheck(head_forward, args)
 
 

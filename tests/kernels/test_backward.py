@@ -154,7 +154,7 @@ def test_float16_hidden_gradient_of_small_coefficients(device):
     head = make_head(4, 16, 70, torch.float16, device)
     targets = torch.randint(70, (4,), device=device)
     grad_logps = torch.full((4,), 2e-6, device=device)
-    buffers = backend_triton._GradientSums
+    buffers = backend_triton.GradientSums
     seen = []
 
     class Spy(buffers):
@@ -163,7 +163,7 @@ def test_float16_hidden_gradient_of_small_coefficients(device):
             return super().results()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_triton, "_GradientSums", Spy)
+        patch.setattr(backend_triton, "GradientSums", Spy)
         run(head, targets, grad_logps)
     expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())[0]
     assert relative_error(seen[0], expected) < gradient_tolerance(torch.float16)

@@ -1,0 +1,125 @@
+"""Gradients of a trained head from kept numerators, against float64 autograd."""
+
+import pytest
+import torch
+
+from powerflow_fast import backend_triton
+from powerflow_fast.kernels import config, dlogits
+from powerflow_fast.numerators import new_numerators
+from powerflow_fast.options import HeadOptions
+from tests.kernels.test_backward import ALL, expected_gradients
+from tests.kernels.truth import DTYPES, Head, make_head, poison
+from tests.numerics import gradient_tolerance, relative_error
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    poison(monkeypatch)
+
+
+def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # noqa: B008 (frozen)
+    """Forward and backward with numerators of the first rows."""
+    layout = backend_triton.numerators_layout(head.hidden.device)
+    wide = head.hidden.new_empty(rows, 10_000)  # a head for which the budget is no limit
+    kept = new_numerators(wide, head.weight, layout, True)
+    assert kept.rows == rows
+    inputs = (head.hidden, head.weight, head.bias, targets)
+    out = backend_triton.forward(*inputs, None, options, False, kept)
+    return backend_triton.backward(
+        grad_logps, None, *inputs, out.lse, None, options, ALL, None, kept
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n,rows,h,v",
+    [
+        (1, 1, 8, 2),
+        (17, 17, 33, 130),  # odd H: pointer loads; one row in the second block
+        (37, 18, 40, 257),  # kept rows end within a block; one column in the last tile
+        (5, 0, 40, 70),
+    ],
+)
+def test_against_float64(dtype, n, rows, h, v, device):
+    head = make_head(n, h, v, dtype, device, bias=True)
+    targets = torch.randint(v, (n,), device=device)
+    grad_logps = torch.randn(n, device=device)
+    actual = run(head, targets, grad_logps, rows)
+    expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())
+    for got, want in zip(actual, expected, strict=True):
+        assert relative_error(got, want) < gradient_tolerance(dtype)
+
+
+def test_chunks_of_rows_and_columns(device, monkeypatch):
+    monkeypatch.setattr(config, "STATISTICS_BYTES", 1)  # one block of rows at a time
+    monkeypatch.setattr(config, "DLOGITS_BYTES", 1)  # one tile of columns at a time
+    head = make_head(50, 24, 200, torch.float32, device)
+    targets = torch.randint(200, (50,), device=device)
+    grad_logps = torch.ones((), device=device).expand(50)  # stride 0
+    expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())
+    first, second = (run(head, targets, grad_logps, 24) for _ in range(2))
+    for got, again, want in zip(first[:2], second[:2], expected[:2], strict=True):
+        assert torch.equal(got, again)
+        assert relative_error(got, want) < gradient_tolerance(torch.float32)
+
+
+def test_kept_rows_are_not_recomputed(device, monkeypatch):
+    recomputed = set()
+    write = dlogits.write_dlogits_chunk
+
+    def spy(policy, *arguments):
+        recomputed.add(len(policy.hidden))
+        write(policy, *arguments)
+
+    monkeypatch.setattr(dlogits, "write_dlogits_chunk", spy)
+    head = make_head(20, 16, 70, torch.float32, device)
+    targets = torch.randint(70, (20,), device=device)
+    for rows, others in ((20, set()), (17, {3}), (0, {20})):
+        recomputed.clear()
+        run(head, targets, torch.ones(20, device=device), rows)
+        assert recomputed == others
+
+
+def test_rows_without_gradient_contribute_nothing(device):
+    head = make_head(20, 16, 70, torch.float32, device, bias=True)
+    targets = torch.randint(70, (20,), device=device)
+    grad_logps = torch.randn(20, device=device)
+    idle = torch.zeros(20, dtype=torch.bool, device=device)
+    idle[[0, 7, 16, 17, 18, 19]] = True  # 16 to 19 are a whole block of rows
+    grad_logps[idle] = 0
+    counted = Head(head.hidden[~idle], head.weight, head.bias)
+    expected = expected_gradients(counted, targets[~idle], grad_logps[~idle], None, HeadOptions())
+    targets[7] = -100
+    for poisoned in (float("nan"), float("inf")):
+        head.hidden[idle] = poisoned
+        grads = run(head, targets, grad_logps, 20)
+        assert (grads[0][idle] == 0).all()
+        assert relative_error(grads[0][~idle], expected[0]) < gradient_tolerance(torch.float32)
+        for got, want in zip(grads[1:], expected[1:], strict=True):
+            assert relative_error(got, want) < gradient_tolerance(torch.float32)
+
+
+def test_float16_does_not_underflow_inside(device):
+    # As in test_backward: coefficients of 1e-6 are below float16's smallest number times p.
+    head = make_head(4, 16, 70, torch.float16, device, bias=True)
+    targets = torch.randint(70, (4,), device=device)
+    grad_logps = torch.full((4,), 2e-6, device=device)
+    grad_hidden, _, _ = run(head, targets, grad_logps, 4)
+    expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())[0]
+    assert relative_error(grad_hidden, expected) < gradient_tolerance(torch.float16)
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_every_tile_fits_the_layout(interpreted, monkeypatch):
+    """The sizes of what is kept must not depend on the tiles that a device gets."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    piece, multiple = config.numerators_layout()
+    names = {name for name in config.TABLE if (name == "interpreter") == (interpreted == "1")}
+    tiles = [
+        tile
+        for name in names
+        for tile in (config.TABLE[name].statistics, config.TABLE[name].dlogits)
+    ]
+    for tile in (*tiles, *(() if interpreted == "1" else config.CANDIDATES)):
+        assert tile.part % piece == 0 and multiple % tile.columns == 0
+        assert tile.columns % piece == 0  # a chunk of the backward pass begins with a tile
