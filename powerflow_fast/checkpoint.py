@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     get_last_checkpoint,
@@ -47,11 +46,11 @@ class WholeCheckpoints(GRPOTrainer):
     health: Any
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
     _staging = False
+    _sampler: Any = None  # of TRL, where the data set is no stream
 
     def _start_checkpoints(self, policy) -> None:
         """Call at the end of `__init__`, with the policy as it will be trained."""
         self._made_for = describe(policy)
-        self.add_callback(_EpochOrder(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As transformers'; "last" is the last checkpoint in `output_dir`, or a start from none."""
@@ -72,6 +71,14 @@ class WholeCheckpoints(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch in an order that seed and epoch alone give: a resume finds its place."""
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            return
+        if self._sampler is not None and self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._sampler.seed + kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -176,18 +183,6 @@ class WholeCheckpoints(GRPOTrainer):
             "differ, and rollouts that were not used up are drawn again",
             stacklevel=2,
         )
-
-
-class _EpochOrder(TrainerCallback):
-    """Makes the order of prompts a function of seed and epoch, so that a resume finds its place."""
-
-    def __init__(self, trainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        sampler = getattr(self.trainer, "_sampler", None)
-        if sampler is not None and sampler.shuffle:
-            sampler.generator.manual_seed(sampler.seed + int(state.epoch or 0))
 
 
 def last_checkpoint(folder: str) -> str | None:
