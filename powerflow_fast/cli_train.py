@@ -73,6 +73,7 @@ def _prepare_training(argv: list[str]):
     from trl import TrlParser
 
     from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
+    from powerflow_fast.config import check_lengths
     from powerflow_fast.prompts import read_prompts
     from powerflow_fast.rewards import missing_boxed
 
@@ -89,7 +90,8 @@ def _prepare_training(argv: list[str]):
     if config.resume_from_checkpoint:
         _check_checkpoint(options.model, config)
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
-    _check_prompts(options.model, data, config)
+    if Path(options.model).is_dir():  # else the trainer checks, once the model is there
+        check_lengths(data, options.model, None, config)
     model, tokenizer = load_model(options.model, _loading(options))
     lora = None
     if options.lora_rank > 0:
@@ -141,18 +143,6 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
         llm_int8_skip_modules=["lm_head"],
     )
     return keywords
-
-
-def _check_prompts(model: str, data, config) -> None:
-    """Prompts fit the context: known from configuration and tokenizer, before weights are read."""
-    if model == "smollm2" or not Path(model).is_dir():
-        return  # the trainer checks, once the model is there
-    from transformers import AutoConfig, AutoTokenizer
-
-    from powerflow_fast.config import check_lengths
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    check_lengths(data, tokenizer, AutoConfig.from_pretrained(model), config)
 
 
 def _check_checkpoint(model: str, config) -> None:

@@ -141,6 +141,6 @@ def test_a_checkpoint_of_another_model_is_refused_before_generation(tmp_path):
     other = tiny.model()
     torch.nn.init.normal_(other.get_input_embeddings().weight)
     refused("embedding", model=other)
-    refused("log_z.pt", log_z="learned")
+    refused("log_z is group there and learned here", log_z="learned")
     (tmp_path / "checkpoint-1" / "powerflow.json").unlink()
     refused("not a checkpoint of this trainer")
