@@ -39,6 +39,12 @@ class TrainArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "flash_attention_2 (if installed), sdpa, ..."}
     )
+    adapter_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server that is sent the adapter alone; not with use_vllm."
+        },
+    )
     boxed_penalty: float = field(
         default=0.0, metadata={"help": r"psi of completions without \boxed{}, e.g. -0.5; 0 is off."}
     )
@@ -106,6 +112,13 @@ def _prepare_training(argv: list[str]):
             target_modules=targets[0] if targets == ["all-linear"] else targets,
             use_dora=options.dora,
         )
+    rollout = None
+    if options.adapter_server:
+        if lora is None or config.use_vllm:
+            raise UsageError("--adapter_server: expected LoRA, and use_vllm off")
+        from powerflow_fast.adapter_rollout import AdapterRollout
+
+        rollout = AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
     return PowerFlowTrainer(
         model=model,
         args=config,
@@ -113,6 +126,7 @@ def _prepare_training(argv: list[str]):
         processing_class=tokenizer,
         peft_config=lora,
         psi_funcs=missing_boxed(options.boxed_penalty) if options.boxed_penalty else None,
+        rollout_func=rollout,
     )
 
 
