@@ -98,6 +98,7 @@ def _prepare_training(argv: list[str]):
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
     if Path(options.model).is_dir():  # else the trainer checks, once the model is there
         check_lengths(data, options.model, None, config)
+    rollout = _adapter_rollout(options, config)
     model, tokenizer = load_model(options.model, _loading(options))
     lora = None
     if options.lora_rank > 0:
@@ -112,13 +113,6 @@ def _prepare_training(argv: list[str]):
             target_modules=targets[0] if targets == ["all-linear"] else targets,
             use_dora=options.dora,
         )
-    rollout = None
-    if options.adapter_server:
-        if lora is None or config.use_vllm:
-            raise UsageError("--adapter_server: expected LoRA, and use_vllm off")
-        from powerflow_fast.adapter_rollout import AdapterRollout
-
-        rollout = AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
     return PowerFlowTrainer(
         model=model,
         args=config,
@@ -157,6 +151,17 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
         llm_int8_skip_modules=["lm_head"],
     )
     return keywords
+
+
+def _adapter_rollout(options: TrainArguments, config):
+    """The rollout function for --adapter_server, or None: TRL samples."""
+    if not options.adapter_server:
+        return None
+    if options.lora_rank < 1 or config.use_vllm:
+        raise UsageError("--adapter_server: expected LoRA (--lora_rank), and use_vllm off")
+    from powerflow_fast.adapter_rollout import AdapterRollout
+
+    return AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
 
 
 def _check_checkpoint(model: str, config) -> None:
