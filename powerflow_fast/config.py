@@ -11,31 +11,19 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from trl import GRPOConfig
 
-# Options of GRPO's own loss, which this trainer replaces. A value other than the default would be
-# silently ignored; it is refused instead.
+# Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
+# than the default would be silently ignored; it is refused instead.
 NOT_HONOURED = {
-    "beta": "alpha sets the distance to the reference, there is no KL term",
-    "loss_type": "the loss is LA-TB; see balance",
-    "epsilon": "use clip_eps",
-    "epsilon_high": "clipping is two-sided; use clip_eps",
-    "delta": "clipping is two-sided; use clip_eps",
-    "importance_sampling_level": "weights are per sequence, means over its tokens",
-    "scale_rewards": "there are no advantages",
-    "multi_objective_aggregation": "psi is the weighted sum of psi_funcs",
-    "top_entropy_quantile": "every token of a sequence has the same weight",
-    "entropy_coef": "an alpha below 1 keeps entropy up",
-    "use_adaptive_entropy": "an alpha below 1 keeps entropy up",
-    "off_policy_mask_threshold": "use clip_eps",
-    "use_bias_correction_kl": "there is no KL term",
-    "sync_ref_model": "the reference is the fixed base model",
-    "use_liger_kernel": "the loss brings its own head",
-    "cast_lm_head_to_fp32": "log-probs are float32 already",
-    "vllm_importance_sampling_mode": "the sampler's log-probs enter as old_logps",
-    "vllm_importance_sampling_clip_max": "use clip_eps",
-    "vllm_importance_sampling_clip_min": "use clip_eps",
+    "alpha sets the distance to the reference": "beta use_bias_correction_kl",
+    "the loss is LA-TB; see balance": "loss_type multi_objective_aggregation scale_rewards",
+    "importance weights are means over a sequence": "importance_sampling_level "
+    "vllm_importance_sampling_mode",
+    "importance weights are clipped on both sides; use clip_eps": "epsilon epsilon_high delta "
+    "off_policy_mask_threshold vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
+    "an alpha below 1 keeps entropy up": "entropy_coef use_adaptive_entropy top_entropy_quantile",
+    "the reference is the fixed base model": "sync_ref_model",
+    "log-probs are float32 already": "cast_lm_head_to_fp32",
 }
-
-
 # Options of this trainer: (what is expected, whether a value is that).
 POSITIVE = ("a finite number > 0", lambda x: 0 < x < math.inf)
 SHARE = ("a share in [0, 1)", lambda x: 0 <= x < 1)
@@ -122,9 +110,10 @@ class PowerFlowConfig(GRPOConfig):
             choices, value = fields[name].metadata["choices"], getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        for name, reason in NOT_HONOURED.items():
-            if name in fields and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name}: has no effect in PowerFlow ({reason}); leave it unset")
+        for reason, names in NOT_HONOURED.items():
+            for name in names.split():
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name}: has no effect ({reason}); leave it unset")
         if self.router_aux_loss_coef:
             raise ValueError("router_aux_loss_coef: no support for the MoE auxiliary loss; set 0")
         if self.log_z == "learned" and self.fp16:
