@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
@@ -76,7 +77,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         args: PowerFlowConfig | None = None,
         train_dataset=None,
         *,
-        psi_funcs: Any = None,
+        psi_funcs: RewardFunc | list[RewardFunc] | None = None,
         peft_config=None,
         **kwargs: Any,
     ) -> None:
