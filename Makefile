@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test lint test-kills test-others architectures bench bench-gpu report \
-	kernels clean
+	kernels evidence clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ bench: $(STAMP)  ## speed, memory and accuracy against other heads, 10 minutes a
 
 bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+evidence: $(STAMP)  ## the claims of the paper on small models, about 40 minutes on 2 cores; goes on where it was
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[evidence]"
+	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 report: $(STAMP)  ## the README's tables and the plots from benchmarks/results/
 	$(BIN)/python -m benchmarks.report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 TITLES = {
@@ -25,6 +26,14 @@ def names(results: dict[str, Any]) -> list[str]:
 
 def draw(name: str, results: dict[str, Any]) -> str:
     """The SVG of one of `names`."""
+    kind = {"tokens": _tokens, "roofline": _roofline, "certified": _certified}[
+        name.partition("-")[0]
+    ]
+    return svg(lambda figure: kind(figure, results))
+
+
+def svg(draw_on: Callable[[Any], None], size: tuple[float, float] = (8, 3.4)) -> str:
+    """What `draw_on` draws on a figure of `size` inches, in the style that all plots share."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -38,10 +47,9 @@ def draw(name: str, results: dict[str, Any]) -> str:
         "font.size": 9,
         "legend.frameon": False,
     }
-    kind = name.partition("-")[0]
     with rc_context(style):
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        {"tokens": _tokens, "roofline": _roofline, "certified": _certified}[kind](figure, results)
+        figure = Figure(figsize=size, layout="constrained")
+        draw_on(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results_file
+from benchmarks.evidence import page as evidence_page
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def head_tables() -> str:
     """Every device: the step with a frozen head in full, then the other groups."""
     blocks = []
     for results in results_file.load("head"):
-        blocks.append(_source(results))
+        blocks.append(results_file.source(results))
         rows = results["rows"]
         blocks += [_step_table(same) for same in _by_inputs(rows, "tb-frozen")]
         blocks += [_group_table(same) for same in _side_by_side(rows)]
@@ -49,11 +50,6 @@ def head_tables() -> str:
             title = plots.TITLES[name.partition("-")[0]]
             blocks.append(f"![{title}](benchmarks/results/{name})")
     return "\n\n".join(blocks)
-
-
-def _source(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"{results['device']}; {results['date']}; {versions}."
 
 
 def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:
@@ -212,7 +208,7 @@ def demo_tables() -> str:
             changes = ", ".join(f"{value * factor:+.2g}" for value in mean["change_per_seed"])
             blocks[-1] += f"\n| {title} | {cells[0]} | {cells[1]} | {changes} |"
         note = f" ({results['note']})" if results["note"] else ""
-        blocks.append(f"{_source(results)} Minutes: {minutes}{note}.")
+        blocks.append(f"{results_file.source(results)} Minutes: {minutes}{note}.")
     return "\n\n".join(blocks)
 
 
@@ -235,7 +231,8 @@ def files() -> dict[Path, str]:
     for results in results_file.load("head"):
         for name in plots.names(results):
             drawn[results_file.FOLDER / name] = plots.draw(name, results)
-    return {README: render(README.read_text(encoding="utf-8")), **drawn}
+    page = evidence_page.files()
+    return {README: render(README.read_text(encoding="utf-8")), **drawn, **page}
 
 
 def main() -> None:

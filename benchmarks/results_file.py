@@ -96,6 +96,12 @@ def write(measurement: str, content: dict[str, Any], folder: Path | None = None)
     return path
 
 
+def source(results: dict[str, Any]) -> str:
+    """Device, date and versions of a results file, as the pages quote them."""
+    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"{results['device']}; {results['date']}; {packages}."
+
+
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Lines for the end of a run: every row's figures, then the slopes."""
     lines = []

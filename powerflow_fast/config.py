@@ -122,6 +122,12 @@ class PowerFlowConfig(GRPOConfig):
             self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
         super().__post_init__()
 
+    def alpha_at(self, step: int) -> float:
+        """alpha of a rollout that is drawn at `step`; it stays that rollout's own."""
+        if step >= self.alpha_warmup_steps:
+            return self.alpha
+        return self.alpha_start + (self.alpha - self.alpha_start) * step / self.alpha_warmup_steps
+
 
 def check_data(dataset) -> None:
     """ValueError unless `dataset` has prompts to train on."""

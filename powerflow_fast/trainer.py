@@ -29,6 +29,7 @@ from powerflow_fast.model_head import (
     disable_dropout,
     last_hidden_state,
     read_head,
+    through_head,
 )
 from powerflow_fast.packing import check_packing, packed_hidden_state
 from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_gap
@@ -169,13 +170,6 @@ class PowerFlowTrainer(WholeCheckpoints):
         self._psi = (values * self.reward_weights.to(values.device)).nansum(1)
         return values
 
-    def _alpha(self) -> float:
-        """alpha of a rollout that is drawn now; it stays that rollout's own."""
-        args, step = self.args, self.state.global_step
-        if step >= args.alpha_warmup_steps:
-            return args.alpha
-        return args.alpha_start + (args.alpha - args.alpha_start) * step / args.alpha_warmup_steps
-
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
 
@@ -189,7 +183,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         count, rank = len(inputs), self.accelerator.process_index
         own = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
         output["psi"], output["group"] = self._psi[own], own // self._group_size()
-        output["alpha"] = torch.full_like(output["psi"], self._alpha())
+        output["alpha"] = torch.full_like(output["psi"], self.args.alpha_at(self.state.global_step))
         sequences = counted_mask(output).any(1).sum()
         output["num_sequences"] = self.accelerator.gather(sequences).sum()
         split = self.log_z is None and not self._groups_are_whole()
@@ -302,10 +296,12 @@ class PowerFlowTrainer(WholeCheckpoints):
         if log_z is None:
             log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
         group_ids = inputs["group"] if isinstance(log_z, str) else None
-        ref_head = reference.get("ref_weight"), reference.get("ref_bias")
-        with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
-            return fused_linear_tb_loss(
-                counted(hidden, mask, head),
+        out = None
+
+        def loss_of_head(hidden, head) -> Tensor:
+            nonlocal out
+            out = fused_linear_tb_loss(
+                hidden,
                 head.weight,
                 inputs["completion_ids"][mask],
                 **{k: None if v is None else v.to(device) for k, v in reference.items()},
@@ -325,13 +321,17 @@ class PowerFlowTrainer(WholeCheckpoints):
                 group_ids=group_ids,
                 **head.transform,
             )
+            return out.loss
+
+        ref_head = reference.get("ref_weight"), reference.get("ref_bias")
+        with maybe_gather_lm_head_ctx(*ref_head):
+            loss = through_head(base_model(policy), loss_of_head, counted(hidden, mask, head))
+        return out._replace(loss=loss)
 
     def _hidden(self, base, inputs) -> Tensor:  # [B, L, H]
         forward = packed_hidden_state if self.args.padding_free else last_hidden_state
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        return forward(
-            base, ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        )
+        pairs = (("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask"))
+        return forward(base, *(torch.cat([inputs[a], inputs[b]], dim=1) for a, b in pairs))
 
     def _reference(self, policy, inputs, mask) -> dict[str, Any]:
         """The loss's keywords of the reference, whose pass is before the policy's."""
