@@ -2,7 +2,7 @@
 
     python -m benchmarks.llama_70b_step                        # NF4, 80 layers, 8k tokens
     python -m benchmarks.llama_70b_step --weights fp8 --layers 40
-    python -m benchmarks.llama_70b_step --scale 100 --tokens 64  # 1/100 of the size, for a CPU
+    python -m benchmarks.llama_70b_step --scale 100 --tokens 64 --steps 2  # 1/100, for a CPU: 2 min
 
 The base is made and packed one layer at a time on the device, so that its bf16 form never exists as
 a whole. The steps are those of `PowerFlowTrainer` with a rank-16 adapter and activation

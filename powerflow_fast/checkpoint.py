@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     get_last_checkpoint,
@@ -29,6 +28,7 @@ from transformers.trainer_utils import (
 )
 from trl import GRPOTrainer
 
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk comes as any of them
 STAGING = ".saving"
 LOG_Z_FILE = "log_z.pt"
 MODEL_FILE = "powerflow.json"
@@ -46,12 +46,9 @@ class WholeCheckpoints(GRPOTrainer):
     args: Any  # a PowerFlowConfig
     health: Any
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
+    _made_for: dict[str, str]  # what `describe` says of the policy as it is trained
     _staging = False
-
-    def _start_checkpoints(self, policy) -> None:
-        """Call at the end of `__init__`, with the policy as it will be trained."""
-        self._made_for = describe(policy)
-        self.add_callback(_EpochOrder(self))
+    _sampler: Any = None  # of TRL, where the data set is no stream
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As transformers'; "last" is the last checkpoint in `output_dir`, or a start from none."""
@@ -63,15 +60,19 @@ class WholeCheckpoints(GRPOTrainer):
             checkpoint = found
         if checkpoint:
             check_made_for(checkpoint, self._made_for)
-            if self.log_z is not None and not os.path.exists(os.path.join(checkpoint, LOG_Z_FILE)):
-                raise ValueError(
-                    f"log_z='learned': the checkpoint has no {LOG_Z_FILE}: {checkpoint}"
-                )
         return super().train(checkpoint or None, *args, **kwargs)
 
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch in an order that seed and epoch alone give: a resume finds its place."""
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
+            return
+        if self._sampler is not None and self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._sampler.seed + kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -85,8 +86,8 @@ class WholeCheckpoints(GRPOTrainer):
         run = self._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = os.path.join(run, STAGING, name), os.path.join(run, name)
-        save = super()._save_checkpoint
-        if self.accelerator.is_local_main_process:
+        save, main = super()._save_checkpoint, self.accelerator.is_main_process
+        if main:
             shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -99,15 +100,12 @@ class WholeCheckpoints(GRPOTrainer):
                 self._staging = False
 
         def publish() -> None:
-            if self.accelerator.is_local_main_process:
+            if main:
                 _flush(staged)
-            if self.accelerator.is_main_process:
                 _move(staged, final)
 
         self._on_every_rank(write, run, final)
         self._on_every_rank(publish, run, final)
-        if self.accelerator.is_local_main_process and os.path.isdir(staged):
-            _move(staged, final)  # another node with a disk of its own
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(run, limit, best_model_checkpoint=best, use_mtime=True)
@@ -119,15 +117,11 @@ class WholeCheckpoints(GRPOTrainer):
         problem: Exception | None = None
         try:
             part()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # a full disk comes as any of them
+        except WRITE_ERRORS as error:
             problem = error
         problems = [p for p in gather_object([_one_line(problem)]) if p]
         if problems:
-            if self.accelerator.is_local_main_process:
+            if self.accelerator.is_main_process:
                 shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
             kept = last_checkpoint(run)
             rest = f"the last whole checkpoint is {kept}" if kept else "there is none before it"
@@ -157,37 +151,25 @@ class WholeCheckpoints(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.log_z is not None:
-            self.log_z.load_state_dict(_load(os.path.join(checkpoint, LOG_Z_FILE)))
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        path = os.path.join(checkpoint, STATE_FILE.format(rank=rank))
+        path = os.path.join(checkpoint, STATE_FILE.format(rank=self.accelerator.process_index))
         if not os.path.exists(path):
             path = os.path.join(checkpoint, STATE_FILE.format(rank=0))
         state = _load(path)
+        if self.log_z is not None:
+            self.log_z.load_state_dict(_load(os.path.join(checkpoint, LOG_Z_FILE)))
         self._metrics["train"] = defaultdict(list, state["metrics"])
         self.health.load_state_dict(state["health"])
-        if state["world_size"] == world:
+        if state["world_size"] == self.accelerator.num_processes:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         warnings.warn(
-            f"written by {state['world_size']} processes, resumed by {world}: random numbers "
-            "differ, and rollouts that were not used up are drawn again",
+            f"written by {state['world_size']} processes, resumed by "
+            f"{self.accelerator.num_processes}: random numbers differ, and rollouts that were not "
+            "used up are drawn again",
             stacklevel=2,
         )
-
-
-class _EpochOrder(TrainerCallback):
-    """Makes the order of prompts a function of seed and epoch, so that a resume finds its place."""
-
-    def __init__(self, trainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        sampler = getattr(self.trainer, "_sampler", None)
-        if sampler is not None and sampler.shuffle:
-            sampler.generator.manual_seed(sampler.seed + int(state.epoch or 0))
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -195,7 +177,7 @@ def last_checkpoint(folder: str) -> str | None:
     return get_last_checkpoint(folder) if os.path.isdir(folder) else None
 
 
-def describe(policy) -> dict[str, Any]:
+def describe(policy) -> dict[str, str]:
     """What a checkpoint of `policy` fits: configuration, base weights, trainable parameters."""
     base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
     names = sorted(
@@ -203,23 +185,22 @@ def describe(policy) -> dict[str, Any]:
         for name, p in policy.named_parameters()
         if p.requires_grad
     )
+    facts = config_facts(base.config)
+    facts["trainable"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     weight = base.get_input_embeddings().weight
-    readable = weight.numel() and not weight.is_meta  # not where ZeRO-3 has taken it apart
-    return {
-        **config_facts(base.config),
-        "embedding": float(weight[:64].detach().double().abs().sum()) if readable else None,
-        "trainable": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
-    }
+    if weight.numel() and not weight.is_meta:  # else ZeRO-3 has taken it apart
+        facts["embedding"] = f"{float(weight[:64].detach().double().abs().sum()):.6g}"
+    return facts
 
 
-def config_facts(config) -> dict[str, Any]:
+def config_facts(config) -> dict[str, str]:
     """The part of `describe` that a configuration alone gives."""
     config = config.get_text_config()
-    return {key: getattr(config, key, None) for key in CONFIG_KEYS}
+    return {key: str(getattr(config, key, None)) for key in CONFIG_KEYS}
 
 
-def check_made_for(checkpoint: str, expected: dict[str, Any]) -> None:
-    """ValueError unless `checkpoint` was written for a model with the facts `expected`."""
+def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
+    """ValueError unless `checkpoint` was written by a run with the facts `expected`."""
     try:
         with open(os.path.join(checkpoint, MODEL_FILE), encoding="utf-8") as file:
             found = json.load(file)
@@ -229,14 +210,10 @@ def check_made_for(checkpoint: str, expected: dict[str, Any]) -> None:
             f"whole ({MODEL_FILE}: {type(error).__name__})"
         ) from error
     for key, value in expected.items():
-        other = found.get(key)
-        same = other == value
-        if isinstance(value, float) and isinstance(other, float):
-            same = math.isclose(value, other, rel_tol=1e-6)
-        if not same and None not in (value, other):
+        if found.get(key, value) != value:
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} belongs to another model or adapter: "
-                f"{key} is {other} there and {value} here"
+                f"{key} is {found[key]} there and {value} here"
             )
 
 
@@ -255,13 +232,10 @@ def _move(staged: str, final: str) -> None:
 
 def _flush(folder: str) -> None:
     """Have the disk hold every file of `folder` before it gets its name."""
-    for root, _, files in os.walk(folder):
-        for name in [*files, "."]:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _one_line(error: Exception | None) -> str:

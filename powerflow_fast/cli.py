@@ -92,6 +92,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--completions", type=int, default=8, help="sampled at once per GPU (8)")
     command.add_argument("--sharding", choices=("ddp", "fsdp"), default="ddp")
     command.add_argument("--offload", action="store_true", help="FSDP shards in main memory")
+    command.add_argument("--offload-reference", action="store_true", help="with --lora-rank 0")
     command.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     command.add_argument("--micro-batch", type=int, help="show this one (the largest that fits)")
     command.add_argument("--tflops", type=float, help="measured rate of a GPU, for a throughput")
@@ -102,7 +103,7 @@ def _plan(args: argparse.Namespace) -> int:
     from powerflow_fast.plan import Run, report
 
     names = ("gpus", "memory_gb", "weights", "lora_rank", "tokens", "completions", "sharding")
-    options = {name: getattr(args, name) for name in (*names, "offload")}
+    options = {name: getattr(args, name) for name in (*names, "offload", "offload_reference")}
     options["checkpointing"] = not args.no_checkpointing
     run = user_input(lambda: Run(_shape(args.model), **options))
     print(user_input(report, run, args.micro_batch, args.tflops))

@@ -39,6 +39,12 @@ class TrainArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "flash_attention_2 (if installed), sdpa, ..."}
     )
+    adapter_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server that is sent the adapter alone; not with use_vllm."
+        },
+    )
     boxed_penalty: float = field(
         default=0.0, metadata={"help": r"psi of completions without \boxed{}, e.g. -0.5; 0 is off."}
     )
@@ -73,6 +79,7 @@ def _prepare_training(argv: list[str]):
     from trl import TrlParser
 
     from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
+    from powerflow_fast.config import check_lengths
     from powerflow_fast.prompts import read_prompts
     from powerflow_fast.rewards import missing_boxed
 
@@ -89,7 +96,9 @@ def _prepare_training(argv: list[str]):
     if config.resume_from_checkpoint:
         _check_checkpoint(options.model, config)
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
-    _check_prompts(options.model, data, config)
+    if Path(options.model).is_dir():  # else the trainer checks, once the model is there
+        check_lengths(data, options.model, None, config)
+    rollout = _adapter_rollout(options, config)
     model, tokenizer = load_model(options.model, _loading(options))
     lora = None
     if options.lora_rank > 0:
@@ -111,6 +120,7 @@ def _prepare_training(argv: list[str]):
         processing_class=tokenizer,
         peft_config=lora,
         psi_funcs=missing_boxed(options.boxed_penalty) if options.boxed_penalty else None,
+        rollout_func=rollout,
     )
 
 
@@ -143,16 +153,15 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
     return keywords
 
 
-def _check_prompts(model: str, data, config) -> None:
-    """Prompts fit the context: known from configuration and tokenizer, before weights are read."""
-    if model == "smollm2" or not Path(model).is_dir():
-        return  # the trainer checks, once the model is there
-    from transformers import AutoConfig, AutoTokenizer
+def _adapter_rollout(options: TrainArguments, config):
+    """The rollout function for --adapter_server, or None: TRL samples."""
+    if not options.adapter_server:
+        return None
+    if options.lora_rank < 1 or config.use_vllm:
+        raise UsageError("--adapter_server: expected LoRA (--lora_rank), and use_vllm off")
+    from powerflow_fast.adapter_rollout import AdapterRollout
 
-    from powerflow_fast.config import check_lengths
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    check_lengths(data, tokenizer, AutoConfig.from_pretrained(model), config)
+    return AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
 
 
 def _check_checkpoint(model: str, config) -> None:

@@ -31,8 +31,7 @@ METRICS = {  # of TBOutput -> name in the logs
     "importance_mean": "importance/mean",
     "clipped_share": "importance/clipped_share",
     "zero_length_count": "completions/zero_length",
-}
-CERTIFICATE = {  # likewise, with grad_tolerance
+    # With grad_tolerance.
     "columns_kept": "certified/columns_kept",
     "skipped_mass": "certified/skipped_mass",
     "dense_blocks": "certified/dense_blocks",
@@ -81,9 +80,9 @@ class Health(TrainerCallback):
                 "balance='length', or shorten max_completion_length (min_distinct)"
             )
 
-    def check_loss(self, step: int, values: Sequence[float]) -> None:
-        """Raise where a loss or residual is not finite; called before its backward pass."""
-        if not all(math.isfinite(value) for value in values):
+    def check_loss(self, step: int, figures: dict[str, float]) -> None:
+        """Raise where residuals are not finite; called before the backward pass."""
+        if not math.isfinite(figures["residual_mean"] + figures["residual_std"]):
             raise TrainingStopped(
                 f"the loss at step {step} is not finite; parameters are as they were before this "
                 "step. Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from powerflow_fast.config import PowerFlowConfig
@@ -21,10 +22,15 @@ class LearnedLogZ(TrainerCallback):
         self.accelerator, self.started = accelerator, False
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)  # the same start on every rank
-            head = LogZHead(hidden_size, num_layers=args.log_z_layers)
+            head = LogZHead(hidden_size)
         self.head = head.to(accelerator.device)
         parameters = self.head.parameters()
         self.optimizer = torch.optim.AdamW(parameters, lr=args.log_z_lr, weight_decay=0.0)
+
+    def start(self, estimate: Tensor) -> None:
+        """Start the head at the mean over all ranks of the group estimate [B] of a rollout."""
+        self.head.warm_start(self.accelerator.gather(estimate))
+        self.started = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         for parameter in self.head.parameters():

@@ -33,6 +33,7 @@ class Run:
         completions: sequences that one GPU samples at a time.
         sharding: "fsdp" divides weights, gradients and optimizer over the GPUs, "ddp" copies them.
         offload: with "fsdp": shards rest in main memory.
+        offload_reference: the trainer's option: the second copy is there while it scores a rollout.
         checkpointing: recompute each layer in the backward pass.
         device: "cuda" or "cpu", of which the head's buffers depend.
     """
@@ -46,6 +47,7 @@ class Run:
     completions: int = 8
     sharding: str = "ddp"
     offload: bool = False
+    offload_reference: bool = False
     checkpointing: bool = True
     device: str = "cuda"
 
@@ -65,6 +67,8 @@ class Run:
             )
         if self.offload and self.sharding != "fsdp":
             raise ValueError("offload: expected sharding='fsdp', whose shards it moves")
+        if self.offload_reference and (self.lora_rank > 0 or self.sharding == "fsdp"):
+            raise ValueError("offload_reference: expected lora_rank=0 and sharding='ddp'")
 
     @property
     def width(self) -> float:
@@ -86,13 +90,14 @@ class Memory:
     head: float  # while the loss runs
     backward: float  # while a layer's backward pass runs: the head's is over then
     sampler: float  # key-value cache, while sampling: nothing of the three above is there then
+    scoring: float  # an offloaded reference and its head, while it scores: nothing of the four is
     host: float
 
     @property
     def total(self) -> float:
         resting = [f.name for f in fields(self)[:6]]
         step = self.activations + max(self.head, self.backward)
-        return sum(getattr(self, name) for name in resting) + max(step, self.sampler)
+        return sum(getattr(self, name) for name in resting) + max(step, self.sampler, self.scoring)
 
 
 def lora_parameters(shape: ModelShape, rank: int) -> int:
@@ -164,20 +169,22 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
     here = 0.0 if run.offload else 1.0 / shards
     resting = {
         "weights": weights * here,
-        "reference": weights * here if full else 0.0,
+        "reference": weights * here if full and not run.offload_reference else 0.0,
         "adapter": 0.0 if full else trained * trained_width * here,
         "gradients": trained * trained_width * here,
         "optimizer": 2 * trained * trained_width * here,  # AdamW
     }
     cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
     moved = weights * (2 if full else 1) + trained * trained_width * (3 if full else 4)
+    head, copies = head_bytes(run, sequences, fused), run.gpus * run.offload_reference
     return Memory(
         gathered=gathered,
         activations=kept_bytes(run, sequences),
         backward=backward_bytes(run, sequences),
-        head=head_bytes(run, sequences, fused),
+        head=head,
         sampler=cache * run.tokens * run.completions,
-        host=moved if run.offload else 0.0,
+        scoring=weights + head if copies else 0.0,
+        host=moved if run.offload else weights * copies,
         **resting,
     )
 
@@ -230,6 +237,7 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
         "head": "then head, policy and reference",
         "backward": "or one layer's backward pass",
         "sampler": f"or all before: cache of {run.completions} sequences",
+        "scoring": "or all before: the reference, scoring",
         "total": "largest moment",
     }
     lines = [
@@ -246,7 +254,7 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
     lines.append(
         f"activations {'without' if run.checkpointing else 'with'} checkpointing: {other:.2f} GB"
     )
-    if run.offload:
+    if memory[True].host:
         lines.append(f"main memory, all ranks together: {memory[True].host / 1e9:.1f} GB")
     if not fits[True]:
         lines.append("does not fit: fewer tokens, more GPUs, nf4, or offload")

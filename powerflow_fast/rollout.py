@@ -16,11 +16,6 @@ def counted_mask(inputs) -> Tensor:  # [B, T] bool
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def model_inputs(inputs) -> tuple[Tensor, Tensor]:
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-
-
 def counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
     """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
     hidden = hidden[:, -mask.shape[1] - 1 : -1]
@@ -56,4 +51,5 @@ def sampler_gap(rollout: dict[str, Any], accelerator) -> dict[str, float]:
     figures = torch.stack([gap.sum(), gap.new_tensor(len(gap)), largest])
     figures = accelerator.gather(figures[None])  # [ranks, 3]
     mean = figures[:, 0].sum() / figures[:, 1].sum().clamp(min=1)
-    return {"mean": mean.item(), "max": figures[:, 2].max().item()}
+    name = "sampling/sampling_logp_difference"  # as TRL's
+    return {f"{name}/mean": mean.item(), f"{name}/max": figures[:, 2].max().item()}

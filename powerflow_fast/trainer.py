@@ -9,18 +9,18 @@ GRPO's loss listed in `config.NOT_HONOURED`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
-from powerflow_fast.checkpoint import WholeCheckpoints
+from powerflow_fast.checkpoint import WholeCheckpoints, describe
 from powerflow_fast.config import PowerFlowConfig, check_data, check_lengths, check_reference
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import CERTIFICATE, METRICS, Health
+from powerflow_fast.health import METRICS, Health
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.model_head import (
@@ -32,7 +32,7 @@ from powerflow_fast.model_head import (
     through_head,
 )
 from powerflow_fast.packing import check_packing, packed_hidden_state
-from powerflow_fast.rollout import counted, counted_mask, group_log_z, model_inputs, sampler_gap
+from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_gap
 
 
 def no_psi(completions: list, **_: Any) -> list[float]:
@@ -63,6 +63,7 @@ class PowerFlowTrainer(WholeCheckpoints):
     """
 
     args: PowerFlowConfig  # type: ignore[assignment]
+    ref_model: Any  # the second copy, for full fine-tuning
     _tag_names = ["trl", "powerflow"]
     _name = "PowerFlow"
     _paper = {
@@ -77,7 +78,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         args: PowerFlowConfig | None = None,
         train_dataset=None,
         *,
-        psi_funcs: Callable | list[Callable] | None = None,
+        psi_funcs: RewardFunc | list[RewardFunc] | None = None,
         peft_config=None,
         **kwargs: Any,
     ) -> None:
@@ -87,43 +88,35 @@ class PowerFlowTrainer(WholeCheckpoints):
         if not isinstance(args, PowerFlowConfig):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
         check_data(train_dataset)
-        check_reference(model, peft_config)
-        tokenizer = kwargs.get("processing_class")
-        if tokenizer is not None and not isinstance(model, str):
-            check_lengths(train_dataset, tokenizer, model.config, args)
-        reward_funcs: Any = no_psi if psi_funcs is None else psi_funcs
+        check_reference(model, peft_config, args)
+        check_lengths(train_dataset, model, kwargs.get("processing_class"), args)
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
-        try:
-            super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                peft_config=peft_config,
-                **kwargs,
-            )
-        finally:
-            args.beta = 0.0
-        self.beta = 0.0
+        super().__init__(
+            model=model,
+            reward_funcs=no_psi if psi_funcs is None else psi_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        args.beta = self.beta = 0.0
         if self.use_vllm and hasattr(self.model, "merge_adapter"):
             keep_base_exact(self.model)
-        self._has_psi = psi_funcs is not None
         self._redirect = _ForwardRedirection()
-        self._start_checked = False
         policy = self.accelerator.unwrap_model(self.model)
-        if tokenizer is None or isinstance(model, str):
-            check_lengths(train_dataset, self.processing_class, policy.config, args)
         self._check_model(policy)
         for part in (policy, self.ref_model):
             if part is not None:
                 disable_dropout(part)
+        if args.offload_reference:
+            self.ref_model.to("cpu")
         if args.log_z == "learned":
             size = base_model(policy).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
         self.health = Health(args)
         self.add_callback(self.health)
-        self._start_checkpoints(policy)
+        self._made_for = describe(policy) | {"log_z": args.log_z}
 
     def _check_model(self, policy) -> None:
         if self._is_vlm:
@@ -139,6 +132,13 @@ class PowerFlowTrainer(WholeCheckpoints):
         check_head(base)
         if self.args.padding_free:
             check_packing(base)
+        devices = set(getattr(self.ref_model, "hf_device_map", {}).values())
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or len(devices) > 1
+        if self.args.offload_reference and sharded:
+            raise ValueError(
+                "offload_reference: expected a whole copy on one device (one process, or DDP); "
+                "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
+            )
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             warnings.warn(
                 "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
@@ -166,45 +166,40 @@ class PowerFlowTrainer(WholeCheckpoints):
         return self.args.log_z == "group" and size % self._group_size() == 0
 
     def _calculate_rewards(self, *args, **kwargs):
-        self._psi_of_all = super()._calculate_rewards(*args, **kwargs)  # [global B, functions]
-        return self._psi_of_all
-
-    def _alpha(self) -> float:
-        """alpha of a rollout that is drawn now; it stays that rollout's own."""
-        args, step = self.args, self.state.global_step
-        if step >= args.alpha_warmup_steps:
-            return args.alpha
-        return args.alpha_start + (args.alpha - args.alpha_start) * step / args.alpha_warmup_steps
+        values = super()._calculate_rewards(*args, **kwargs)  # [B of all ranks, functions]
+        self._psi = (values * self.reward_weights.to(values.device)).nansum(1)
+        return values
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
 
         Added: psi, alpha and group [B], num_sequences (not empty, over all ranks); group_log_z [B]
-        where groups are split over micro-batches; ref_per_token_logps [B, T] where they are at hand
-        or serve several updates.
+        where groups are split over micro-batches; old_ and ref_per_token_logps [B, T] where they
+        serve several updates, or the reference comes to the device only now.
         """
         self._ref_logps = None
         with self.health.phase("rollout"):
             output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
-        psi = (self._psi_of_all * self.reward_weights.to(self._psi_of_all.device)).nansum(1)
-        output["psi"] = psi[rank * count : (rank + 1) * count]
-        output["alpha"] = torch.full_like(output["psi"], self._alpha())
-        places = torch.arange(rank * count, (rank + 1) * count, device=psi.device)
-        output["group"] = places // self._group_size()
+        own = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
+        output["psi"], output["group"] = self._psi[own], own // self._group_size()
+        output["alpha"] = torch.full_like(output["psi"], self.args.alpha_at(self.state.global_step))
         sequences = counted_mask(output).any(1).sum()
         output["num_sequences"] = self.accelerator.gather(sequences).sum()
         split = self.log_z is None and not self._groups_are_whole()
         fresh = self.log_z is not None and not self.log_z.started
-        sampled = "sampling_per_token_logps" in output
-        if self._ref_logps is not None or self.num_iterations > 1 or split or fresh or sampled:
-            self._add_scores(output)
+        if self._ref_logps is not None:  # TRL has asked for the old policy's
+            output["ref_per_token_logps"] = self._ref_logps
+        elif self.num_iterations > 1 or split or fresh or "sampling_per_token_logps" in output:
+            scores = self._score(output)
+            output["old_per_token_logps"], output["ref_per_token_logps"] = scores
+        elif self.args.offload_reference:
+            output["ref_per_token_logps"] = self._offloaded_reference(output)
         if split or fresh:
             size = self._group_size()
             output["group_log_z"] = group_log_z(output, size, self.args, self.accelerator)
         if fresh:
-            self.log_z.head.warm_start(self.accelerator.gather(output["group_log_z"]))
-            self.log_z.started = True
+            self.log_z.start(output["group_log_z"])
         self._watch(output)
         return output
 
@@ -212,12 +207,14 @@ class PowerFlowTrainer(WholeCheckpoints):
         """Metrics of a rollout; raises TrainingStopped where it has collapsed."""
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
-        if not self._has_psi:  # TRL's reward figures would be those of no_psi
+        if self.reward_funcs == [no_psi]:  # TRL's reward figures would be those of no_psi
             for name in [key for key in metrics if "reward" in key]:
                 del metrics[name]
         rows = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
         ids = [row[mask].tolist() for row, mask in rows]
         figures = self.health.rollout_figures(ids, self._group_size(), self.accelerator)
+        if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
+            figures |= sampler_gap(output, self.accelerator)
         figures["alpha"] = output["alpha"][0].item()
         for name, value in figures.items():
             metrics[name].append(value)
@@ -237,29 +234,35 @@ class PowerFlowTrainer(WholeCheckpoints):
         logps, self._ref_logps = self._score(tensors)
         return logps, None, None
 
-    @torch.no_grad()
     def _score(self, rollout: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """[B, T] log-probs of policy and reference, 0 where not counted, in micro-batches."""
+        """[B, T] log-probs of policy and reference, 0 where not counted."""
+        if self.args.offload_reference:
+            rollout = rollout | {"ref_per_token_logps": self._offloaded_reference(rollout)}
+        return self._logps(self.model, rollout)
+
+    def _offloaded_reference(self, rollout: dict[str, Any]) -> Tensor:
+        """[B, T] log-probs of the reference, which is on the device for this pass alone."""
+        none = torch.zeros(rollout["completion_ids"].shape, device=self.accelerator.device)
+        self.ref_model.to(self.accelerator.device)
+        try:
+            with self.health.phase("reference"):  # scored as a policy, which has no reference
+                return self._logps(self.ref_model, rollout | {"ref_per_token_logps": none})[0]
+        finally:
+            self.ref_model.to("cpu")
+
+    @torch.no_grad()
+    def _logps(self, model, rollout: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs of `model` and of its reference, computed in micro-batches."""
         size = self.args.per_device_train_batch_size
         count, parts = len(rollout["completion_ids"]), []
         for start in range(0, count, size):
             part = {k: v[start : start + size] if v.ndim else v for k, v in rollout.items()}
-            parts.append(self._run(self.model, part, log_z=0.0))
+            parts.append(self._run(model, part, log_z=0.0))
         mask = counted_mask(rollout)
         policy, reference = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
         policy[mask] = torch.cat([out.logps for out in parts]).to(mask.device)
         reference[mask] = torch.cat([out.ref_logps for out in parts]).to(mask.device)
         return policy, reference
-
-    def _add_scores(self, output: dict[str, Any]) -> None:
-        """ref_per_token_logps, old_per_token_logps, and how far the sampler is from the policy."""
-        if self._ref_logps is None:
-            output["old_per_token_logps"], self._ref_logps = self._score(output)
-        output["ref_per_token_logps"] = self._ref_logps
-        if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, value in sampler_gap(output, self.accelerator).items():
-                metrics[f"sampling/sampling_logp_difference/{name}"].append(value)
 
     def _compute_loss(self, model, inputs) -> Tensor:
         training = self.model.training
@@ -283,7 +286,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         args = self.args
         prompt_length = inputs["prompt_ids"].shape[1]
         mask = counted_mask(inputs)  # [B, T]
-        reference, ref_head = self._reference(policy, inputs, mask)
+        reference = self._reference(policy, inputs, mask)
         head = read_head(base_model(policy))
         hidden = self._hidden(base_model(policy), inputs)
         # A model split over devices (`device_map`) may end on another one than it starts.
@@ -293,6 +296,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         if log_z is None:
             log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
         group_ids = inputs["group"] if isinstance(log_z, str) else None
+        out = None
 
         def loss_of_head(hidden, head) -> Tensor:
             nonlocal out
@@ -307,7 +311,6 @@ class PowerFlowTrainer(WholeCheckpoints):
                 old_logps=self._old_logps(inputs, mask),
                 clip_eps=args.clip_eps,
                 balance=args.balance,
-                importance=args.importance,
                 normalizer=normalizer,
                 bias=head.bias,
                 temperature=self.temperature,
@@ -320,37 +323,34 @@ class PowerFlowTrainer(WholeCheckpoints):
             )
             return out.loss
 
-        out = None
+        ref_head = reference.get("ref_weight"), reference.get("ref_bias")
         with maybe_gather_lm_head_ctx(*ref_head):
             loss = through_head(base_model(policy), loss_of_head, counted(hidden, mask, head))
         return out._replace(loss=loss)
 
     def _hidden(self, base, inputs) -> Tensor:  # [B, L, H]
         forward = packed_hidden_state if self.args.padding_free else last_hidden_state
-        return forward(base, *model_inputs(inputs))
+        pairs = (("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask"))
+        return forward(base, *(torch.cat([inputs[a], inputs[b]], dim=1) for a, b in pairs))
 
-    def _reference(self, policy, inputs, mask) -> tuple[dict[str, Any], tuple]:
-        """(keywords of the loss, parameters to gather) of the reference; runs before the policy."""
+    def _reference(self, policy, inputs, mask) -> dict[str, Any]:
+        """The loss's keywords of the reference, whose pass is before the policy's."""
         if "ref_per_token_logps" in inputs:
-            return {"ref_logps": inputs["ref_per_token_logps"][mask]}, ()
+            return {"ref_logps": inputs["ref_per_token_logps"][mask]}
         with torch.no_grad(), self.health.phase("reference"):
             if self.ref_model is not None:
                 base = self.accelerator.unwrap_model(self.ref_model)
-                call = (self.ref_model, base, self._hidden, base)
-                hidden = self._redirect(*call, inputs)
+                hidden = self._redirect(self.ref_model, base, self._hidden, base, inputs)
                 head = read_head(base)
             else:
                 base = base_model(policy)
                 with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
                     hidden = self._hidden(base, inputs)
                     head = read_head(base)
-        shared = head.weight is read_head(base_model(policy)).weight
-        keywords = {
-            "ref_hidden": counted(hidden, mask, head),
-            "ref_weight": None if shared else head.weight,
-            "ref_bias": None if shared else head.bias,
-        }
-        return keywords, () if shared else (head.weight, head.bias)
+        keywords = {"ref_hidden": counted(hidden, mask, head)}
+        if head.weight is not read_head(base_model(policy)).weight:
+            keywords |= {"ref_weight": head.weight, "ref_bias": head.bias}
+        return keywords
 
     def _estimate_log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
         if self.log_z is not None:
@@ -369,24 +369,21 @@ class PowerFlowTrainer(WholeCheckpoints):
 
     @torch.no_grad()
     def _record(self, out: TBOutput, mode: str) -> None:
-        names = METRICS | CERTIFICATE if self.args.grad_tolerance > 0 else METRICS
+        names = [name for name in METRICS if name in out.metrics]
         values = torch.stack([out.metrics[name].float() for name in names])
-        values = values[None].to(self.accelerator.device)
-        values = self.accelerator.gather(values).mean(0).tolist()
-        for name, value in zip(names.values(), values, strict=True):
-            self._metrics[mode][name].append(value)
+        values = self.accelerator.gather(values[None].to(self.accelerator.device)).mean(0)
+        figures = dict(zip(names, values.tolist(), strict=True))
+        for name, value in figures.items():
+            self._metrics[mode][METRICS[name]].append(value)
         if mode == "train":
-            self.health.check_loss(self.state.global_step, values[:2])
-            self._check_start(values[list(METRICS).index("kl")])
-
-    def _check_start(self, kl: float) -> None:
-        if not self._start_checked and self.state.global_step == 0 and kl > 1e-3:
-            warnings.warn(
-                f"policy and reference differ before the first step (KL {kl:.3g} nats/token): the "
-                "adapter does not start at zero, or changes the base (PiSSA, OLoRA)",
-                stacklevel=2,
-            )
-        self._start_checked = True
+            self.health.check_loss(self.state.global_step, figures)
+            if self._step == 0 and figures["kl"] > 1e-3:
+                warnings.warn(
+                    "policy and reference differ before the first step (KL "
+                    f"{figures['kl']:.3g} nats/token): the adapter does not start at zero, or "
+                    "changes the base (PiSSA, OLoRA)",
+                    stacklevel=2,
+                )
 
     def training_step(self, *args: Any, **kwargs: Any):
         with self.health.phase("policy"):

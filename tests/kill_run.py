@@ -85,16 +85,29 @@ def kill(folder: Path, world: int, kills: int, seed: int) -> None:
     run = folder / "killed0"
     for _ in range(kills):
         running = start(run, world, **KILL)
-        time.sleep(draw.uniform(0.25, 0.95) * length)
+        at = reached_step(run)
+        wait_for(run, draw.randint(at, min(at + 5, KILL["max_steps"])))
+        time.sleep(draw.uniform(0, 2 * length / KILL["max_steps"]))
         for rank in running:
             os.kill(rank, signal.SIGKILL)
         ranks.ended(running)
-        reached.append(max([0, *(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))]))
+        reached.append(reached_step(run))
         if (run / "end.pt").exists():  # it was through: another run to kill
             same(torch.load(run / "end.pt", weights_only=True), expected)
             run = folder / f"killed{(runs := runs + 1)}"
     same(finish(run, world, **KILL), expected)
     print(f"last checkpoints when killed: {reached}; a whole run takes {length:.1f} s")
+
+
+def reached_step(run: Path) -> int:
+    """Of the last whole checkpoint."""
+    return max([0, *(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))])
+
+
+def wait_for(run: Path, step: int, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while reached_step(run) < step and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 def resize(folder: Path) -> None:

@@ -77,6 +77,52 @@ def test_the_reference_is_computed_once_for_several_updates(tmp_path, monkeypatc
     assert_close(seen.steps[0], fresh_seen.steps[0])
 
 
+REUSE = {
+    "once": {},
+    "twice": dict(num_iterations=2, max_steps=2),
+    "split": dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+}
+
+
+@pytest.mark.parametrize("options", REUSE.values(), ids=list(REUSE))
+def test_an_offloaded_reference_comes_once_per_rollout_and_changes_nothing(tmp_path, options):
+    tiny.model().save_pretrained(tmp_path / "model")
+    runs, events = [], []
+    for offload in (False, True):
+        trainer, seen = make(
+            tmp_path,
+            model=str(tmp_path / "model"),
+            peft=False,
+            offload_reference=offload,
+            **options,
+        )
+        with torch.no_grad():  # so that policy and reference differ
+            trainer.model.model.embed_tokens.weight.mul_(1.1)
+        if offload:
+            move = trainer.ref_model.to
+            trainer.ref_model.to = lambda device, f=move: events.append(str(device)) or f(device)
+            trainer.ref_model.model.register_forward_hook(lambda *_: events.append("pass"))
+        trainer.train()
+        runs.append(seen)
+    passes = options.get("gradient_accumulation_steps", 1)
+    assert events == ["cpu", *["pass"] * passes, "cpu"]  # to the device, which is the CPU here
+    for kept, offloaded in zip(*(run.steps for run in runs), strict=True):
+        assert_close(offloaded, kept, 1e-6)
+    assert runs[1].logs[0]["loss"] == pytest.approx(runs[0].logs[0]["loss"], rel=1e-6)
+    assert runs[1].logs[0]["kl"] > 1e-3
+
+
+def test_offloading_is_refused_where_there_is_no_whole_copy_to_move(tmp_path):
+    with pytest.raises(ValueError, match="offload_reference: .* there is no second copy"):
+        make(tmp_path, offload_reference=True)
+    tiny.model().save_pretrained(tmp_path / "model")
+    whole = dict(model=str(tmp_path / "model"), peft=False, offload_reference=True)
+    trainer, _ = make(tmp_path / "run", **whole)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="offload_reference: expected a whole copy.*FSDP"):
+        trainer._check_model(trainer.model)
+
+
 def test_alpha_grows_and_a_rollout_keeps_the_alpha_it_was_drawn_with(tmp_path):
     trainer, seen = make(tmp_path, alpha=3.0, alpha_warmup_steps=4, max_steps=6)
     trainer.train()

@@ -78,6 +78,18 @@ def test_seventy_billion_on_two_gpus():
     assert memory.weights == memory.optimizer == 0 and memory.host > 141e9
 
 
+def test_an_offloaded_reference_is_there_when_activations_are_not():
+    run = Run(model_shape("Qwen2.5-7B"), lora_rank=0)
+    kept, offloaded = plan(run, 4), plan(replace(run, offload_reference=True), 4)
+    assert offloaded.reference == 0 and offloaded.host == kept.reference == kept.weights
+    assert offloaded.scoring == kept.weights + kept.head
+    step = kept.activations + max(kept.head, kept.backward)
+    expected = kept.total - kept.weights - step + max(step, offloaded.scoring)
+    assert offloaded.total == pytest.approx(expected) and offloaded.total < kept.total
+    few = plan(replace(run, tokens=64, offload_reference=True), 1)  # the copy outweighs a step
+    assert few.total == few.weights + few.gradients + few.optimizer + few.scoring
+
+
 def test_the_largest_micro_batch_is_the_largest():
     for tokens in (512, 4096):
         run = Run(model_shape("Qwen2.5-7B"), memory_gb=40, tokens=tokens)
@@ -108,6 +120,7 @@ def test_the_command_answers(capsys, tmp_path):
         (["Llama-3-70B", "--weights", "int3"], "invalid choice"),
         (["Llama-3-70B", "--weights", "nf4", "--lora-rank", "0"], "LoRA"),
         (["Llama-3-70B", "--offload"], "sharding"),
+        (["Llama-3-70B", "--offload-reference"], "lora_rank=0"),
         (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch"),
     ],
 )

@@ -51,7 +51,7 @@ def test_accelerate_config(path):
 
 def test_the_numbers_in_the_docs_are_those_of_plan():
     from powerflow_fast.model_shapes import model_shape
-    from powerflow_fast.plan import Run, largest_micro_batch, plan
+    from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan
 
     text = (RECIPES.parent / "docs" / "scaling.md").read_text()
     shape, layouts = model_shape("Llama-3-70B"), []
@@ -69,3 +69,6 @@ def test_the_numbers_in_the_docs_are_those_of_plan():
     assert f"and {resident.gathered / 1e9:.1f} GB gathered" in text
     one = plan(Run(shape, completions=1), 1).sampler
     assert f"({one / 1e9:.1f} GB for each" in text
+    sent = 4 * lora_parameters(shape, 16)  # PEFT's adapters are float32
+    assert f"{sent / 1e9:.1f} GB travel for each rollout" in text
+    assert f"{2 * shape.parameters() / 1e9:.0f} GB, and no weight is merged" in text

@@ -1,0 +1,88 @@
+"""Rollouts from a plain vLLM server that is sent the adapter alone, instead of merged weights.
+
+For LoRA on a large base: a rank-16 adapter of a 70B model has 0.8 GB, the merged weights 141 GB.
+The base is not touched, on neither side. The server's side (tried against a stand-in that speaks
+its protocol, not against vLLM itself):
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 16 \
+        --max-loras 2 --logprobs-mode processed_logprobs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import requests
+from trl.experimental.async_grpo.async_grpo_trainer import (
+    save_lora_adapter,
+    validate_lora_for_vllm_sync,
+)
+from trl.experimental.async_grpo.vllm_client import VLLMClient
+
+
+class AdapterRollout:
+    """`PowerFlowTrainer(rollout_func=AdapterRollout(url, folder))`, for a model with LoRA.
+
+    Args:
+        url: of the server, without data parallelism (an adapter reaches one replica only).
+        folder: where adapters are handed over; trainer and server see it under the same path.
+        timeout: seconds that one rollout may take.
+
+    Raises:
+        ValueError: at the first rollout, for an adapter that vLLM cannot serve (DoRA, say).
+        RuntimeError: where the server refuses the adapter or a request.
+    """
+
+    def __init__(self, url: str, folder: str, timeout: float = 3600.0) -> None:
+        self.client, self.timeout = VLLMClient(url), timeout
+        self.folder = os.path.abspath(folder)
+        self.name = ""  # of the adapter on the server
+
+    def __call__(self, prompts: list, trainer) -> dict[str, Any]:
+        """TRL's form of a rollout, with the sampler's log-probs: they become `old_logps`."""
+        self._send(trainer)
+        prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        request = {
+            "model": self.name,
+            "prompt": prompt_ids,
+            "max_tokens": trainer.max_completion_length,
+            "temperature": trainer.temperature,
+            "top_p": trainer.top_p,
+            "top_k": trainer.top_k,
+            "min_p": trainer.min_p or 0.0,
+            "repetition_penalty": trainer.repetition_penalty,
+            "return_token_ids": True,
+            "logprobs": 0,
+        }
+        url = f"{self.client.server_url}/v1/completions"
+        response = requests.post(url, json=request, timeout=self.timeout)
+        if response.status_code != 200:
+            raise RuntimeError(f"{url}: {response.status_code}, {response.text}")
+        choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [choice["token_ids"] for choice in choices],
+            "logprobs": [choice["logprobs"]["token_logprobs"] for choice in choices],
+        }
+
+    def _send(self, trainer) -> None:
+        """Put this step's adapter on the server and take the last one off; all ranks together."""
+        name = f"powerflow-{trainer.state.global_step}"
+        if name == self.name:
+            return
+        policy, path = trainer.accelerator.unwrap_model(trainer.model), self._path(name)
+        validate_lora_for_vllm_sync(policy)
+        save_lora_adapter(policy, trainer.accelerator, "default", path)
+        if trainer.accelerator.is_main_process:
+            self.client.unload_lora_adapter(name)  # of a run that was killed at this step
+            self.client.load_lora_adapter(name, path)
+            if self.name:
+                self.client.unload_lora_adapter(self.name)
+                shutil.rmtree(self._path(self.name), ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        self.name = name
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
