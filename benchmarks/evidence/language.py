@@ -22,6 +22,8 @@ import torch
 from powerflow_fast.evaluation import distinct_ngrams, is_correct, words
 from powerflow_fast.prompts import Question
 
+ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+
 
 @functools.cache
 def base_model():
@@ -88,6 +90,7 @@ def trained(
     prompts_per_step: int = 8,
     completions: int = 4,
     shuffle: bool = True,
+    lora: dict[str, Any] | None = None,
     powerflow: dict[str, Any] | None = None,
     grpo: dict[str, Any] | None = None,
     rewards: Sequence[Callable] = (),
@@ -95,8 +98,9 @@ def trained(
     """Train a new adapter on the prompts of `questions`; it is taken off again on leaving.
 
     Either `powerflow` (options of PowerFlowConfig; `rewards` are its psi) or `grpo` (of TRL's
-    GRPOConfig; `rewards` are its rewards). Answers are looked up by `Rollouts` to draw curves, and
-    by a reward that says so. Without `shuffle` the questions come in the order given.
+    GRPOConfig; `rewards` are its rewards); `lora` are options of the adapter beside `ADAPTER`'s.
+    Answers are looked up by `Rollouts` to draw curves, and by a reward that says so. Without
+    `shuffle` the questions come in the order given.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -131,9 +135,7 @@ def trained(
         common = dict(
             train_dataset=Dataset.from_list([{"prompt": q.prompt} for q in order]),
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"
-            ),
+            peft_config=LoraConfig(**ADAPTER | (lora or {})),
         )
         functions = [rollouts, *rewards]
         if powerflow is not None:
