@@ -194,7 +194,7 @@ def results():
     for seed in sharpening.SEEDS:
         done[f"base {seed}"] = {"held_out": held_out(0.20 + 0.01 * seed)}
     for i, method in enumerate(sharpening.METHODS):
-        done |= searched(method, [0.25, 0.5])
+        done |= searched(method, [0.25, 0.5, 0.4])
         for seed in sharpening.SEEDS:
             steps = [{"accuracy": 0.2 + 0.1 * s, "seconds": 5.0 * s} for s in range(3)]
             value = held_out(0.5 + 0.01 * i + 0.01 * seed)
@@ -215,6 +215,6 @@ def test_tables_and_plot_come_from_the_summary(results):
     text = sharpening.tables(results)
     assert "| PowerFlow, alpha 2 | 52 ± 2 (+30) |" in text
     assert "| base model | 22 ± 2 |" in text
-    assert "| 0.001 | 25 / 50 | 17 ± 2 |" in text
+    assert "| 0.001 | 25 / 50 / 40 | 17 ± 2 |" in text
     drawn = plots.svg(lambda figure: sharpening.draw(figure, results))
     assert all(label in drawn for label in sharpening.LABELS.values())
