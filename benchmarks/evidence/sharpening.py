@@ -192,7 +192,8 @@ def tables(results: dict[str, Any]) -> str:
     seeds = len(SEEDS)
     text = [
         f"Held-out accuracy of a sample at T=1, per cent: mean ± standard deviation over {seeds} "
-        "seeds, and in brackets the mean change from the base model at the same sampling seed.",
+        f"seeds, each with {HELD_OUT} held-out questions a task of its own and {SAMPLES} samples a "
+        "question; in brackets the change from the base model on the same questions.",
         "",
         f"| | {' | '.join(TASKS)} | all |",
         "| --- |" + " --- |" * (len(TASKS) + 1),
@@ -203,7 +204,7 @@ def tables(results: dict[str, Any]) -> str:
         for name in (*TASKS, "mean"):
             cell = _percent(entry["held_out"][name]["sampled"])
             if method != "base":
-                cell += f" ({100 * statistics.mean(entry['gain_sampled'][name]):+.0f})"
+                cell += f" ({_percent(entry['gain_sampled'][name], '{:+.0f}')})"
             cells.append(cell)
         text.append(f"| {label} | {' | '.join(cells)} |")
     text += [
@@ -230,13 +231,14 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _percent(values: list[float]) -> str:
-    return _spread([100 * value for value in values], "{:.0f}")
+def _percent(values: list[float], form: str = "{:.0f}") -> str:
+    return _spread([100 * value for value in values], form)
 
 
 def _spread(values: list[float], form: str) -> str:
-    parts = statistics.mean(values), statistics.stdev(values)
-    return " ± ".join(form.format(part) for part in parts)
+    """Mean ± standard deviation over seeds."""
+    spread = form.replace("+", "").format(statistics.stdev(values))
+    return f"{form.format(statistics.mean(values))} ± {spread}"
 
 
 def draw(figure, results: dict[str, Any]) -> None:

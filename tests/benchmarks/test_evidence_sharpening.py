@@ -213,7 +213,7 @@ def test_summary_pairs_every_seed_with_the_base(results):
 
 def test_tables_and_plot_come_from_the_summary(results):
     text = sharpening.tables(results)
-    assert "| PowerFlow, alpha 2 | 52 ± 2 (+30) |" in text
+    assert "| PowerFlow, alpha 2 | 52 ± 2 (+30 ± 0) |" in text
     assert "| base model | 22 ± 2 |" in text
     assert "| 0.001 | 25 / 50 / 40 | 17 ± 2 |" in text
     drawn = plots.svg(lambda figure: sharpening.draw(figure, results))
