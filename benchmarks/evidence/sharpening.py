@@ -1,9 +1,9 @@
 """PowerFlow against supervised GRPO and three unsupervised rivals: held-out accuracy, same budget.
 
 Every method trains on a mix of four tasks, one prompt of each a step, with the same prompts, number
-of completions and steps for one seed. Its learning rate is searched first, on a seed that is not
-among those reported, by the accuracy of its last fresh completions of *training* prompts: answers
-are used to choose it, for every method alike.
+of completions and steps for one seed. Its learning rate is searched first, in shorter runs on a
+seed that is not among those reported, by the accuracy of samples on *training* questions
+afterwards: answers are used to choose it, for every method alike.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ TITLE = "Sharpening SmolLM2-135M: PowerFlow, supervised GRPO and three unsupervi
 SEEDS = (0, 1, 2, 3, 4)
 SEARCH_SEED = 100
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-STEPS, SEARCH_STEPS = 6, 5
-LAST = 3  # rollouts of a search run that choose the learning rate
+STEPS, SEARCH_STEPS = 6, 4
 COMPLETIONS = 6  # per prompt
-HELD_OUT, SAMPLES = 12, 4  # questions of a task, completions of each
+QUESTIONS, SAMPLES = 12, 4  # measured of a task, and completions of each
 # Adapters on the upper 15 of 30 layers alone, which halves the backward pass.
 UPPER = {"target_modules": r".*\.layers\.(1[5-9]|2\d)\..*_proj"}
 
@@ -52,26 +51,32 @@ def plan(done: dict[str, Any]) -> list[Run]:
     runs = [
         Run(
             f"search {method} {rate:g}",
-            dict(method=method, seed=SEARCH_SEED, learning_rate=rate, steps=SEARCH_STEPS),
+            dict(
+                method=method,
+                seed=SEARCH_SEED,
+                learning_rate=rate,
+                steps=SEARCH_STEPS,
+                split="train",
+            ),
         )
         for method in METHODS
         for rate in LEARNING_RATES
     ]
-    runs += [Run(f"base {seed}", dict(method="base", seed=seed, held_out=True)) for seed in SEEDS]
+    runs += [Run(f"base {seed}", dict(method="base", seed=seed)) for seed in SEEDS]
     for method in METHODS:
         scores = search_scores(done, method)
         if len(scores) == len(LEARNING_RATES):
-            options = dict(method=method, learning_rate=best(scores), steps=STEPS, held_out=True)
+            options = dict(method=method, learning_rate=best(scores), steps=STEPS)
             runs += [Run(f"{method} {seed}", options | {"seed": seed}) for seed in SEEDS]
     return runs
 
 
 def search_scores(done: dict[str, Any], method: str) -> dict[float, float]:
-    """Learning rate -> mean accuracy of the last rollouts, of the search runs that are done."""
+    """Learning rate -> accuracy on training questions, mean over tasks, of finished searches."""
     scores = {}
     for rate in LEARNING_RATES:
         if result := done.get(f"search {method} {rate:g}"):
-            scores[rate] = statistics.mean(s["accuracy"] for s in result["steps"][-LAST:])
+            scores[rate] = statistics.mean(t["sampled"] for t in result["train"].values())
     return scores
 
 
@@ -85,13 +90,13 @@ def run(
     seed: int,
     learning_rate: float = 0.0,
     steps: int = STEPS,
-    held_out: bool = False,
+    split: str = "held_out",
 ) -> dict[str, Any]:
-    """Train SmolLM2 by `method` (not at all for "base") and measure it on held-out questions."""
+    """Train SmolLM2 by `method` (not at all for "base") and measure it on questions of `split`."""
     tasks = [task(name) for name in TASKS]
     model, _ = base_model()
     if method == "base":
-        return {"held_out": _measure(model, tasks, seed)}
+        return {split: _measure(model, tasks, split, seed)}
     questions = mixed(tasks, seed, steps)
     options = dict(
         seed=seed,
@@ -105,9 +110,7 @@ def run(
     )
     with trained(questions, **options, **objective(method, questions)) as result:
         found = {"steps": result.steps, "seconds": result.seconds}
-        if held_out:
-            found["held_out"] = _measure(result.model, tasks, seed)
-    return found
+        return found | {split: _measure(result.model, tasks, split, seed)}
 
 
 def mixed(tasks: list[Task], seed: int, steps: int) -> list[Question]:
@@ -131,12 +134,12 @@ def objective(method: str, questions: list[Question]) -> dict[str, Any]:
     return {"grpo": {"beta": 0.0}, "rewards": [reward]}
 
 
-def _measure(model, tasks: list[Task], seed: int) -> dict[str, dict[str, float]]:
-    """Every seed measures other held-out questions, the same ones for all methods."""
+def _measure(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[str, float]]:
+    """Task -> figures; every seed measures other questions, the same ones for all methods."""
     return {
         t.name: measure(
             model,
-            random.Random(seed).sample(t.held_out, HELD_OUT),
+            random.Random(seed).sample(getattr(t, split), QUESTIONS),
             samples=SAMPLES,
             max_new_tokens=t.max_new_tokens,
             seed=seed,
@@ -192,8 +195,8 @@ def tables(results: dict[str, Any]) -> str:
     seeds = len(SEEDS)
     text = [
         f"Held-out accuracy of a sample at T=1, per cent: mean ± standard deviation over {seeds} "
-        f"seeds, each with {HELD_OUT} held-out questions a task of its own and {SAMPLES} samples a "
-        "question; in brackets the change from the base model on the same questions.",
+        f"seeds, each with {QUESTIONS} held-out questions a task, {SAMPLES} samples each; in "
+        "brackets the change from the base model on the same questions.",
         "",
         f"| | {' | '.join(TASKS)} | all |",
         "| --- |" + " --- |" * (len(TASKS) + 1),
@@ -210,7 +213,7 @@ def tables(results: dict[str, Any]) -> str:
     text += [
         "",
         "Mean over the four tasks, per cent (the last column counts); learning rate as searched: "
-        "accuracy of the search run's last rollouts, per cent, for "
+        "accuracy on training questions after a shorter run, per cent, for "
         + ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
         + ".",
         "",

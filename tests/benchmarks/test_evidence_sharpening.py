@@ -125,7 +125,7 @@ def test_reasoning_gym_itself():
     pytest.importorskip("reasoning_gym", reason="in the extra `evidence` only")
     for name, operator in (("products", "*"), ("differences", "-")):
         found = tasks.task(name)
-        assert len(found.held_out) >= sharpening.HELD_OUT
+        assert len(found.held_out) >= sharpening.QUESTIONS
         assert not {q.prompt for q in found.train} & {q.prompt for q in found.held_out}
         for question in (*found.train, *found.held_out):
             a, b = question.prompt.split(f" {operator} ")
@@ -136,7 +136,7 @@ def test_reasoning_gym_itself():
 @pytest.mark.parametrize("name", ["capitals", "sums"])
 def test_every_third_own_question_is_held_out(name):
     found = tasks.task(name)
-    assert len(found.held_out) >= sharpening.HELD_OUT
+    assert len(found.held_out) >= sharpening.QUESTIONS
     assert 0 <= len(found.train) - 2 * len(found.held_out) + 2 <= 2
     assert not {q.prompt for q in found.train} & {q.prompt for q in found.held_out}
 
@@ -157,9 +157,15 @@ def test_every_step_has_one_prompt_of_every_task(gym):
 
 
 def searched(method, scores):
-    """Results of search runs whose last rollouts have these accuracies."""
+    """Results of search runs with these accuracies on training questions, 0.1 apart over tasks."""
+    places = [-0.15, -0.05, 0.05, 0.15]
     return {
-        f"search {method} {rate:g}": {"steps": [{"accuracy": 1.0}] + [{"accuracy": score}] * 3}
+        f"search {method} {rate:g}": {
+            "train": {
+                name: {"sampled": score + place}
+                for name, place in zip(sharpening.TASKS, places, strict=True)
+            }
+        }
         for rate, score in zip(sharpening.LEARNING_RATES, scores, strict=True)
     }
 
@@ -171,6 +177,7 @@ def test_seeds_wait_for_their_methods_search():
     assert len(searches) == rates * len(sharpening.METHODS)
     assert len(first) == len(searches) + len(sharpening.SEEDS)
     assert {run.options["seed"] for run in searches}.isdisjoint(sharpening.SEEDS)
+    assert {run.options["split"] for run in searches} == {"train"}
     half = searched("ttrl", [0.2] * rates)
     half.popitem()
     assert sharpening.plan(half) == first
