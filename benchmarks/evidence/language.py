@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 import tempfile
 import time
 from collections import Counter
@@ -16,8 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from powerflow_fast.evaluation import Sampling, complete, distinct_ngrams, is_correct, words
+import torch
+
+from powerflow_fast.evaluation import distinct_ngrams, is_correct, words
 from powerflow_fast.prompts import Question
+
+ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
 
 
 @functools.cache
@@ -84,6 +89,8 @@ def trained(
     max_new_tokens: int,
     prompts_per_step: int = 8,
     completions: int = 4,
+    shuffle: bool = True,
+    lora: dict[str, Any] | None = None,
     powerflow: dict[str, Any] | None = None,
     grpo: dict[str, Any] | None = None,
     rewards: Sequence[Callable] = (),
@@ -91,8 +98,9 @@ def trained(
     """Train a new adapter on the prompts of `questions`; it is taken off again on leaving.
 
     Either `powerflow` (options of PowerFlowConfig; `rewards` are its psi) or `grpo` (of TRL's
-    GRPOConfig; `rewards` are its rewards). Answers are looked up by `Rollouts` to draw curves, and
-    by a reward that says so.
+    GRPOConfig; `rewards` are its rewards); `lora` are options of the adapter beside `ADAPTER`'s.
+    Answers are looked up by `Rollouts` to draw curves, and by a reward that says so. Without
+    `shuffle` the questions come in the order given.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -102,7 +110,7 @@ def trained(
 
     model, tokenizer = base_model()
     rollouts = Rollouts({q.prompt: q.answers for q in questions})
-    order = random.Random(seed).sample(questions, len(questions))
+    order = random.Random(seed).sample(questions, len(questions)) if shuffle else [*questions]
     order = order * math.ceil(steps * prompts_per_step / len(order))
     with tempfile.TemporaryDirectory() as folder:
         options = dict(
@@ -127,9 +135,7 @@ def trained(
         common = dict(
             train_dataset=Dataset.from_list([{"prompt": q.prompt} for q in order]),
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"
-            ),
+            peft_config=LoraConfig(**ADAPTER | (lora or {})),
         )
         functions = [rollouts, *rewards]
         if powerflow is not None:
@@ -167,9 +173,7 @@ def measure(
     """
     _, tokenizer = base_model()
     prompts = [q.prompt for q in questions]
-    sampling = Sampling(samples, max_new_tokens, batch_size=128, seed=seed)
-    texts, length, _ = complete(model, tokenizer, prompts, sampling, likelihood=False)
-    greedy, _, _ = complete(model, tokenizer, prompts, sampling, greedy=True, likelihood=False)
+    texts, greedy, length = sample(model, tokenizer, prompts, samples, max_new_tokens, seed)
     groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
     right = [
         [is_correct(text, q.answers) for text in group]
@@ -196,13 +200,64 @@ def measure(
     }
 
 
-def answer_of(text: str) -> str:
-    """What a completion answers, without its wording: its last number, else its last word."""
-    found = words(text)
-    numbers = [word for word in found if word.isdigit()]
-    return (numbers or found or [""])[-1]
+@torch.no_grad()
+def sample(
+    model, tokenizer, prompts: Sequence[str], samples: int, max_new_tokens: int, seed: int
+) -> tuple[list[str], list[str], float]:
+    """(`samples` completions a prompt at T=1, the greedy ones, the samples' mean length in tokens).
+
+    A prompt is read once for all of its completions, the greedy one included, which is most of the
+    work where completions are shorter than prompts. The caller's random state is left as it was.
+    """
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    mask, rows = inputs["attention_mask"], samples + 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model(**inputs, position_ids=places, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(rows)
+        logits = out.logits[:, -1].repeat_interleave(rows, 0)
+        mask, place = mask.repeat_interleave(rows, 0), places[:, -1:].repeat_interleave(rows, 0)
+        tokens = []
+        while True:
+            token = torch.multinomial(logits.float().softmax(-1), 1)
+            token[::rows] = logits[::rows].argmax(-1, keepdim=True)
+            tokens.append(token)
+            if len(tokens) == max_new_tokens:
+                break
+            mask, place = torch.cat([mask, torch.ones_like(token)], 1), place + 1
+            step = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
+            logits = model(input_ids=token, **step, use_cache=True).logits[:, -1]
+    model.train(training)
+    ids = torch.cat(tokens, 1)
+    ended = ids == tokenizer.eos_token_id
+    kept = (ended.cumsum(1) - ended.long()) == 0  # the first end token is counted, as in training
+    texts = tokenizer.batch_decode(
+        [row[keep] for row, keep in zip(ids, kept, strict=True)], skip_special_tokens=True
+    )
+    sampled = [text for i, text in enumerate(texts) if i % rows]
+    length = kept.view(-1, rows, ids.shape[1])[:, 1:].sum(-1).float().mean()
+    return sampled, texts[::rows], float(length)
+
+
+NAME = re.compile(r"[A-Z][\w'-]*(?: [A-Z][\w'-]*)*")
+
+
+def answer_of(completion: str) -> str:
+    """What the completion of a statement answers, without what follows; "" where it says nothing.
+
+    Its first number, else its first name (capitalised words in a row), else its first word.
+    """
+    for pattern in (r"\d+", NAME, r"\w+"):
+        if found := re.search(pattern, completion):
+            return " ".join(words(found[0]))
+    return ""
 
 
 def majority(answers: Sequence[str]) -> str:
-    """The most frequent answer, the first of equals."""
-    return Counter(answers).most_common(1)[0][0]
+    """The most frequent answer that says something, the first of equals; "" where none does."""
+    counts = Counter(filter(None, answers)).most_common(1)
+    return counts[0][0] if counts else ""
