@@ -56,7 +56,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 LANGUAGE_SEEDS = (0, 1)
 LANGUAGE_STEPS, LEARNING_RATE = 8, 1e-3
-FIGURES = ("sampled", "greedy", "pass_at_k", "majority", "diversity")
+FIGURES = ("sampled", "greedy", "pass_at_k", "diversity")
 Results = dict[str, Any]
 
 
@@ -274,7 +274,6 @@ def _held_out_table(rows: list[Results]) -> str:
         "sampled": ("sampled", 100, ".1f"),
         "greedy": ("greedy", 100, ".1f"),
         "pass_at_k": ("pass@4", 100, ".1f"),
-        "majority": ("majority of 4", 100, ".1f"),
         "diversity": ("different right completions of 4", 1, ".2f"),
     }
     titles = [title if factor == 1 else f"{title}, %" for title, factor, _ in columns.values()]
@@ -315,14 +314,19 @@ def draw(figure: Any, results: Results) -> None:
     figure.set_size_inches(8, 6)
     runs = {name: entry["result"] for name, entry in results["runs"].items()}
     (left, right), (losses, accuracy) = figure.subplots(2, 2)
-    for axes, part, title in ((left, "estimators", "log Z'"), (right, "weights", "weight")):
+    for axes, part, title in (
+        (left, "estimators", "log Z'"),
+        (right, "weights", "importance weight"),
+    ):
         for setting in TABLES[part]:
             found = _of_seeds(runs, part, setting, TABLE_SEEDS)
             if found:
                 tv = _mean_over([one["tv"] for one in found])
                 axes.plot(found[0]["steps"], tv, label=setting, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="total variation")
-        axes.legend(title=title, fontsize=7)
+        axes.set_title(title, fontsize=9)
+        if axes.lines:
+            axes.legend(fontsize=7)
     for setting in LANGUAGE:
         found = _of_seeds(runs, "language", setting, LANGUAGE_SEEDS)
         if found:
