@@ -55,7 +55,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "bf16 logits": {},
 }
 LANGUAGE_SEEDS = (0, 1)
-LANGUAGE_STEPS, LEARNING_RATE = 8, 3e-4
+LANGUAGE_STEPS, LEARNING_RATE = 7, 3e-4
 FIGURES = ("sampled", "greedy", "pass_at_k", "diversity")
 Results = dict[str, Any]
 

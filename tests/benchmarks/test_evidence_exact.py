@@ -118,12 +118,15 @@ def test_tables_and_plot_come_from_the_results_file():
     (two, four) = file["summary"]["sampled"]
     assert not two["below_bar"] and two["tv_worst"] > exact.BAR  # five steps do not get there
     text = exact.tables(file)
-    assert f"| group | {two['tv_worst']:.0e} (above the bar) | {four['tv_worst']:.0e}" in text
+    assert (
+        f"| group, 2000 steps | {two['tv_worst']:.0e} (above the bar) | {four['tv_worst']:.0e}"
+        in text
+    )
     optimum = file["summary"]["enumerated"][0]
     assert optimum["tv"] < exact.BAR and max(optimum["tv_tilted"]) < exact.BAR
     assert min(optimum["tv_untilted"]) > 1e-2 and optimum["lambda_error"] < 1e-3
     assert f"{optimum['lambda'][0]:.2f}" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith("| group |")]
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("| group,")]
     assert widths == [4]
     drawn = plots.svg(lambda figure: exact.draw(figure, file))
     assert "on-policy, group log Z" in drawn and "vote of k" in drawn
