@@ -8,6 +8,7 @@ quantised, or does anything else first is refused: the loss would silently be an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ def read_head(model: PreTrainedModel) -> ModelHead:
         raise ValueError(f"model: expected one of transformers, unwrapped, got {type(model)}")
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+    # ZeRO-3 leaves an empty tensor that remembers its shape.
+    if not isinstance(weight, torch.Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise ValueError(
             f"{type(model).__name__}: expected a linear output layer with weight [V, H], got "
             f"{type(layer).__name__}; a quantised head must be excluded from quantisation "
@@ -77,16 +79,31 @@ def read_head(model: PreTrainedModel) -> ModelHead:
 
 
 def whole_head(model: PreTrainedModel) -> ModelHead:
-    """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that).
-
-    Raises:
-        ValueError: as `read_head`, and where the head is in shards of another kind.
-    """
+    """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that)."""
     head = read_head(model)
-    if hasattr(head.weight, "ds_id"):
-        raise ValueError("ZeRO-3: the head is in shards; use ZeRO-2, or FSDP2")
     weight, bias = (plain_tensor("lm_head", x, None) for x in (head.weight, head.bias))
     return head._replace(weight=weight, bias=bias)
+
+
+def through_head(
+    model: PreTrainedModel, compute: Callable[[Tensor, ModelHead], Any], hidden: Tensor
+) -> Any:
+    """`compute(hidden, head)`; where ZeRO-3 shards the head, in place of the head's own forward.
+
+    Then the head's hooks gather its weight, for its backward too, and reduce its gradient.
+    `compute` returns tensors: one, or a tuple or dict of them.
+    """
+    layer = model.get_output_embeddings()
+    if not hasattr(layer.weight, "ds_id"):
+        return compute(hidden, whole_head(model))
+    own = vars(layer).get("forward")
+    layer.forward = lambda hidden: compute(hidden, whole_head(model))
+    try:
+        return layer(hidden)
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 def logit_transform(config) -> dict[str, Any]:

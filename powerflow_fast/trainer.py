@@ -29,6 +29,7 @@ from powerflow_fast.model_head import (
     disable_dropout,
     last_hidden_state,
     read_head,
+    through_head,
 )
 from powerflow_fast.packing import check_packing, packed_hidden_state
 from powerflow_fast.rollout import counted, counted_mask, group_log_z, model_inputs, sampler_gap
@@ -292,9 +293,11 @@ class PowerFlowTrainer(WholeCheckpoints):
         if log_z is None:
             log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
         group_ids = inputs["group"] if isinstance(log_z, str) else None
-        with maybe_gather_lm_head_ctx(head.weight, head.bias, *ref_head):
-            return fused_linear_tb_loss(
-                counted(hidden, mask, head),
+
+        def loss_of_head(hidden, head) -> Tensor:
+            nonlocal out
+            out = fused_linear_tb_loss(
+                hidden,
                 head.weight,
                 inputs["completion_ids"][mask],
                 **{k: None if v is None else v.to(device) for k, v in reference.items()},
@@ -315,6 +318,12 @@ class PowerFlowTrainer(WholeCheckpoints):
                 group_ids=group_ids,
                 **head.transform,
             )
+            return out.loss
+
+        out = None
+        with maybe_gather_lm_head_ctx(*ref_head):
+            loss = through_head(base_model(policy), loss_of_head, counted(hidden, mask, head))
+        return out._replace(loss=loss)
 
     def _hidden(self, base, inputs) -> Tensor:  # [B, L, H]
         forward = packed_hidden_state if self.args.padding_free else last_hidden_state

@@ -63,10 +63,10 @@ class Kept:
         written.replace(self.path)
 
 
-def execute(experiment: str, options: dict[str, Any]) -> dict[str, Any]:
-    """In a worker: one run, with the seconds that it took."""
+def execute(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """In a worker: one run of the module `name`, with the seconds that it took."""
     began, cpu = time.perf_counter(), time.process_time()
-    result = module(experiment).run(**options)
+    result = importlib.import_module(name).run(**options)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return {"result": result, "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
 
@@ -108,7 +108,7 @@ def _results(kept: Kept) -> dict[str, Any]:
 
 
 def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> None:
-    plan = module(experiment).plan
+    plan, name = module(experiment).plan, module(experiment).__name__
     running: dict[Future, Run] = {}
     began, spent = time.perf_counter(), 0
     while True:
@@ -117,7 +117,7 @@ def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> Non
         for run in wanted:
             known = kept.result_of(run) is not None or run in running.values()
             if not known and len(running) < workers:
-                running[pool.submit(execute, experiment, run.options)] = run
+                running[pool.submit(execute, name, run.options)] = run
         if not running:
             kept.runs = {name: entry for name, entry in kept.runs.items() if name in names}
             return

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from powerflow_fast.head import linear_logprobs
-from powerflow_fast.model_head import ModelHead, backbone, base_model, check_head, whole_head
+from powerflow_fast.model_head import (
+    ModelHead,
+    backbone,
+    base_model,
+    check_head,
+    read_head,
+    through_head,
+)
 from powerflow_fast.options import HeadOptions
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -71,7 +78,6 @@ def patch_head(
     options = HeadOptions(temperature=temperature, **head)
     model = base_model(model)
     check_head(model)
-    whole_head(model)
     original = model.forward
 
     # The signature stays: generate() and Trainer look at it.
@@ -119,14 +125,17 @@ def score(
     hidden = out.last_hidden_state
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-    head = whole_head(model)
     # A model split over devices (`device_map`) may end on another one than its head.
-    hidden, shift_labels = (x.to(head.weight.device) for x in (hidden, shift_labels))
+    device = read_head(model).weight.device
+    hidden, shift_labels = (x.to(device) for x in (hidden, shift_labels))
     mask = shift_labels != -100
     context = torch.autocast(hidden.device.type, enabled=False) if in_fp32 else nullcontext()
     with context:
         rows = hidden[mask].float() if in_fp32 else hidden[mask]
-        fields = _statistics(rows, shift_labels[mask], head, options, outputs)
+        targets = shift_labels[mask]
+        fields = through_head(
+            model, lambda rows, head: _statistics(rows, targets, head, options, outputs), rows
+        )
     # Scattered with a graph, so that a batch with nothing to score gives a connected zero.
     fields = {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in fields.items()}
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

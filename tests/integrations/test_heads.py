@@ -193,10 +193,3 @@ def test_a_head_in_shards_of_fsdp2_in_the_root_unit_or_its_own():
     script = str(Path(__file__).with_name("fsdp_run.py"))
     run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]
-
-
-def test_a_head_in_shards_of_zero3_is_refused():
-    model = tiny.model()
-    model.lm_head.weight.ds_id = 1  # DeepSpeed's mark on a parameter that it has partitioned
-    with pytest.raises(ValueError, match="ZeRO-3"):
-        patch_head(model)
