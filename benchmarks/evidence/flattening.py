@@ -79,7 +79,7 @@ def sample(
     inputs = tokenizer([chat_prompt(p) for p in prompts], return_tensors="pt", padding=True)
     limit, end = TRAINING["max_new_tokens"], tokenizer.eos_token_id
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    model.eval()
+    model.eval()  # nothing trains on it afterwards
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         out = model.generate(

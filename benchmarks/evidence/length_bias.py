@@ -10,9 +10,9 @@ sum over tokens in the loss, as Dr. GRPO, arXiv 2503.20783). On policy and with 
 the gradient of TB is that of RL for the same energy, so the two trajectory forms differ by the
 scale of the gradient alone: their agreement is a check. Every method has the same learning rate.
 
-Every rollout is of the same two questions: between different ones, lengths differ more than a few
-steps could change them. So this shows what an objective does to its own samples, and nothing about
-questions that it was not trained on.
+Every rollout of a run is of the same two questions: between different ones, lengths differ more than
+a few steps could change them. So this shows what an objective does to its own samples, and nothing
+about questions that it was not trained on. Another seed has two other questions.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ METHODS = {  # name -> (options of PowerFlowConfig, or the reduction of RL's rew
     "RL, token": "mean",
     "LA-TB": {"balance": "length"},
 }
-QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?")
+# Of each seed. SmolLM2's greedy answers to them are right, and most of them long.
+QUESTIONS = (
+    ("What is the main language of France?", "What is the plural of mouse?"),
+    ("What color is the sky on a clear day?", "What is the opposite of hot?"),
+)
 TRAINING = dict(
-    steps=10,
+    steps=9,
     learning_rate=1e-3,
-    max_new_tokens=24,
-    prompts_per_step=len(QUESTIONS),
+    max_new_tokens=20,
+    prompts_per_step=2,
     completions=4,
 )
 GRPO = dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0)
@@ -64,9 +68,9 @@ def plan(done: dict[str, Any]) -> list[Run]:
 
 
 def run(method: str, seed: int) -> dict[str, Any]:
-    """Train by one method on `QUESTIONS`, in chat format; figures of every rollout."""
+    """Train by one method on the seed's `QUESTIONS`, in chat format; figures of every rollout."""
     known = {q.prompt: q.answers for q in read_questions()}
-    questions = [Question(chat_prompt(text), known[text]) for text in QUESTIONS]
+    questions = [Question(chat_prompt(text), known[text]) for text in QUESTIONS[seed]]
     form = METHODS[method]
     watched = Within()
     if isinstance(form, dict):

@@ -8,6 +8,7 @@ from benchmarks import plots
 from benchmarks.evidence import length_bias
 from benchmarks.evidence.energy import Energy, adapters_off, padded, token_logps
 from powerflow_fast import tb_loss
+from powerflow_fast.prompts import read_questions
 from tests import tiny
 
 PROMPTS = ["the capital of France is", "rain"]
@@ -81,8 +82,12 @@ def test_plan_covers_every_method_and_seed_and_is_plain_json():
     assert [run.options["seed"] for run in runs[: len(length_bias.METHODS)]] == [0] * 5
 
 
-def test_every_rollout_is_of_all_questions():
-    assert length_bias.TRAINING["prompts_per_step"] == len(length_bias.QUESTIONS)
+def test_every_rollout_is_of_all_the_questions_of_its_seed():
+    known = {question.prompt for question in read_questions(split="train")}
+    assert len(length_bias.QUESTIONS) == len(length_bias.SEEDS)
+    for questions in length_bias.QUESTIONS:
+        assert length_bias.TRAINING["prompts_per_step"] == len(questions)
+        assert known.issuperset(questions)
 
 
 def made_up(lengths):
