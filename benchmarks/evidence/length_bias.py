@@ -10,9 +10,9 @@ sum over tokens in the loss, as Dr. GRPO, arXiv 2503.20783). On policy and with 
 the gradient of TB is that of RL for the same energy, so the two trajectory forms differ by the
 scale of the gradient alone: their agreement is a check. Every method has the same learning rate.
 
-Every rollout of a run is of the same two questions: between different ones, lengths differ more than
-a few steps could change them. So this shows what an objective does to its own samples, and nothing
-about questions that it was not trained on. Another seed has two other questions.
+Every rollout of a run is of the same two questions: between different ones, lengths differ more
+than a few steps could change them. So this shows what an objective does to its own samples, and
+nothing about questions that it was not trained on. Another seed has two other questions.
 """
 
 from __future__ import annotations
