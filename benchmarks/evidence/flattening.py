@@ -21,7 +21,7 @@ from powerflow_fast.prompts import OPEN_PROMPTS, Question, read_questions
 
 TITLE = "Quality against semantic diversity: PowerFlow with alpha < 1, and temperature"
 SEEDS = (0, 1)
-TEMPERATURES = (1.0, 1.25, 1.5, 2.0)
+TEMPERATURES = (1.0, 1.15, 1.3, 1.5)
 ALPHAS = (0.5, 0.75)
 TRAINING = dict(steps=6, learning_rate=1e-3, max_new_tokens=20, prompts_per_step=4, completions=4)
 SAMPLES = 4  # completions of each held-out prompt

@@ -26,6 +26,7 @@ from benchmarks.evidence import Run, language
 from benchmarks.evidence.energy import Energy
 from powerflow_fast import health
 from powerflow_fast.demo import chat_prompt
+from powerflow_fast.evaluation import is_correct
 from powerflow_fast.prompts import Question, read_questions
 
 TITLE = "Length, repetition and accuracy of five ways to match p^alpha"
@@ -54,6 +55,7 @@ GRPO = dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0)
 PANELS = {  # of a step -> label
     "length": "tokens a completion",
     "distinct_4grams": "distinct 4-grams within it",
+    "echoes": "share that repeats its question",
     "accuracy": "accuracy",
 }
 
@@ -72,7 +74,7 @@ def run(method: str, seed: int) -> dict[str, Any]:
     known = {q.prompt: q.answers for q in read_questions()}
     questions = [Question(chat_prompt(text), known[text]) for text in QUESTIONS[seed]]
     form = METHODS[method]
-    watched = Within()
+    watched = Within({chat_prompt(text): text for text in QUESTIONS[seed]})
     if isinstance(form, dict):
         how = dict(powerflow={"alpha": ALPHA, **form}, rewards=[watched])
     else:
@@ -85,14 +87,20 @@ def run(method: str, seed: int) -> dict[str, Any]:
 
 @dataclass
 class Within:
-    """A reward worth 0 that keeps each rollout's share of distinct 4-grams, and one completion."""
+    """A reward worth 0 that keeps how much of a rollout repeats itself or its prompt."""
 
+    questions: dict[str, str]  # prompt -> question
     __name__: str = "within"
     steps: list[dict[str, Any]] = field(default_factory=list)
 
-    def __call__(self, completions, completion_ids, **_: Any) -> list[float]:
-        share = health.distinct_ngrams(completion_ids)
-        self.steps.append({"distinct_4grams": round(share, 4), "sample": completions[0]})
+    def __call__(self, prompts, completions, completion_ids, **_: Any) -> list[float]:
+        pairs = zip(completions, prompts, strict=True)
+        echoes = [is_correct(text, [self.questions[prompt]]) for text, prompt in pairs]
+        line = {
+            "distinct_4grams": round(health.distinct_ngrams(completion_ids), 4),
+            "echoes": sum(echoes) / len(echoes),
+        }
+        self.steps.append({**line, "sample": completions[0]})
         return [0.0] * len(completions)
 
 
@@ -132,12 +140,12 @@ def tables(results: dict[str, Any]) -> str:
     summary = results["summary"]
     lines = [
         "| first -> last quarter of the steps | tokens | distinct 4-grams within | "
-        "tokens equal to the one before | accuracy |",
-        "| --- | --- | --- | --- | --- |",
+        "tokens equal to the one before | repeat the question | accuracy |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, figures in summary.items():
         cells = [_change(figures["length"], "{:.1f}".format)]
-        for name in ("distinct_4grams", "repeated", "accuracy"):
+        for name in ("distinct_4grams", "repeated", "echoes", "accuracy"):
             cells.append(_change(figures[name], lambda x: f"{100 * x:.0f} %"))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

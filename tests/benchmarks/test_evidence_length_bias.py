@@ -91,7 +91,7 @@ def test_every_rollout_is_of_all_the_questions_of_its_seed():
 
 
 def made_up(lengths):
-    line = {"distinct_4grams": 0.5, "repeated": 0.25, "accuracy": 0.125}
+    line = {"distinct_4grams": 0.5, "repeated": 0.25, "echoes": 0.75, "accuracy": 0.125}
     return {"steps": [{"length": float(n), **line} for n in lengths]}
 
 
@@ -115,7 +115,7 @@ def test_table_and_plot_from_results_alone():
     rows = length_bias.tables(results).splitlines()
     assert rows[-1] == (
         "| LA-TB | 21.0 -> 18.5 (17.0, 20.0) | 50 % -> 50 % (50 %, 50 %) "
-        "| 25 % -> 25 % (25 %, 25 %) | 12 % -> 12 % (12 %, 12 %) |"
+        "| 25 % -> 25 % (25 %, 25 %) | 75 % -> 75 % (75 %, 75 %) | 12 % -> 12 % (12 %, 12 %) |"
     )
     drawn = [plots.svg(lambda figure: length_bias.draw(figure, results)) for _ in range(2)]
     assert drawn[0] == drawn[1]
@@ -124,3 +124,11 @@ def test_table_and_plot_from_results_alone():
 
 def test_smooth_is_the_mean_of_the_last_values():
     assert length_bias.smooth([3.0, 6.0, 9.0, 0.0]) == [3.0, 4.5, 6.0, 5.0]
+
+
+def test_within_counts_repetition_and_echoes():
+    within = length_bias.Within({"<user>What is it?": "What is it?"})
+    texts = ["What, what is it?", "It is."]
+    ids = [[1, 2, 3, 4, 1, 2, 3, 4], [5, 6]]  # 4 of 5 4-grams are distinct; too short for one
+    assert within(["<user>What is it?"] * 2, texts, ids) == [0.0, 0.0]
+    assert within.steps == [{"distinct_4grams": 0.8, "echoes": 0.5, "sample": texts[0]}]
