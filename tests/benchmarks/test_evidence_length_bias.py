@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks import plots
-from benchmarks.evidence import length_bias
+from benchmarks.evidence import language, length_bias
 from benchmarks.evidence.energy import Energy, adapters_off, padded, token_logps
 from powerflow_fast import tb_loss
 from powerflow_fast.prompts import read_questions
@@ -71,6 +71,21 @@ def test_on_policy_gradient_of_tb_is_that_of_rl_for_the_same_energy(balance):
     advantage = reward - reward.view(-1, 4).mean(1).repeat_interleave(4)
     policy_gradient = -(2 / 8) * advantage[:, None] * mask
     torch.testing.assert_close(logps.grad, policy_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["TB, token", "RL, token"])
+def test_run_trains_and_leaves_the_base_as_it_was(monkeypatch, method):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(language, "base_model", lambda: (model, tokenizer))
+    monkeypatch.setitem(length_bias.TRAINING, "steps", 2)
+    monkeypatch.setitem(length_bias.TRAINING, "max_new_tokens", 4)
+    result = length_bias.run(method, seed=1)
+    assert len(result["steps"]) == 2
+    assert {*length_bias.PANELS, "repeated", "sample"} <= result["steps"][0].keys()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_plan_covers_every_method_and_seed_and_is_plain_json():
