@@ -23,11 +23,11 @@ TITLE = "Quality against semantic diversity: PowerFlow with alpha < 1, and tempe
 SEEDS = (0, 1)
 TEMPERATURES = (1.0, 1.15, 1.3, 1.5)
 ALPHAS = (0.5, 0.75)
-TRAINING = dict(steps=6, learning_rate=1e-3, max_new_tokens=20, prompts_per_step=4, completions=4)
+TRAINING = dict(steps=8, learning_rate=5e-4, max_new_tokens=20, prompts_per_step=4, completions=4)
 SAMPLES = 4  # completions of each held-out prompt
 EXAMPLES = 6  # kept in the results file
 QUALITIES = {  # figure -> label
-    "log_likelihood": "log-likelihood of a word under trigrams, nats",
+    "log_likelihood": "log-likelihood of a word, nats",
     "all_rules": "share that passes every rule",
 }
 
@@ -166,6 +166,7 @@ def draw(figure, results: dict[str, Any]) -> None:
             axes.plot(*center, marker, color=color)
             axes.annotate(label, center, xytext=(4, 4), textcoords="offset points", fontsize=8)
         axes.set(xlabel="semantic diversity (cosine distance)", ylabel=name)
+        axes.margins(0.15)
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -54,8 +54,8 @@ TRAINING = dict(
 GRPO = dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0)
 PANELS = {  # of a step -> label
     "length": "tokens a completion",
-    "distinct_4grams": "distinct 4-grams within it",
-    "echoes": "share that repeats its question",
+    "distinct_4grams": "distinct 4-grams within one",
+    "echoes": "repeat their question",
     "accuracy": "accuracy",
 }
 
@@ -130,7 +130,7 @@ def draw(figure, results: dict[str, Any]) -> None:
             for curve in curves:
                 axes.plot(range(1, len(curve) + 1), curve, color=line.get_color(), linewidth=0.5)
         axes.set(xlabel="step", ylabel=label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, None if name == "length" else 1.05)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(runs))
 
