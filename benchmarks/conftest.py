@@ -19,7 +19,7 @@ from benchmarks.peers import PEERS
 
 pytest_plugins = ["benchmarks.budget"]
 # In order of importance; a file without a group of its own is the group its name says.
-ORDER = ("tb-frozen", "certified", "forward", "pair", "training-step", "scaling", "tb-trained")
+ORDER = ("tb-frozen", "certified", "forward", "pair", "tb-trained", "training-step", "scaling")
 
 # Whole trainers, minutes each: only where --groups or the command line names them.
 ON_REQUEST = ("grpo-step", "trainer-step")

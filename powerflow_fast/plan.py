@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from powerflow_fast.model_shapes import ModelShape
+from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
@@ -139,13 +140,15 @@ def backward_bytes(run: Run, sequences: int) -> float:
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     """Of policy and reference log-probs and the gradient of the hidden states.
 
-    Fused: packed states of both models, gradient and its direction in float32, and bounded buffers.
+    Fused: packed states of both models, gradient and its direction in float32, bounded buffers, and
+    what a trained head keeps for backward.
     Else: logits in the run's width, in float32, and their gradient (the reference's pass is over).
     """
     n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
     packed = n * h * (3 * run.width)
     if fused:
-        return packed + n * h * 4 + min(HEAD_BUDGET[run.device], n * v * (4 + run.width))
+        kept = min(LARGEST_BYTES, 4 * v * h, n * v * run.width) if run.lora_rank == 0 else 0
+        return packed + n * h * 4 + min(HEAD_BUDGET[run.device], n * v * (4 + run.width)) + kept
     return packed + n * v * (run.width + 4 + 4)
 
 

@@ -23,8 +23,8 @@ def files() -> dict[Path, str]:
             blocks += [
                 module(name).tables(results),
                 f"![{module(name).TITLE}](../results/{plot.name})",
-                f"{results_file.source(results)} {results['minutes']} minutes with "
-                f"{results['workers']} processes of one thread.",
+                f"{results_file.source(results)} {len(results['runs'])} runs, "
+                f"{results['cpu_minutes']} CPU-minutes, one thread each.",
             ]
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not block.search(text):

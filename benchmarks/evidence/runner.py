@@ -94,7 +94,7 @@ def run_all(experiments: Iterable[str], workers: int, say: Callable[[str], None]
             content = {
                 "workers": workers,
                 "minutes": round((time.perf_counter() - began) / 60, 1),
-                "worker_minutes": round(sum(r["seconds"] for r in kept.runs.values()) / 60, 1),
+                "cpu_minutes": round(sum(r["cpu_seconds"] for r in kept.runs.values()) / 60, 1),
                 "summary": module(experiment).summarise(_results(kept)),
                 "runs": kept.runs,
             }

@@ -4,7 +4,7 @@ Diversity: distances between sentence embeddings (all-MiniLM-L6-v2, of `gt-all-m
 loader wants sentence-transformers, so transformers reads the files).
 
 Quality: the log-probability per word under the US English trigram model of CMU Sphinx (of
-`pocketsphinx`, about 20,000 words). It shares neither data nor training with SmolLM2. It tells
+`pocketsphinx`, about 20,000 words). It is a model of another kind, trained by others. It tells
 whether words follow one another as in English, and knows nothing of sense or of anything more than
 two words back; a repeated common word scores well, which is what the rules are for.
 """

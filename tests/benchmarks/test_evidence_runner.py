@@ -68,7 +68,7 @@ def test_the_page_holds_tables_and_plots_of_the_results(toy, tmp_path, monkeypat
     runner.run_all(["toy"], workers=1, say=lambda line: None)
     files = page.files()
     text = files.pop(page.PAGE)
-    assert "| final |\n| --- |\n| -18 |" in text and "processes of one thread" in text
+    assert "| final |\n| --- |\n| -18 |" in text and "4 runs, 0.0 CPU-minutes" in text
     assert "<!-- never_run -->\nNot run yet.\n<!-- /never_run -->" in text and "old" not in text
     ((path, drawn),) = files.items()
     assert path.name in text and drawn.startswith("<?xml")
