@@ -14,7 +14,7 @@ import torch
 
 from powerflow_fast import linear_logprobs
 from powerflow_fast.model_head import last_hidden_state, read_head
-from powerflow_fast.rollout import counted, model_inputs
+from powerflow_fast.rollout import counted
 
 
 @dataclass
@@ -61,7 +61,11 @@ def padded(tokenizer, prompts: Sequence[str], completion_ids) -> dict[str, torch
 def token_logps(model, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
     """[B, T] log-probs of the completions' tokens, 0 where there is none."""
     mask, head = rollout["completion_mask"].bool(), read_head(model)
-    hidden = counted(last_hidden_state(model, *model_inputs(rollout)), mask, head)
+    ids, attention = (
+        torch.cat([rollout[f"prompt_{kind}"], rollout[f"completion_{kind}"]], dim=1)
+        for kind in ("ids", "mask")
+    )
+    hidden = counted(last_hidden_state(model, ids, attention), mask, head)
     targets = rollout["completion_ids"][mask]
     logps = torch.zeros(mask.shape)
     logps[mask] = linear_logprobs(hidden, head.weight, targets, bias=head.bias, **head.transform)
