@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import plots, results_file
 from benchmarks.evidence import page as evidence_page
+from benchmarks.evidence import sharpening
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 Row = dict[str, Any]
@@ -212,7 +213,13 @@ def demo_tables() -> str:
     return "\n\n".join(blocks)
 
 
-TABLES = {"head": head_tables, "demo": demo_tables}
+def evidence_table() -> str:
+    """Accuracy of PowerFlow and its rivals."""
+    every = results_file.load("evidence-sharpening")
+    return "\n\n".join(f"{sharpening.accuracy_table(r)}\n\n{r['device']}." for r in every)
+
+
+TABLES = {"head": head_tables, "demo": demo_tables, "evidence": evidence_table}
 
 
 def render(text: str) -> str:

@@ -190,7 +190,8 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def tables(results: dict[str, Any]) -> str:
+def accuracy_table(results: dict[str, Any]) -> str:
+    """Of one sample, by method and task."""
     summary = results["summary"]
     seeds = len(SEEDS)
     text = [
@@ -210,7 +211,13 @@ def tables(results: dict[str, Any]) -> str:
                 cell += f" ({_percent(entry['gain_sampled'][name], '{:+.0f}')})"
             cells.append(cell)
         text.append(f"| {label} | {' | '.join(cells)} |")
-    text += [
+    return "\n".join(text)
+
+
+def tables(results: dict[str, Any]) -> str:
+    summary = results["summary"]
+    text = [
+        accuracy_table(results),
         "",
         "Mean over the four tasks, per cent (the last column counts); learning rate as searched: "
         "accuracy on training questions after a shorter run, per cent, for "
