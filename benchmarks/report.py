@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import plots, results_file
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
+from benchmarks.markdown import table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 Row = dict[str, Any]
@@ -67,18 +68,13 @@ def _inputs(row: Row) -> str:
 
 
 def _step_table(rows: list[Row]) -> str:
-    lines = [
-        f"| {_inputs(rows[0])} | one step | over the floor ({_seconds(rows[0]['floor_seconds'])}) "
-        "| extra memory | gradient error |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    floor = f"over the floor ({_seconds(rows[0]['floor_seconds'])})"
+    lines = []
     for row in sorted(rows, key=lambda row: row["seconds"]):
         extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
-        lines.append(
-            f"| {_label(row)} | {_time(row)} | {row['ratio_to_floor']:.2f}x "
-            f"| {extra} | {row['error']:.0e} |"
-        )
-    return "\n".join(lines)
+        ratio, error = f"{row['ratio_to_floor']:.2f}x", f"{row['error']:.0e}"
+        lines.append((_label(row), _time(row), ratio, extra, error))
+    return table((_inputs(rows[0]), "one step", floor, "extra memory", "gradient error"), lines)
 
 
 def _label(row: Row) -> str:
@@ -111,21 +107,17 @@ def _side_by_side(rows: list[Row]) -> Iterator[list[Row]]:
 def _group_table(rows: list[Row]) -> str:
     """Peers down, groups across; each cell the time and its ratio to that group's floor."""
     groups = [group for group in GROUP_COLUMNS if any(row["group"] == group for row in rows)]
-    lines = [
-        f"| {_inputs(rows[0])} | " + " | ".join(GROUP_COLUMNS[group] for group in groups) + " |",
-        "| --- |" + " --- |" * len(groups),
-    ]
+    lines = []
     for peer in dict.fromkeys(row["peer"] for row in rows):
-        cells = []
+        cells = [f"**{peer}**" if peer == OURS else peer]
         for group in groups:
             found = [row for row in rows if (row["peer"], row["group"]) == (peer, group)]
             cell = "-"
             if found:
                 cell = f"{_seconds(found[0]['seconds'])} ({found[0]['ratio_to_floor']:.2f}x)"
             cells.append(cell)
-        name = f"**{peer}**" if peer == OURS else peer
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table([_inputs(rows[0]), *(GROUP_COLUMNS[group] for group in groups)], lines)
 
 
 def _by_model(rows: list[Row]) -> Iterator[list[Row]]:
@@ -136,35 +128,36 @@ def _by_model(rows: list[Row]) -> Iterator[list[Row]]:
 
 def _training_table(rows: list[Row]) -> str:
     first = rows[0]
-    lines = [
-        f"| training step, LoRA, {first['model']}, {first['dtype']}, {first['tokens']} tokens "
-        "| one step | tokens/s | peak memory |",
-        "| --- | --- | --- | --- |",
-    ]
+    what = f"training step, LoRA, {first['model']}, {first['dtype']}, {first['tokens']} tokens"
+    lines = []
     for row in sorted(rows, key=lambda row: row["seconds"]):
-        lines.append(
-            f"| {_label(row)} | {_time(row)} | {row['tokens_per_second']:.0f} "
-            f"| {row['peak_bytes'] / 1e9:.2f} GB |"
-        )
-    return "\n".join(lines)
+        rate, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 1e9:.2f} GB"
+        lines.append((_label(row), _time(row), rate, peak))
+    return table((what, "one step", "tokens/s", "peak memory"), lines)
 
 
 def _certified_table(rows: list[Row]) -> list[str]:
     chosen = [row for row in rows if row["group"] == "certified" and row["grad_tolerance"] > 0]
     if not chosen:
         return []
-    lines = [
-        "| certified gradient: policy's entropy | tolerance | over the exact step "
-        "| columns kept | worst mass left out |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "certified gradient: policy's entropy",
+        "tolerance",
+        "over the exact step",
+        "columns kept",
+        "worst mass left out",
+    )
+    lines = []
     for row in sorted(chosen, key=lambda row: (-row["entropy"], row["grad_tolerance"])):
-        lines.append(
-            f"| {row['entropy']:.2f} nats ({row['source']}) | {row['grad_tolerance']:.0e} "
-            f"| {row['seconds'] / row['exact_seconds']:.2f}x | {100 * row['columns_kept']:.1f} % "
-            f"| {row['skipped_mass']:.0e} |"
+        cells = (
+            f"{row['entropy']:.2f} nats ({row['source']})",
+            f"{row['grad_tolerance']:.0e}",
+            f"{row['seconds'] / row['exact_seconds']:.2f}x",
+            f"{100 * row['columns_kept']:.1f} %",
+            f"{row['skipped_mass']:.0e}",
         )
-    return ["\n".join(lines)]
+        lines.append(cells)
+    return [table(head, lines)]
 
 
 def _slopes(rows: list[Row]) -> list[str]:
@@ -224,11 +217,11 @@ TABLES = {"head": head_tables, "demo": demo_tables, "evidence": evidence_table}
 
 def render(text: str) -> str:
     """The README with every table regenerated."""
-    for name, table in TABLES.items():
+    for name, tables in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not block.search(text):
             raise ValueError(f"README.md: expected a block <!-- {name} --> ... <!-- /{name} -->")
-        text = block.sub(lambda match, table=table: match[1] + table() + "\n" + match[2], text)
+        text = block.sub(lambda match, tables=tables: match[1] + tables() + "\n" + match[2], text)
     return text
 
 

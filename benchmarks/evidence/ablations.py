@@ -18,6 +18,7 @@ import torch
 from benchmarks.evidence import Run, language
 from benchmarks.evidence.enumerable import Enumerable, marks, total_variation, train
 from benchmarks.evidence.tasks import task
+from benchmarks.markdown import table
 from powerflow_fast import fused_linear_tb_loss
 
 TITLE = "Options of the objective, one changed at a time"
@@ -96,9 +97,9 @@ def on_table(part: str, setting: str, seed: int, steps: int = STEPS) -> Results:
         updates=UPDATES if reused else 1,
         **TABLES[part][setting],
     )
-    for step, table in training:
+    for step, logits in training:
         if step in wanted:
-            distance = total_variation(model.totals(table), target).mean().item()
+            distance = total_variation(model.totals(logits), target).mean().item()
             curve["steps"].append(step)
             curve["tv"].append(float(f"{distance:.4g}"))
     return curve
@@ -252,16 +253,11 @@ def tables(results: Results) -> str:
 
 def _tabular_table(rows: list[Results], title: str) -> str:
     steps = list(rows[0]["tv"])
-    lines = [
-        f"| {title}: total variation, mean (least to most of {len(TABLE_SEEDS)} seeds) after | "
-        + " | ".join(f"{step} steps" for step in steps)
-        + " |",
-        "| --- |" + " --- |" * len(steps),
-    ]
-    for row in rows:
-        cells = " | ".join(_range(row["tv"][step], 1, ".3f") for step in steps)
-        lines.append(f"| {row['setting']} | {cells} |")
-    return "\n".join(lines)
+    first = f"{title}: total variation, mean (least to most of {len(TABLE_SEEDS)} seeds) after"
+    return table(
+        [first, *(f"{step} steps" for step in steps)],
+        ([row["setting"], *(_range(row["tv"][step], 1, ".3f") for step in steps)] for row in rows),
+    )
 
 
 def _range(spread: Results, factor: float, form: str) -> str:
@@ -277,36 +273,36 @@ def _held_out_table(rows: list[Results]) -> str:
         "diversity": ("different right completions of 4", 1, ".2f"),
     }
     titles = [title if factor == 1 else f"{title}, %" for title, factor, _ in columns.values()]
-    lines = [
-        f"| SmolLM2, {LANGUAGE_STEPS} steps, held out, {len(LANGUAGE_SEEDS)} seeds | "
-        + " | ".join(titles)
-        + " |",
-        "| --- |" + " --- |" * len(columns),
-    ]
+    lines = []
     for row in rows:
         cells = [_range(row[name], factor, form) for name, (_, factor, form) in columns.items()]
-        lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row["setting"], *cells])
+    first = f"SmolLM2, {LANGUAGE_STEPS} steps, held out, {len(LANGUAGE_SEEDS)} seeds"
+    return table([first, *titles], lines)
 
 
 def _apart_table(rows: list[Results]) -> str:
-    lines = [
-        "| against the exact fp32 run of the same seed | steps with the same rollouts "
-        "| loss, largest relative difference over these | training accuracy, largest difference "
-        "over all | held-out sampled accuracy | columns kept, first and last step |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "against the exact fp32 run of the same seed",
+        "steps with the same rollouts",
+        "loss, largest relative difference over these",
+        "training accuracy, largest difference over all",
+        "held-out sampled accuracy",
+        "columns kept, first and last step",
+    )
+    lines = []
     for row in rows:
         relative, kept = row["relative_loss_difference"], row["columns_kept"]
         cells = (
+            f"{row['setting']}, seed {row['seed']}",
             f"{row['same_steps']} of {row['steps']}",
             "-" if relative is None else f"{relative:.0e}",
             f"{100 * row['accuracy_difference_all_steps']:.1f} points",
             f"{100 * row['held_out_difference']:+.1f} points",
             "-" if kept is None else f"{100 * kept[0]:.0f} %, {100 * kept[1]:.0f} %",
         )
-        lines.append(f"| {row['setting']}, seed {row['seed']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def draw(figure: Any, results: Results) -> None:

@@ -19,6 +19,7 @@ from benchmarks.evidence.enumerable import (
     train,
 )
 from benchmarks.evidence.power_facts import length_variance, majority, second_order, tilted
+from benchmarks.markdown import table
 
 TITLE = "Policies of enumerable models against the power distribution"
 BAR = 1e-3  # of total variation
@@ -68,9 +69,9 @@ def sampled(setting: str, alpha: float, seed: int, **changed: Any) -> Results:
     kept["kl"] = []
     options = {**TRAINING, **RATES.get(alpha, {}), **SETTINGS[setting], **changed}
     wanted = set(marks(options["steps"]))
-    for step, table in train(model, alpha, seed=seed, **options):
+    for step, logits in train(model, alpha, seed=seed, **options):
         if step in wanted:
-            totals = model.totals(table)
+            totals = model.totals(logits)
             distance = total_variation(totals, target)
             kept["steps"].append(step)
             kept["tv"].append(distance.mean().item())
@@ -85,8 +86,8 @@ def enumerated(alpha: float) -> Results:
     equal = Enumerable(3, 4, prompts=PROMPTS)
     unequal = Enumerable(3, 4, stop=True, prompts=PROMPTS)
     totals = equal.totals(optimum(equal, alpha)[0])
-    table, tilt = optimum(unequal, alpha)
-    policy, power = unequal.totals(table), unequal.power(alpha)
+    logits, tilt = optimum(unequal, alpha)
+    policy, power = unequal.totals(logits), unequal.power(alpha)
     return {
         "tv": total_variation(totals, equal.power(alpha)).max().item(),
         "kl": kl(totals, equal.power(alpha)).max().item(),
@@ -138,12 +139,7 @@ def tables(results: Results) -> str:
 def _sampled_table(summary: Results) -> str:
     by_place = {(row["setting"], row["alpha"]): row for row in summary["sampled"]}
     alphas = sorted({alpha for _, alpha in by_place})
-    lines = [
-        f"| sampled training: worst total variation of {PROMPTS * len(SEEDS)} tables | "
-        + " | ".join(f"alpha {alpha:g}" for alpha in alphas)
-        + " |",
-        "| --- |" + " --- |" * len(alphas),
-    ]
+    lines = []
     for setting in SETTINGS:
         cells = []
         for alpha in alphas:
@@ -151,19 +147,27 @@ def _sampled_table(summary: Results) -> str:
             mark = "" if row is None or row["below_bar"] else " (above the bar)"
             cells.append("-" if row is None else f"{row['tv_worst']:.0e}{mark}")
         steps = {**TRAINING, **SETTINGS[setting]}["steps"]
-        lines.append(f"| {setting}, {steps} steps | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nThe bar is {summary['bar']:.0e}."
+        lines.append([f"{setting}, {steps} steps", *cells])
+    first = f"sampled training: worst total variation of {PROMPTS * len(SEEDS)} tables"
+    head = [first, *(f"alpha {alpha:g}" for alpha in alphas)]
+    return table(head, lines) + f"\n\nThe bar is {summary['bar']:.0e}."
 
 
 def _enumerated_table(rows: list[Results]) -> str:
-    lines = [
-        "| minimum of the loss over all sequences | TV, equal lengths | lambda, unequal lengths "
-        "| TV to the tilted target | TV to p^alpha / Z | KL to p^alpha / Z | lambda^2 / 2 Var |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "minimum of the loss over all sequences",
+        "TV, equal lengths",
+        "lambda, unequal lengths",
+        "TV to the tilted target",
+        "TV to p^alpha / Z",
+        "KL to p^alpha / Z",
+        "lambda^2 / 2 Var",
+    )
+    lines = []
     for row in rows:
         second = [x**2 / 2 * v for x, v in zip(row["lambda"], row["variance"], strict=True)]
         cells = (
+            f"alpha {row['alpha']:g}",
             f"{row['tv']:.0e}",
             _each(row["lambda"], ".2f"),
             f"{max(row['tv_tilted']):.0e}",
@@ -171,8 +175,8 @@ def _enumerated_table(rows: list[Results]) -> str:
             _each(row["kl_untilted"], ".3f"),
             _each(second, ".3f"),
         )
-        lines.append(f"| alpha {row['alpha']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def _each(values: list[float], form: str) -> str:
@@ -181,27 +185,21 @@ def _each(values: list[float], form: str) -> str:
 
 
 def _second_order_table(rows: list[Results]) -> str:
-    lines = [
-        "| KL of the tilt against lambda | power of lambda, up to 0.1 "
-        "| KL over lambda^2 / 2 Var at -0.1, 0.1 | at -1, 1 |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| alpha {row['alpha']:g} | {row['slope']:.3f} | {_each(row['ratio_at_0.1'], '.2f')} "
-        f"| {_each(row['ratio_at_1'], '.2f')} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    head = (
+        "KL of the tilt against lambda",
+        "power of lambda, up to 0.1",
+        "KL over lambda^2 / 2 Var at -0.1, 0.1",
+        "at -1, 1",
+    )
+    lines = []
+    for row in rows:
+        ratios = [_each(row[name], ".2f") for name in ("ratio_at_0.1", "ratio_at_1")]
+        lines.append([f"alpha {row['alpha']:g}", f"{row['slope']:.3f}", *ratios])
+    return table(head, lines)
 
 
 def _majority_table(found: Results) -> str:
-    powers = found["powers"]
-    lines = [
-        "| probability of the base's likeliest answer | "
-        + " | ".join(f"{power}" for power in powers)
-        + " |",
-        "| --- |" + " --- |" * len(powers),
-    ]
+    lines = []
     kinds = {
         "votes": "majority of k samples, k =",
         "answers": "p(answer)^alpha, alpha =",
@@ -209,10 +207,11 @@ def _majority_table(found: Results) -> str:
     }
     for place in ("first", "last"):
         for kind, title in kinds.items():
-            cells = " | ".join(f"{100 * value:.0f} %" for value in found[place][kind])
-            lines.append(f"| answer {place}: {title} | {cells} |")
+            cells = [f"{100 * value:.0f} %" for value in found[place][kind]]
+            lines.append([f"answer {place}: {title}", *cells])
     shares = " and ".join(f"{100 * found[p]['mode_has_it']:.0f} %" for p in ("first", "last"))
-    return "\n".join(lines) + (
+    head = ["probability of the base's likeliest answer", *map(str, found["powers"])]
+    return table(head, lines) + (
         f"\n\nThe likeliest sequence has the likeliest answer in {shares} of the models "
         "(answer first, answer last): the limits of the lines of p(sequence)^alpha."
     )

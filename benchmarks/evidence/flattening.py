@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.evidence import Run, language, texts
+from benchmarks.markdown import table
 from powerflow_fast.demo import chat_prompt
 from powerflow_fast.evaluation import distinct_ngrams
 from powerflow_fast.health import distinct_ngrams as distinct_within
@@ -181,29 +182,26 @@ def tables(results: dict[str, Any]) -> str:
         "length": ("tokens", "{:.1f}"),
     }
     heads = [title for title, _ in shown.values()]
-    lines = [
-        "| | " + " | ".join([*heads, *texts.RULES]) + " |",
-        "| --- " * (1 + len(heads) + len(texts.RULES)) + "|",
-    ]
+    lines = []
     for label in settings(done):
         cells = [form.format(mean(done, label, key)) for key, (_, form) in shown.items()]
         for rule in texts.RULES:
             share = statistics.fmean(result["rules"][rule] for result in _of(done, label))
             cells.append(f"{share:.0%}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_leads(results["summary"]["lead"])])
+        lines.append([label, *cells])
+    return table(["", *heads, *texts.RULES], lines) + "\n\n" + _leads(results["summary"]["lead"])
 
 
-def _leads(leads: dict[str, Any]) -> list[str]:
-    lines = ["| at equal diversity, over temperature, per seed | nats a word | all rules |"]
-    lines.append("| --- | --- | --- |")
+def _leads(leads: dict[str, Any]) -> str:
+    head = ("at equal diversity, over temperature, per seed", "nats a word", "all rules")
+    lines = []
     for label, qualities in leads.items():
         cells = []
         for quality, form in (("log_likelihood", "{:+.2f}"), ("all_rules", "{:+.1%}")):
             values = qualities[quality]
             cells.append(", ".join("outside" if v is None else form.format(v) for v in values))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([label, *cells])
+    return table(head, lines)
 
 
 def settings(done: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.evidence import Run, language
 from benchmarks.evidence.energy import Energy
+from benchmarks.markdown import table
 from powerflow_fast import health
 from powerflow_fast.demo import chat_prompt
 from powerflow_fast.evaluation import is_correct
@@ -138,17 +139,21 @@ def draw(figure, results: dict[str, Any]) -> None:
 def tables(results: dict[str, Any]) -> str:
     """First and last quarter of the steps, mean over seeds."""
     summary = results["summary"]
-    lines = [
-        "| first -> last quarter of the steps | tokens | distinct 4-grams within | "
-        "tokens equal to the one before | repeat the question | accuracy |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "first -> last quarter of the steps",
+        "tokens",
+        "distinct 4-grams within",
+        "tokens equal to the one before",
+        "repeat the question",
+        "accuracy",
+    )
+    lines = []
     for method, figures in summary.items():
-        cells = [_change(figures["length"], "{:.1f}".format)]
+        cells = [method, _change(figures["length"], "{:.1f}".format)]
         for name in ("distinct_4grams", "repeated", "echoes", "accuracy"):
             cells.append(_change(figures[name], lambda x: f"{100 * x:.0f} %"))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(head, lines)
 
 
 def smooth(values: Sequence[float], window: int = 3) -> list[float]:

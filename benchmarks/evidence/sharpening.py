@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.evidence import Run, rivals
 from benchmarks.evidence.language import base_model, measure, trained
 from benchmarks.evidence.tasks import TASKS, Task, task
+from benchmarks.markdown import table
 from powerflow_fast.prompts import Question
 
 TITLE = "Sharpening SmolLM2-135M: PowerFlow, supervised GRPO and three unsupervised rivals"
@@ -175,7 +176,7 @@ def summarise(done: dict[str, Any]) -> dict[str, Any]:
 def _by_seed(done: dict[str, Any], method: str) -> dict[str, dict[str, list[float]]]:
     """Task -> measure -> a value per seed; `mean` is the mean over tasks."""
     results = [done[f"{method} {seed}"]["held_out"] for seed in SEEDS]
-    table = {
+    by_task = {
         name: {key: _rounded([result[name][key] for result in results]) for key in MEASURES}
         for name in TASKS
     }
@@ -183,7 +184,7 @@ def _by_seed(done: dict[str, Any], method: str) -> dict[str, dict[str, list[floa
         key: _rounded([statistics.mean(result[name][key] for name in TASKS) for result in results])
         for key in MEASURES
     }
-    return table | {"mean": means}
+    return by_task | {"mean": means}
 
 
 def _rounded(values: list[float]) -> list[float]:
@@ -194,51 +195,46 @@ def accuracy_table(results: dict[str, Any]) -> str:
     """Of one sample, by method and task."""
     summary = results["summary"]
     seeds = len(SEEDS)
-    text = [
+    said = (
         f"Held-out accuracy of a sample at T=1, per cent: mean ± standard deviation over {seeds} "
         f"seeds, each with {QUESTIONS} held-out questions a task, {SAMPLES} samples each; in "
-        "brackets the change from the base model on the same questions.",
-        "",
-        f"| | {' | '.join(TASKS)} | all |",
-        "| --- |" + " --- |" * (len(TASKS) + 1),
-    ]
+        "brackets the change from the base model on the same questions."
+    )
+    lines = []
     for method, label in LABELS.items():
         entry = summary[method]
-        cells = []
+        cells = [label]
         for name in (*TASKS, "mean"):
             cell = _percent(entry["held_out"][name]["sampled"])
             if method != "base":
                 cell += f" ({_percent(entry['gain_sampled'][name], '{:+.0f}')})"
             cells.append(cell)
-        text.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(text)
+        lines.append(cells)
+    return said + "\n\n" + table(["", *TASKS, "all"], lines)
 
 
 def tables(results: dict[str, Any]) -> str:
     summary = results["summary"]
-    text = [
-        accuracy_table(results),
-        "",
+    said = (
         "Mean over the four tasks, per cent (the last column counts); learning rate as searched: "
         "accuracy on training questions after a shorter run, per cent, for "
         + ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
-        + ".",
-        "",
-        f"| | {' | '.join(MEASURES.values())} | learning rate | searched | seconds a run |",
-        "| --- |" + " --- |" * (len(MEASURES) + 3),
-    ]
+        + "."
+    )
+    lines = []
     for method, label in LABELS.items():
         entry = summary[method]
         mean = entry["held_out"]["mean"]
-        cells = [_percent(mean[key]) for key in MEASURES if key != "diversity"]
+        cells = [label, *(_percent(mean[key]) for key in MEASURES if key != "diversity")]
         cells.append(_spread(mean["diversity"], "{:.2f}"))
         if method == "base":
             cells += ["", "", ""]
         else:
             searched = " / ".join(f"{100 * score:.0f}" for score in entry["search"].values())
             cells += [f"{entry['learning_rate']:g}", searched, _spread(entry["seconds"], "{:.0f}")]
-        text.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(text)
+        lines.append(cells)
+    head = ["", *MEASURES.values(), "learning rate", "searched", "seconds a run"]
+    return "\n\n".join([accuracy_table(results), said, table(head, lines)])
 
 
 def _percent(values: list[float], form: str = "{:.0f}") -> str:
