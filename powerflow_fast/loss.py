@@ -326,7 +326,7 @@ def _importance(
     layout: Layout, logps: Tensor, old_logps: Tensor | None, clip_eps: float, importance: str
 ) -> tuple[Tensor, Tensor]:
     """Detached sequence weights [S], as they are and clipped."""
-    if not (math.isfinite(clip_eps) and clip_eps >= 0):
+    if not 0 <= clip_eps < math.inf:
         raise ValueError(f"clip_eps: expected a finite number >= 0, got {clip_eps!r}")
     if old_logps is None:
         ones = logps.new_ones(layout.sequences)

@@ -93,7 +93,7 @@ def check_per_sequence(
     elif value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name}: expected a number or a tensor [S], got {value!r}")
-        if not math.isfinite(value) or (positive and value <= 0):
+        if not (0 if positive else -math.inf) < value < math.inf:
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 

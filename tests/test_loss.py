@@ -352,3 +352,30 @@ def test_fused_needs_exactly_one_reference():
         fused_linear_tb_loss(
             hidden, weight, targets, ref_hidden, log_z=0.0, alpha=2.0, colour=1, **keywords
         )
+
+
+def test_compiles_once_for_calls_of_any_size():
+    weight = torch.randn(97, 16)
+    compilations = 0
+
+    def count(graph, _):
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    def loss(hidden, ref_hidden, targets, cu_seqlens, log_z):
+        out = fused_linear_tb_loss(
+            hidden, weight, targets, ref_hidden, log_z=log_z, alpha=4.0, cu_seqlens=cu_seqlens
+        )
+        return out.loss
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    for ends in ((3, 8), (2, 5, 12), (4, 9, 11, 20)):
+        n = ends[-1]
+        cu_seqlens = torch.tensor((0, *ends), dtype=torch.int32)
+        others = (torch.randn(n, 16), torch.randint(97, (n,)), cu_seqlens, torch.randn(len(ends)))
+        hidden = torch.randn(n, 16, requires_grad=True)
+        [expected] = torch.autograd.grad(loss(hidden, *others), hidden)
+        [grad] = torch.autograd.grad(compiled(hidden, *others), hidden)
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
+    assert compilations == 1

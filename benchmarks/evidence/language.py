@@ -143,7 +143,7 @@ def trained(
             args = PowerFlowConfig(**options)
             trainer = PowerFlowTrainer(model, args, psi_funcs=functions, **common)
         else:
-            args = GRPOConfig(**options, **(grpo or {}))
+            args = GRPOConfig(**options | (grpo or {}))
             trainer = GRPOTrainer(model, functions, args, **common)
         _quiet(trainer)
         rollouts.began = time.perf_counter()
