@@ -15,7 +15,8 @@ TRAIN = [
 DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
 BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
 EVIDENCE = [*DEMO, "reasoning-gym"]
-DEV = [*DEMO, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "mypy", "kernels"]
+DEV = [*DEMO, "bitsandbytes", "hypothesis", "kernels", "mypy", "pytest", "pytest-benchmark"]
+DEV += ["pytest-xdist", "ruff"]
 
 setup(
     name="powerflow-fast",

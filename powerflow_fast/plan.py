@@ -167,8 +167,7 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
         gathered = width * largest if run.weights in QUANTIZED else 0.0
     full = run.lora_rank == 0
     trained = total if full else lora_parameters(shape, run.lora_rank)
-    # PEFT keeps adapters in float32; TRL turns those of a quantised model into bf16.
-    trained_width = width if full or run.weights in QUANTIZED else 4.0
+    trained_width = width if full else 4.0  # adapters are float32
     here = 0.0 if run.offload else 1.0 / shards
     resting = {
         "weights": weights * here,

@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.grpo_trainer import RewardFunc
@@ -38,6 +39,10 @@ from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_g
 def no_psi(completions: list, **_: Any) -> list[float]:
     """The format term of a run without one: 0 for every completion."""
     return [0.0] * len(completions)
+
+
+def _trained(model) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 class PowerFlowTrainer(WholeCheckpoints):
@@ -91,6 +96,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         check_reference(model, peft_config, args)
         check_lengths(train_dataset, model, kwargs.get("processing_class"), args)
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
+        given = {n: p.data for n, p in _trained(model)} if isinstance(model, PeftModel) else {}
         super().__init__(
             model=model,
             reward_funcs=no_psi if psi_funcs is None else psi_funcs,
@@ -100,6 +106,11 @@ class PowerFlowTrainer(WholeCheckpoints):
             **kwargs,
         )
         args.beta = self.beta = 0.0
+        if getattr(self.model, "is_quantized", False):
+            # TRL makes the adapter bf16: small updates are rounded away, and a resumed run, whose
+            # checkpoint is loaded as float32, would be another one.
+            for name, parameter in _trained(self.model):
+                parameter.data = given[name] if name in given else parameter.data.float()
         if self.use_vllm and hasattr(self.model, "merge_adapter"):
             keep_base_exact(self.model)
         self._redirect = _ForwardRedirection()

@@ -119,13 +119,20 @@ def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
     assert not out.exists()
 
 
+def test_quantising_names_the_package_that_it_needs(
+    capsys, tmp_path, model_folder, prompts, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = train_flags(model_folder, prompts, tmp_path / "out")
+    assert "pip install bitsandbytes" in refused(capsys, *flags, "--quantize", "nf4")
+
+
 def test_bad_options_are_refused(capsys, tmp_path, model_folder, prompts):
     flags = train_flags(model_folder, prompts, tmp_path / "out")
     assert "alpha" in refused(capsys, *flags, "--alpha", "-1")
     assert "alpha" in refused(capsys, *flags, "--alpha", "much")
     assert "min_distinct" in refused(capsys, *flags, "--min_distinct", "2")
     assert "beyond the context" in refused(capsys, *flags, "--max_completion_length", "9999")
-    assert "bitsandbytes" in refused(capsys, *flags, "--quantize", "nf4")
     assert "--lora_rank" in refused(capsys, *flags, "--quantize", "nf4", "--lora_rank", "0")
     server = ("--adapter_server", "http://localhost:1")
     assert "--adapter_server" in refused(capsys, *flags, *server, "--lora_rank", "0")
