@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -173,7 +173,8 @@ def measure(
     """
     _, tokenizer = base_model()
     prompts = [q.prompt for q in questions]
-    texts, greedy, length = sample(model, tokenizer, prompts, samples, max_new_tokens, seed)
+    drawn = sample(model, tokenizer, prompts, samples, max_new_tokens, seed)
+    texts, greedy = drawn.texts, drawn.greedy
     groups = [texts[start : start + samples] for start in range(0, len(texts), samples)]
     right = [
         [is_correct(text, q.answers) for text in group]
@@ -196,15 +197,46 @@ def measure(
         "pass_at_k": sum(map(any, right)) / count,
         "majority": sum(voted) / count,
         "diversity": sum(distinct) / max(len(distinct), 1),
-        "length": length,
+        "length": drawn.length,
     }
+
+
+def power_accuracy(
+    model,
+    questions: Sequence[Question],
+    alpha: float,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> float:
+    """Accuracy of a sample of p^alpha / Z, where training ends if it reaches its target.
+
+    From samples of p, each weighted with p^(alpha - 1) among those of its question.
+    """
+    _, tokenizer = base_model()
+    prompts = [q.prompt for q in questions]
+    drawn = sample(model, tokenizer, prompts, samples, max_new_tokens, seed)
+    answers = [q.answers for q in questions for _ in range(samples)]
+    right = torch.tensor(list(map(is_correct, drawn.texts, answers))).view(-1, samples)
+    weights = (drawn.logps.view(-1, samples).double() * (alpha - 1)).softmax(1)
+    return float((weights * right).sum(1).mean())
+
+
+class Samples(NamedTuple):
+    """Completions of `prompts`, each prompt's one after the other."""
+
+    texts: list[str]  # at T=1
+    logps: torch.Tensor  # of each, its tokens' sum
+    greedy: list[str]  # one a prompt
+    length: float  # mean tokens of a text
 
 
 @torch.no_grad()
 def sample(
     model, tokenizer, prompts: Sequence[str], samples: int, max_new_tokens: int, seed: int
-) -> tuple[list[str], list[str], float]:
-    """(`samples` completions a prompt at T=1, the greedy ones, the samples' mean length in tokens).
+) -> Samples:
+    """`samples` completions a prompt at T=1, and the greedy one.
 
     A prompt is read once for all of its completions, the greedy one included, which is most of the
     work where completions are shorter than prompts. The caller's random state is left as it was.
@@ -221,11 +253,13 @@ def sample(
         cache.batch_repeat_interleave(rows)
         logits = out.logits[:, -1].repeat_interleave(rows, 0)
         mask, place = mask.repeat_interleave(rows, 0), places[:, -1:].repeat_interleave(rows, 0)
-        tokens = []
+        tokens, logps = [], []
         while True:
-            token = torch.multinomial(logits.float().softmax(-1), 1)
+            log_p = logits.float().log_softmax(-1)
+            token = torch.multinomial(log_p.exp(), 1)
             token[::rows] = logits[::rows].argmax(-1, keepdim=True)
             tokens.append(token)
+            logps.append(log_p.gather(1, token))
             if len(tokens) == max_new_tokens:
                 break
             mask, place = torch.cat([mask, torch.ones_like(token)], 1), place + 1
@@ -238,9 +272,13 @@ def sample(
     texts = tokenizer.batch_decode(
         [row[keep] for row, keep in zip(ids, kept, strict=True)], skip_special_tokens=True
     )
-    sampled = [text for i, text in enumerate(texts) if i % rows]
-    length = kept.view(-1, rows, ids.shape[1])[:, 1:].sum(-1).float().mean()
-    return sampled, texts[::rows], float(length)
+    sampled = torch.arange(len(ids)) % rows > 0
+    return Samples(
+        [text for text, is_sample in zip(texts, sampled, strict=True) if is_sample],
+        torch.cat(logps, 1).where(kept, 0.0).sum(1)[sampled],
+        texts[::rows],
+        float(kept[sampled].sum(1).float().mean()),
+    )
 
 
 NAME = re.compile(r"[A-Z][\w'-]*(?: [A-Z][\w'-]*)*")

@@ -110,7 +110,7 @@ def _results(kept: Kept) -> dict[str, Any]:
 def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> None:
     plan, name = module(experiment).plan, module(experiment).__name__
     running: dict[Future, Run] = {}
-    began, spent = time.perf_counter(), 0
+    began = time.perf_counter()
     while True:
         wanted = plan(_results(kept))
         names = {run.name for run in wanted}
@@ -125,10 +125,10 @@ def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> Non
             run = running.pop(future)
             entry = future.result()
             kept.add(run, entry)
-            spent += 1
-            left = sum(kept.result_of(r) is None for r in plan(_results(kept)))
+            known = plan(_results(kept))  # a search that ends adds runs
+            finished = sum(kept.result_of(r) is not None for r in known)
             minutes = (time.perf_counter() - began) / 60
             say(
-                f"{experiment} {run.name}: {entry['seconds']:.0f} s; {minutes:.1f} minutes, "
-                f"about {minutes / spent * left:.0f} more for {left} runs"
+                f"{experiment} {run.name}: {entry['seconds']:.0f} s; "
+                f"{finished} of {len(known)} runs in {minutes:.1f} minutes"
             )

@@ -3,18 +3,19 @@
 Every method trains on a mix of four tasks, one prompt of each a step, with the same prompts, number
 of completions and steps for one seed. Its learning rate is searched first, in shorter runs on a
 seed that is not among those reported, by the accuracy of samples on *training* questions
-afterwards: answers are used to choose it, for every method alike.
+afterwards: answers are used to choose it, for every method alike. Beside them stands what PowerFlow
+aims at, p^alpha itself, from weighted samples of the base.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.evidence import Run, rivals
-from benchmarks.evidence.language import base_model, measure, trained
+from benchmarks.evidence.language import base_model, measure, power_accuracy, trained
 from benchmarks.evidence.tasks import TASKS, Task, task
 from benchmarks.markdown import table
 from powerflow_fast.prompts import Question
@@ -38,6 +39,9 @@ METHODS = {  # name -> its label
     "ttrl": "TTRL",
 }
 LABELS = {"base": "base model"} | METHODS
+UNTRAINED = ("base", "target")
+TARGETS = {"2": "p^2, where PowerFlow goes", "4": "p^4, where PowerFlow goes"}  # alpha -> label
+TARGET_SAMPLES = 64  # per question
 MEASURES = {  # key of `language.measure` -> column
     "sampled": "sampled, T=1",
     "greedy": "greedy",
@@ -63,7 +67,9 @@ def plan(done: dict[str, Any]) -> list[Run]:
         for method in METHODS
         for rate in LEARNING_RATES
     ]
-    runs += [Run(f"base {seed}", dict(method="base", seed=seed)) for seed in SEEDS]
+    runs += [
+        Run(f"{name} {seed}", dict(method=name, seed=seed)) for name in UNTRAINED for seed in SEEDS
+    ]
     for method in METHODS:
         scores = search_scores(done, method)
         if len(scores) == len(LEARNING_RATES):
@@ -93,11 +99,13 @@ def run(
     steps: int = STEPS,
     split: str = "held_out",
 ) -> dict[str, Any]:
-    """Train SmolLM2 by `method` (not at all for "base") and measure it on questions of `split`."""
+    """Train SmolLM2 by `method`, if it is none of `UNTRAINED`, and measure it on `split`."""
     tasks = [task(name) for name in TASKS]
     model, _ = base_model()
     if method == "base":
         return {split: _measure(model, tasks, split, seed)}
+    if method == "target":
+        return {split: _targets(model, tasks, split, seed)}
     questions = mixed(tasks, seed, steps)
     options = dict(
         seed=seed,
@@ -136,36 +144,47 @@ def objective(method: str, questions: list[Question]) -> dict[str, Any]:
 
 
 def _measure(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[str, float]]:
-    """Task -> figures; every seed measures other questions, the same ones for all methods."""
+    """Task -> figures."""
+    options = dict(samples=SAMPLES, seed=seed)
     return {
-        t.name: measure(
-            model,
-            random.Random(seed).sample(getattr(t, split), QUESTIONS),
-            samples=SAMPLES,
-            max_new_tokens=t.max_new_tokens,
-            seed=seed,
-        )
-        for t in tasks
+        t.name: measure(model, asked, max_new_tokens=t.max_new_tokens, **options)
+        for t, asked in _asked(tasks, split, seed)
     }
+
+
+def _targets(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[str, float]]:
+    """Task -> accuracy of p^alpha for every alpha of `TARGETS`."""
+    options = dict(samples=TARGET_SAMPLES, seed=seed)
+    return {
+        t.name: {
+            alpha: power_accuracy(
+                model, asked, float(alpha), max_new_tokens=t.max_new_tokens, **options
+            )
+            for alpha in TARGETS
+        }
+        for t, asked in _asked(tasks, split, seed)
+    }
+
+
+def _asked(tasks: list[Task], split: str, seed: int) -> list[tuple[Task, list[Question]]]:
+    """Every seed measures other questions, the same ones for all methods."""
+    return [(t, random.Random(seed).sample(getattr(t, split), QUESTIONS)) for t in tasks]
 
 
 def summarise(done: dict[str, Any]) -> dict[str, Any]:
     """Per method: the search, held-out figures by seed, gains over the base, the rollouts."""
-    base = _by_seed(done, "base")
-    summary = {"base": {"held_out": base}}
+    base, target = _by_seed(done, "base"), _by_seed(done, "target", TARGETS)
+    gains = {alpha: _gains(target, alpha, base) for alpha in TARGETS}
+    summary = {"base": {"held_out": base}, "target": {"held_out": target, "gain": gains}}
     for method in METHODS:
         held_out = _by_seed(done, method)
         scores = search_scores(done, method)
-        gains = {
-            name: [a - b for a, b in zip(values["sampled"], base[name]["sampled"], strict=True)]
-            for name, values in held_out.items()
-        }
         curves = [done[f"{method} {seed}"]["steps"] for seed in SEEDS]
         summary[method] = {
             "search": {f"{rate:g}": round(score, 4) for rate, score in scores.items()},
             "learning_rate": best(scores),
             "held_out": held_out,
-            "gain_sampled": {name: _rounded(values) for name, values in gains.items()},
+            "gain_sampled": _gains(held_out, "sampled", base),
             "rollout_accuracy": [[s["accuracy"] for s in curve] for curve in curves],
             "rollout_seconds": [[s["seconds"] for s in curve] for curve in curves],
             "seconds": [done[f"{method} {seed}"]["seconds"] for seed in SEEDS],
@@ -173,16 +192,26 @@ def summarise(done: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _by_seed(done: dict[str, Any], method: str) -> dict[str, dict[str, list[float]]]:
+def _gains(held_out, key: str, base) -> dict[str, list[float]]:
+    """Task -> what `key` has over a sample of the base, per seed."""
+    return {
+        name: _rounded([a - b for a, b in zip(found[key], base[name]["sampled"], strict=True)])
+        for name, found in held_out.items()
+    }
+
+
+def _by_seed(
+    done: dict[str, Any], method: str, keys: Iterable[str] = tuple(MEASURES)
+) -> dict[str, dict[str, list[float]]]:
     """Task -> measure -> a value per seed; `mean` is the mean over tasks."""
     results = [done[f"{method} {seed}"]["held_out"] for seed in SEEDS]
     by_task = {
-        name: {key: _rounded([result[name][key] for result in results]) for key in MEASURES}
+        name: {key: _rounded([result[name][key] for result in results]) for key in keys}
         for name in TASKS
     }
     means = {
         key: _rounded([statistics.mean(result[name][key] for name in TASKS) for result in results])
-        for key in MEASURES
+        for key in keys
     }
     return by_task | {"mean": means}
 
@@ -200,15 +229,19 @@ def accuracy_table(results: dict[str, Any]) -> str:
         f"seeds, each with {QUESTIONS} held-out questions a task, {SAMPLES} samples each; in "
         "brackets the change from the base model on the same questions."
     )
+    target = summary["target"]
+    rows = [("base model", summary["base"]["held_out"], "sampled", None)]
+    rows += [(TARGETS[a], target["held_out"], a, target["gain"][a]) for a in TARGETS]
+    for method, label in METHODS.items():
+        rows.append(
+            (label, summary[method]["held_out"], "sampled", summary[method]["gain_sampled"])
+        )
     lines = []
-    for method, label in LABELS.items():
-        entry = summary[method]
+    for label, held_out, key, gains in rows:
         cells = [label]
         for name in (*TASKS, "mean"):
-            cell = _percent(entry["held_out"][name]["sampled"])
-            if method != "base":
-                cell += f" ({_percent(entry['gain_sampled'][name], '{:+.0f}')})"
-            cells.append(cell)
+            gain = f" ({_percent(gains[name], '{:+.0f}')})" if gains else ""
+            cells.append(_percent(held_out[name][key]) + gain)
         lines.append(cells)
     return said + "\n\n" + table(["", *TASKS, "all"], lines)
 

@@ -1,9 +1,13 @@
 """The questions that SmolLM2-135M is trained and measured on.
 
-A prompt is the beginning of a statement ("The capital of France is"), so that an answer takes three
-tokens and a run fits a CPU. Every completion is cut at the same length, so the optimum of LA-TB is
+A prompt is the beginning of a statement ("The sum 3 + 4 is"), so that an answer takes three tokens
+and a run fits a CPU. Every completion is cut at the same length, so the optimum of LA-TB is
 p^alpha / Z without a length tilt. Products and differences are items of the procedural library
 reasoning-gym (`products` and `chain_sum` with a seed), in other words.
+
+After "The capital of Peru is" the model's likeliest three tokens are " the capital of" for nearly
+half of the countries, and a power of its distribution unlearns the answer. With "the city of" the
+likeliest is the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 from powerflow_fast.prompts import Question, read_questions
 
 STATEMENTS = {  # task -> (pattern of its questions, the beginning of the answer)
-    "capitals": (r"capital of (.+)\?", "The capital of {} is"),
+    "capitals": (r"capital of (.+)\?", "The capital of {} is the city of"),
     "sums": (r"What is (\d+ \+ \d+)\?", "The sum {} is"),
 }
 GENERATED = {  # task -> (reasoning-gym's dataset, the operator, the beginning of the answer)

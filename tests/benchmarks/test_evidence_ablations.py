@@ -71,8 +71,9 @@ def results() -> dict:
     done = {f"estimators/groups of 2/{seed}": curve for seed in ablations.TABLE_SEEDS}
     done["estimators/groups of 2/1"] = curve | {"tv": [0.5, 0.75, 0.125, 0.0625]}
     done["language/base/0"] = language_run("", [], sampled=0.25)
-    for seed in ablations.LANGUAGE_SEEDS:
+    for seed in ablations.seeds_of(ablations.EXACT):
         done[f"language/{ablations.EXACT}/{seed}"] = language_run("ab", [4.0, 2.0])
+    for seed in ablations.seeds_of("grad_tolerance 1e-3"):
         kept = {"certified/columns_kept": [1.0, 0.125]}
         other = language_run("ax", [4.0, 2.5], sampled=0.75, **kept)
         done[f"language/grad_tolerance 1e-3/{seed}"] = other
@@ -84,9 +85,10 @@ def test_tables_and_plot_come_from_the_results_file():
     file = results()
     text = ablations.tables(file)
     assert "| groups of 2 | 0.350 (0.250 to 0.750) | 0.125 (0.125 to 0.125) |" in text
-    assert "| base | 25.0 (25.0 to 25.0) |" in text
+    assert "| base | 1 | 25.0 (25.0 to 25.0) |" in text
     kept = "| 0e+00 | 0.0 points | +25.0 points | 100 %, 12 % |"
     assert f"| grad_tolerance 1e-3, seed 1 | 1 of 2 {kept}" in text
+    assert "| alpha 4 | 4 | 50.0 (50.0 to 50.0) |" in text
     assert "groups of 4" not in text  # not run
     drawn = plots.svg(lambda figure: ablations.draw(figure, file))
     assert "groups of 2" in drawn and "grad_tolerance 1e-3" in drawn and "bf16" not in drawn

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import plots
 from benchmarks.evidence import language, rivals, sharpening, tasks
+from powerflow_fast.prompts import Question
 from tests import tiny
 
 PROMPTS = ["a"] * 4 + ["b"] * 4
@@ -89,9 +90,9 @@ def test_samples_read_a_prompt_once_and_follow_the_model():
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts, count = ["rain", "the capital of France is"], 4000
     state = torch.get_rng_state()
-    texts, greedy, length = language.sample(model, tokenizer, prompts, count, 2, seed=0)
+    drawn = language.sample(model, tokenizer, prompts, count, 2, seed=0)
     assert torch.equal(state, torch.get_rng_state())
-    assert len(texts) == 2 * count and 1 <= length <= 2
+    assert len(drawn.texts) == len(drawn.logps) == 2 * count and 1 <= drawn.length <= 2
     for i, prompt in enumerate(prompts):
         start = tokenizer(prompt)["input_ids"]
         with torch.no_grad():
@@ -99,10 +100,29 @@ def test_samples_read_a_prompt_once_and_follow_the_model():
             token = int(first.argmax())
             second = model(torch.tensor([[*start, token]])).logits[0, -1].softmax(-1)
         best = tokenizer.decode([token, int(second.argmax())], skip_special_tokens=True)
-        assert greedy[i] == best
-        share = texts[i * count : (i + 1) * count].count(best) / count
+        assert drawn.greedy[i] == best
+        places = [j for j in range(i * count, (i + 1) * count) if drawn.texts[j] == best]
+        share = len(places) / count
         expected = float(first[token] * second.max())
+        assert drawn.logps[places].exp().tolist() == pytest.approx([expected] * len(places))
         assert share == pytest.approx(expected, abs=4 * math.sqrt(expected / count))
+
+
+def test_weighted_samples_have_the_accuracy_of_the_power(monkeypatch):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    monkeypatch.setattr(language, "base_model", lambda: (model, tokenizer))
+    questions = [Question("rain", ("sea",), "heldout"), Question("the sea", ("Paris",), "heldout")]
+    for alpha in (1.0, 2.0, 4.0):
+        expected = []
+        for question in questions:
+            with torch.no_grad():
+                ids = torch.tensor([tokenizer(question.prompt)["input_ids"]])
+                power = (alpha * model(ids).logits[0, -1].log_softmax(-1)).softmax(-1)
+            expected.append(float(power[tokenizer.convert_tokens_to_ids(question.answers[0])]))
+        found = language.power_accuracy(
+            model, questions, alpha, samples=4000, max_new_tokens=1, seed=0
+        )
+        assert found == pytest.approx(sum(expected) / 2, abs=0.02)
 
 
 @pytest.fixture
@@ -175,7 +195,7 @@ def test_seeds_wait_for_their_methods_search():
     searches = [run for run in first if run.name.startswith("search")]
     rates = len(sharpening.LEARNING_RATES)
     assert len(searches) == rates * len(sharpening.METHODS)
-    assert len(first) == len(searches) + len(sharpening.SEEDS)
+    assert len(first) == len(searches) + 2 * len(sharpening.SEEDS)
     assert {run.options["seed"] for run in searches}.isdisjoint(sharpening.SEEDS)
     assert {run.options["split"] for run in searches} == {"train"}
     half = searched("ttrl", [0.2] * rates)
@@ -200,6 +220,8 @@ def results():
     done = {}
     for seed in sharpening.SEEDS:
         done[f"base {seed}"] = {"held_out": held_out(0.20 + 0.01 * seed)}
+        target = {t: {"2": 0.4 + 0.01 * seed, "4": 0.6} for t in sharpening.TASKS}
+        done[f"target {seed}"] = {"held_out": target}
     for i, method in enumerate(sharpening.METHODS):
         done |= searched(method, [0.25, 0.5, 0.4])
         for seed in sharpening.SEEDS:
@@ -222,6 +244,8 @@ def test_tables_and_plot_come_from_the_summary(results):
     text = sharpening.tables(results)
     assert "| PowerFlow, alpha 2 | 52 ± 2 (+30 ± 0) |" in text
     assert "| base model | 22 ± 2 |" in text
+    assert "| p^2, where PowerFlow goes | 42 ± 2 (+20 ± 0) |" in text
+    assert "| p^4, where PowerFlow goes | 60 ± 0 (+38 ± 2) |" in text
     assert "| 0.001 | 25 / 50 / 40 | 17 ± 2 |" in text
     drawn = plots.svg(lambda figure: sharpening.draw(figure, results))
     assert all(label in drawn for label in sharpening.LABELS.values())
