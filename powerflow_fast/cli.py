@@ -1,4 +1,4 @@
-"""The command `powerflow-fast`: train, demo, eval, plan, info.
+"""The command `powerflow-fast`: train, demo, eval, forecast, plan, info.
 
 Bad input ends with one line on stderr and exit code 2. Nothing heavy is imported before a command
 needs it.
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from powerflow_fast.cli_common import (
     Parser,
@@ -21,6 +22,10 @@ from powerflow_fast.cli_common import (
     one_line,
     user_input,
 )
+
+if TYPE_CHECKING:
+    from powerflow_fast.evaluation import Sampling
+    from powerflow_fast.prompts import Question
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train on a prompt file (flags, or --config FILE.yaml)")
     _add_demo(commands)
     _add_eval(commands)
+    _add_forecast(commands)
     _add_plan(commands)
     info = commands.add_parser("info", help="versions, devices and the back end in use")
     info.set_defaults(run=_info)
@@ -68,16 +74,28 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("eval", help="accuracy, diversity and likelihood on questions")
-    command.add_argument("--model", default="smollm2", help="folder or name (smollm2: packaged)")
+    _add_sampling(command, samples=4)
     command.add_argument("--adapter", help="PEFT adapter folder")
+    command.set_defaults(run=_eval)
+
+
+def _add_forecast(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("forecast", help="where training would go, from the base alone")
+    _add_sampling(command, samples=32)
+    command.add_argument("--alphas", default="1,2,4", help="powers to look at (1,2,4)")
+    command.add_argument("--show", type=int, default=3, help="prompts to show answers to (3)")
+    command.set_defaults(run=_forecast)
+
+
+def _add_sampling(command: argparse.ArgumentParser, samples: int) -> None:
+    command.add_argument("--model", default="smollm2", help="folder or name (smollm2: packaged)")
     command.add_argument("--data", help="questions .jsonl (the demo's held-out questions)")
-    command.add_argument("--samples", type=int, default=4, help="completions per prompt at T=1")
+    command.add_argument("--samples", type=int, default=samples, help="per prompt, at T=1")
     command.add_argument("--max-new-tokens", type=int, default=16)
     command.add_argument("--batch-size", type=int, default=96)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--raw", action="store_true", help="prompts as they are, no chat format")
-    command.add_argument("--json", action="store_true", help="print the scores as JSON")
-    command.set_defaults(run=_eval)
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
@@ -153,19 +171,9 @@ def _find_demo_parts() -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from powerflow_fast.prompts import QUESTIONS, read_questions
+    from powerflow_fast.evaluation import evaluate
 
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1")
-    split = None if args.data else "heldout"
-    questions = user_input(read_questions, args.data or QUESTIONS, split)
-    model, tokenizer = user_input(_load_with_adapter, args.model, args.adapter)
-    from powerflow_fast.evaluation import Sampling, evaluate
-
-    prompts = [_format(tokenizer, args, question.prompt) for question in questions]
-    sampling = Sampling(args.samples, args.max_new_tokens, args.batch_size, args.seed)
-    scores = evaluate(model, tokenizer, questions, sampling, prompts).as_dict()
+    scores = evaluate(*_to_sample(args, args.adapter)).as_dict()
     if args.json:
         import json
 
@@ -174,6 +182,56 @@ def _eval(args: argparse.Namespace) -> int:
         for name, value in scores.items():
             print(f"{name:<18} {'-' if value is None else format(value, '.4g')}")
     return 0
+
+
+def _forecast(args: argparse.Namespace) -> int:
+    try:
+        alphas = [float(alpha) for alpha in args.alphas.split(",")]
+    except ValueError:
+        raise UsageError(f"--alphas: expected numbers, as 1,2,4, got {args.alphas!r}") from None
+    if not all(0 < alpha < math.inf for alpha in alphas):
+        raise UsageError(f"--alphas: expected finite numbers > 0, got {args.alphas}")
+    from powerflow_fast.forecast import forecast, report
+
+    sampled = _to_sample(args)
+    found = forecast(*sampled, alphas)
+    if args.json:
+        import json
+
+        print(json.dumps([f.as_dict() for f in found]))
+        return 0
+    print(report(found, args.samples))
+    for i, question in enumerate(sampled.questions[: max(args.show, 0)]):
+        print(f"\n{question.prompt}")
+        for f in found:
+            print(f"  likeliest at alpha {f.alpha:g}: {f.likeliest[i]!r}")
+    return 0
+
+
+class _Sampled(NamedTuple):
+    """The arguments that `evaluate` and `forecast` begin with."""
+
+    model: Any
+    tokenizer: Any
+    questions: list[Question]
+    sampling: Sampling
+    prompts: list[str]
+
+
+def _to_sample(args: argparse.Namespace, adapter: str | None = None) -> _Sampled:
+    from powerflow_fast.prompts import QUESTIONS, read_questions
+
+    for name in ("samples", "max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1")
+    split = None if args.data else "heldout"
+    questions = user_input(read_questions, args.data or QUESTIONS, split)
+    model, tokenizer = user_input(_load_with_adapter, args.model, adapter)
+    from powerflow_fast.evaluation import Sampling
+
+    prompts = [_format(tokenizer, args, question.prompt) for question in questions]
+    sampling = Sampling(args.samples, args.max_new_tokens, args.batch_size, args.seed)
+    return _Sampled(model, tokenizer, questions, sampling, prompts)
 
 
 def _format(tokenizer, args: argparse.Namespace, prompt: str) -> str:
@@ -217,6 +275,10 @@ def _load_with_adapter(model: str, adapter: str | None):
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
     loaded, tokenizer = load_model(model)
+    import torch
+
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
     if adapter:
         from peft import PeftModel
 

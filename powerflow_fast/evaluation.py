@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
 from powerflow_fast.model_head import last_hidden_state, read_head
@@ -77,6 +78,14 @@ def distinct_per_prompt(
     return sum(len(set(group)) for group in groups) / len(groups)
 
 
+class Completions(NamedTuple):
+    """`Sampling.samples` consecutive completions of every prompt, or the greedy one."""
+
+    texts: list[str]
+    lengths: Tensor  # [n] float32, tokens of each, its end token included
+    base_logps: Tensor  # [n] float32, their log-probs under the base, summed [nats]
+
+
 @torch.no_grad()
 def complete(
     model,
@@ -85,17 +94,15 @@ def complete(
     sampling: Sampling,
     greedy: bool = False,
     likelihood: bool = True,
-) -> tuple[list[str], float, float]:
-    """(completions, mean length in tokens, mean base log-prob per token) of prompt texts.
+) -> Completions:
+    """Completions of prompt texts. The caller's random state is left as it was.
 
-    Without `likelihood` the last is 0 and its forward pass is saved.
-
-    `sampling.samples` consecutive completions per prompt, or one if `greedy`. The caller's random
-    state is left as it was.
+    Without `likelihood` the base's log-probs are 0 and their forward pass is saved.
     """
     repeated = [p for p in prompts for _ in range(1 if greedy else sampling.samples)]
     order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
-    texts, tokens, total = [""] * len(repeated), 0, 0.0
+    texts = [""] * len(repeated)
+    lengths, base_logps = torch.zeros(2, len(repeated))
     training = model.training
     model.eval()
     try:
@@ -113,32 +120,35 @@ def complete(
                 for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
                     texts[i] = text
                 if likelihood:
-                    total += float(_base_logps(model, inputs, ids, mask).sum())
-                tokens += int(mask.sum())
+                    logps = _base_logps(model, inputs, ids, mask)
+                    of_each = torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
+                    base_logps[batch] = of_each.sum(1).cpu()
+                lengths[batch] = mask.sum(1).float().cpu()
     finally:
         model.train(training)
-    return texts, tokens / len(repeated), total / max(tokens, 1)
+    return Completions(texts, lengths, base_logps)
 
 
 def evaluate(
     model, tokenizer, questions: Sequence[Question], sampling: Sampling, prompts: Sequence[str]
 ) -> Scores:
     """Scores of `model` on `questions`, whose texts in the model's own format are `prompts`."""
-    sampled, length, base_logp = complete(model, tokenizer, prompts, sampling)
+    drawn = complete(model, tokenizer, prompts, sampling)
+    sampled = drawn.texts
     accuracy_sampled = accuracy_greedy = None
     if all(question.answers for question in questions):
         answers = [q.answers for q in questions for _ in range(sampling.samples)]
         accuracy_sampled = _accuracy(sampled, answers)
-        greedy, _, _ = complete(model, tokenizer, prompts, sampling, True, likelihood=False)
-        accuracy_greedy = _accuracy(greedy, [q.answers for q in questions])
+        greedy = complete(model, tokenizer, prompts, sampling, True, likelihood=False)
+        accuracy_greedy = _accuracy(greedy.texts, [q.answers for q in questions])
     return Scores(
         accuracy_sampled=accuracy_sampled,
         accuracy_greedy=accuracy_greedy,
         distinct_answers=distinct_per_prompt(sampled, sampling.samples),
         distinct_openings=distinct_per_prompt(sampled, sampling.samples, first=2),
         distinct_bigrams=distinct_ngrams(sampled),
-        mean_length=length,
-        base_logp=base_logp,
+        mean_length=float(drawn.lengths.mean()),
+        base_logp=float(drawn.base_logps.sum() / drawn.lengths.sum().clamp(min=1)),
         samples=sampling.samples,
     )
 
@@ -176,7 +186,7 @@ def _decode(tokenizer, ids, mask) -> list[str]:
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
-def _base_logps(model, inputs, ids, mask) -> torch.Tensor:
+def _base_logps(model, inputs, ids, mask) -> Tensor:
     """[N] log-probs of the counted tokens under the model without its adapter, if it has one."""
     adapted = hasattr(model, "peft_config")
     with model.disable_adapter() if adapted else nullcontext():
@@ -186,5 +196,5 @@ def _base_logps(model, inputs, ids, mask) -> torch.Tensor:
         head = read_head(base)
         hidden = hidden[:, -ids.shape[1] - 1 : -1][mask]
         logps = linear_logprobs(hidden, head.weight, ids[mask], bias=head.bias, **head.transform)
-    assert isinstance(logps, torch.Tensor)  # a pair only where entropy is asked for
+    assert isinstance(logps, Tensor)  # a pair only where entropy is asked for
     return logps

@@ -192,13 +192,14 @@ def head_outputs(
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
     # A frozen head's direction needs nothing but the upstream gradient of logps. A trained head or
     # bias needs d loss / d logits: from the numerators that are kept, or by forming logits once
-    # more (with a tolerance only the kept columns), as do a vocabulary split over ranks and the
+    # more (with a tolerance only the kept columns), as do one that is split over ranks and the
     # backward pass that meets a gradient of the entropy.
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    whole = torch.is_grad_enabled() and options.group_name is None
-    exact_head = trains_head and options.grad_tolerance == 0
-    want_direction = whole and hidden.requires_grad and not exact_head
-    want_numerators = whole and exact_head and (detach_entropy or not options.entropy)
+    whole = options.group_name is None
+    exact_head = trains_head and (options.grad_tolerance == 0 or not whole)
+    gradients = torch.is_grad_enabled()
+    want_direction = gradients and hidden.requires_grad and not exact_head
+    want_numerators = gradients and whole and exact_head and (detach_entropy or not options.entropy)
     logps, ref_logps, entropy, _, _, certificate, *_ = head_forward(
         *flat,
         targets.reshape(-1),

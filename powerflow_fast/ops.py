@@ -102,7 +102,9 @@ def head_forward(
             arguments = (hidden, weight, bias, targets, ref, opts, want_direction, to_fill)
             out = backend.forward(*arguments)
         else:
-            out = vocab_parallel.forward(backend, hidden, weight, bias, targets, ref, opts)
+            out = vocab_parallel.forward(
+                backend, hidden, weight, bias, targets, ref, opts, want_direction
+            )
     counted = targets != opts.ignore_index
     empty = out.logps.new_empty(0)
     kept = torch.empty(0, dtype=torch.bool, device=hidden.device)

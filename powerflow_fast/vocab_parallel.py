@@ -3,7 +3,8 @@
 * `process_group=`: the vocabulary is split over the group's ranks, in slices of any size by rank,
   and hidden is the same everywhere (tensor parallel). Each rank computes over its own slice as if
   it were a whole head; one all-gather of [3, N] statistics turns the local results into those of
-  the whole vocabulary, and one all-reduce sums the gradient of hidden in float32.
+  the whole vocabulary, and one all-reduce sums, in float32, the direction of a frozen head or the
+  gradient of hidden of a trained one.
 * a DTensor without `process_group` (FSDP2, where hidden differs by rank): gathered once per call.
 """
 
@@ -19,6 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from powerflow_fast.options import HeadForward, HeadOptions
+from powerflow_fast.tiled_head import softcap_slope
+
+IGNORED = -1  # among the targets of a slice
+ROWS = 1024  # of the weight that are gathered at a time
 
 
 def forward(
@@ -29,20 +34,27 @@ def forward(
     targets: Tensor,  # [N] int64, in the whole vocabulary
     ref: tuple[Tensor, Tensor, Tensor | None] | None,
     options: HeadOptions,
+    want_direction: bool,
 ) -> HeadForward:
-    """As a back end's `forward`; the backward pass takes the recompute route, so no direction."""
-    group = _group(options)
-    own_targets = _own_targets(targets, weight, options)
-    local = backend.forward(hidden, weight, bias, own_targets, None, options, False)
-    logps, lse, entropy = _combine(local, group)
+    """As a back end's `forward`."""
+    group, own_options = _group(options), _own_options(options)
+    own_targets, inside, counted = _own_targets(targets, weight, options)
+    # Any column does for the targets of other slices: what belongs to it is taken out again.
+    own_targets = own_targets.where(inside, 0).where(counted, IGNORED)
+    arguments = (hidden, weight, bias, own_targets, None, own_options, want_direction)
+    local = backend.forward(*arguments)
+    logps, lse, entropy = _combine(local, inside, group)
+    direction = None
+    if want_direction:
+        direction = _own_direction(local, weight, own_targets, inside, logps, lse, options)
+        dist.all_reduce(direction, group=group)
+        direction.masked_fill_((logps.isnan() & counted)[:, None], torch.nan)
     ref_logps = None
     if ref is not None:
-        no_entropy = replace(options, entropy=False)
+        no_entropy = replace(own_options, entropy=False)
         local = backend.forward(*ref, own_targets, None, no_entropy, False)
-        ref_logps, _, _ = _combine(local, group)
-    return HeadForward(
-        logps, lse, entropy if options.entropy else None, direction=None, ref_logps=ref_logps
-    )
+        ref_logps, _, _ = _combine(local, inside, group)
+    return HeadForward(logps, lse, entropy if options.entropy else None, direction, ref_logps)
 
 
 def backward(
@@ -59,10 +71,10 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As a back end's `backward`; the gradient of hidden is summed over the ranks."""
-    own_targets = _own_targets(targets, weight, options)
-    grads = backend.backward(
-        grad_logps, grad_entropy, hidden, weight, bias, own_targets, lse, entropy, options, needs
-    )
+    own_targets, inside, counted = _own_targets(targets, weight, options)
+    own_targets = own_targets.where(inside, len(weight)).where(counted, IGNORED)
+    arguments = (grad_logps, grad_entropy, hidden, weight, bias, own_targets, lse, entropy)
+    grads = backend.backward(*arguments, _own_options(options), needs)
     if grads[0] is not None:  # float32 still
         dist.all_reduce(grads[0], group=_group(options))
     return grads
@@ -111,19 +123,53 @@ def _group(options: HeadOptions) -> dist.ProcessGroup:
     return resolve_group(options.group_name)
 
 
-def _own_targets(targets: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
-    """Targets relative to this rank's slice; those of other slices point past its end."""
-    group, size = _group(options), weight.shape[0]
-    local = targets - slice_sizes(weight, group)[: dist.get_rank(group)].sum()
-    outside = size + (options.ignore_index == size)
-    local = local.where((local >= 0) & (local < size), outside)
-    return local.where(targets != options.ignore_index, options.ignore_index)
+def _own_options(options: HeadOptions) -> HeadOptions:
+    """Of a slice, whose targets are relative; always exact."""
+    return replace(options, ignore_index=IGNORED, grad_tolerance=0.0)
 
 
-def _combine(local: HeadForward, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
+def _own_targets(
+    targets: Tensor, weight: Tensor, options: HeadOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets relative to this rank's slice, which of them lie in it, and which of them count."""
+    group = _group(options)
+    own = targets - slice_sizes(weight, group)[: dist.get_rank(group)].sum()
+    counted = targets != options.ignore_index
+    return own, counted & (own >= 0) & (own < len(weight)), counted
+
+
+def _own_direction(
+    local: HeadForward,  # its direction is overwritten
+    weight: Tensor,  # [own V, H]
+    own_targets: Tensor,  # [N]
+    inside: Tensor,  # [N] bool
+    logps: Tensor,  # [N], of the whole vocabulary
+    lse: Tensor,  # [N], likewise
+    options: HeadOptions,
+) -> Tensor:  # [N, H]
+    """What this slice adds to the direction over the whole vocabulary.
+
+    That of the slice alone is scale * ((1 - q_y) J_y W[y] - sum over v != y of q_v J_v W_v), with
+    q = p / share and share the slice's part of the mass. Here q becomes p, and y stays only where
+    it is the target; in other slices it was any column, which then counts like the rest.
+    """
+    share = (local.lse - lse).exp()
+    own = torch.where(inside, -logps.expm1(), 0.0)
+    own -= share * torch.where(inside, -local.logps.expm1(), 1.0)
+    if options.softcap is not None:
+        own *= softcap_slope(local.logps + local.lse, options)
+    direction = local.direction
+    for r in torch.arange(len(own), device=own.device).split(ROWS):
+        rows = weight[own_targets[r].clamp_min(0)].to(direction.dtype)
+        direction[r] = direction[r] * share[r, None] + rows * (options.scale * own[r, None])
+    return direction
+
+
+def _combine(
+    local: HeadForward, inside: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """logps, lse and entropy over all slices; logps is NaN where no rank owns the target."""
-    target_logits = local.logps + local.lse
-    target_logits = target_logits.where(~target_logits.isnan(), -torch.inf)
+    target_logits = (local.logps + local.lse).where(inside, -torch.inf)
     entropy = torch.zeros_like(local.lse) if local.entropy is None else local.entropy
     stats = torch.stack([local.lse, target_logits, entropy])
     gathered = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]

@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, and a real run of `train` and `eval`."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -64,7 +65,7 @@ def test_help_and_import_are_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "demo", "eval", "info"):
+    for command in ("train", "demo", "eval", "forecast", "info"):
         assert command in done.stdout
 
 
@@ -89,6 +90,9 @@ def test_bad_commands(capsys, tmp_path):
     assert "alpha" in refused(capsys, "demo", "--alpha", "-1", "--output-dir", tmp_path / "a")
     assert "alpha" in refused(capsys, "demo", "--alpha", "inf", "--output-dir", tmp_path / "a")
     assert "samples" in refused(capsys, "eval", "--samples", "0")
+    assert "samples" in refused(capsys, "forecast", "--samples", "0")
+    assert "--alphas" in refused(capsys, "forecast", "--alphas", "1,x")
+    assert "--alphas" in refused(capsys, "forecast", "--alphas", "0,2")
 
 
 def test_bad_prompt_file_is_named_with_its_line(capsys, tmp_path, model_folder):
@@ -171,6 +175,21 @@ def test_train_from_yaml_then_eval_with_the_adapter(capsys, tmp_path, model_fold
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= scores["accuracy_sampled"] <= 1 and scores["samples"] == 5
     assert scores["base_logp"] < 0 and 1 <= scores["mean_length"] <= 3
+
+
+def test_forecast_of_a_model(capsys, tmp_path, model_folder):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "rain", "answers": ["sea"]}\n')
+    argv = ["forecast", "--model", model_folder, "--data", questions, "--max-new-tokens", 3]
+    argv = [str(a) for a in [*argv, "--samples", 8, "--alphas", "1,3"]]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"samples that carry it, of 8 +8.0 +\d", out)
+    assert "\nrain\n  likeliest at alpha 1: '" in out and "likeliest at alpha 3" in out
+    assert main([*argv, "--json"]) == 0
+    one, three = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (one["alpha"], three["alpha"]) == (1.0, 3.0)
+    assert three["effective_samples"] <= one["effective_samples"] == pytest.approx(8)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(capsys, tmp_path, model_folder, prompts):

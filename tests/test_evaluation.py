@@ -58,32 +58,27 @@ def test_completions_and_their_likelihood_under_the_base():
     tokenizer = tiny.tokenizer()
     prompt = "the capital of France is"
     state = torch.get_rng_state()
-    texts, length, base_logp = complete(
-        model, tokenizer, [prompt, "rain"], Sampling(max_new_tokens=5), greedy=True
-    )
+    drawn = complete(model, tokenizer, [prompt, "rain"], Sampling(max_new_tokens=5), greedy=True)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     model.eval()
-    total, count = 0.0, 0
-    for start, text in zip([prompt, "rain"], texts, strict=True):
+    for place, start in enumerate([prompt, "rain"]):
         ids = tokenizer(start)["input_ids"]
         new = []
         while len(new) < 5 and tiny.EOS not in new:
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-        assert text == tokenizer.decode(new, skip_special_tokens=True)
+        assert drawn.texts[place] == tokenizer.decode(new, skip_special_tokens=True)
         with model.disable_adapter(), torch.no_grad():
             logits = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1]
-        total += float(logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).sum())
-        count += len(new)
-    assert length == count / 2
-    assert base_logp == pytest.approx(total / count, abs=1e-5)
+        logp = float(logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).sum())
+        assert drawn.lengths[place] == len(new)
+        assert float(drawn.base_logps[place]) == pytest.approx(logp, abs=1e-5)
 
 
 def test_samples_follow_the_models_distribution():
     """First-token frequencies of 4000 samples at T=1 against the softmax, 5 standard errors."""
     model, tokenizer = tiny.model().eval(), tiny.tokenizer()
-    texts, _, _ = complete(
-        model, tokenizer, ["rain"], Sampling(samples=4000, max_new_tokens=1, batch_size=1000)
-    )
+    sampling = Sampling(samples=4000, max_new_tokens=1, batch_size=1000)
+    texts = complete(model, tokenizer, ["rain"], sampling).texts
     ids = torch.tensor([tokenizer("rain")["input_ids"]])
     expected = model(ids).logits[0, -1].double().softmax(-1)
     for word, probability in zip(tiny.WORDS.split(), expected.tolist(), strict=True):

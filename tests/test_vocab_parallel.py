@@ -92,6 +92,44 @@ def run_slices(rank, sizes):
     return [x.detach().numpy() for x in outputs], str(error.value)
 
 
+FROZEN = {
+    "plain": {},
+    "softcap": {"softcap": 4.0, "temperature": 0.8},
+    "sharp": {"logit_scale": 6.0, "grad_tolerance": 1e-3},
+}
+
+
+def frozen_worker(rank, port, results):
+    """The exact route: the forward pass knows the direction, the backward forms no logits."""
+    start(rank, port)
+    backend_torch.backward = backend_triton.backward = None
+    own = slice(0, 11) if rank == 0 else slice(11, 23)
+    for name, transform in FROZEN.items():
+        for backend in ("torch", "triton"):
+            hidden, _, weight, bias, targets = make_inputs()
+            hidden.requires_grad_()
+            options = dict(bias=bias[own], process_group=dist.group.WORLD, backend=backend)
+            options |= {"return_entropy": "detached", **transform}
+            logps, _ = linear_logprobs(hidden, weight[own], targets, **options)
+            logps.sin().sum().backward()
+            results[name, backend, rank] = logps.detach().numpy(), hidden.grad.numpy()
+    finish()
+
+
+def test_two_frozen_slices_know_the_direction():
+    results = spawn(frozen_worker)
+    assert len(results) == 2 * 2 * len(FROZEN)
+    hidden, _, weight, bias, targets = make_inputs()
+    for (name, _, _), found in results.items():
+        x = hidden.double().requires_grad_()
+        transform = {k: v for k, v in FROZEN[name].items() if k != "grad_tolerance"}
+        logps, _ = reference.linear_logprobs(x, weight, targets, bias, **transform)
+        logps.sin().sum().backward()
+        for actual, wanted in zip(found, (logps.detach(), x.grad), strict=True):
+            actual = torch.from_numpy(actual).double()
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def slices():
     """Results of all ways to slice, from one start of the processes."""
