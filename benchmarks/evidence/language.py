@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from powerflow_fast.evaluation import distinct_ngrams, is_correct, words
+from powerflow_fast.forecast import power_weights
 from powerflow_fast.prompts import Question
 
 ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
@@ -197,7 +198,7 @@ def measure(
         "pass_at_k": sum(map(any, right)) / count,
         "majority": sum(voted) / count,
         "diversity": sum(distinct) / max(len(distinct), 1),
-        "length": drawn.length,
+        "length": float(drawn.lengths.mean()),
     }
 
 
@@ -210,16 +211,14 @@ def power_accuracy(
     max_new_tokens: int,
     seed: int,
 ) -> float:
-    """Accuracy of a sample of p^alpha / Z, where training ends if it reaches its target.
-
-    From samples of p, each weighted with p^(alpha - 1) among those of its question.
-    """
+    """Accuracy that training has if it reaches its target, from weighted samples of the model."""
     _, tokenizer = base_model()
     prompts = [q.prompt for q in questions]
     drawn = sample(model, tokenizer, prompts, samples, max_new_tokens, seed)
     answers = [q.answers for q in questions for _ in range(samples)]
     right = torch.tensor(list(map(is_correct, drawn.texts, answers))).view(-1, samples)
-    weights = (drawn.logps.view(-1, samples).double() * (alpha - 1)).softmax(1)
+    shape = right.shape
+    weights = power_weights(drawn.logps.view(shape), drawn.lengths.view(shape), alpha)
     return float((weights * right).sum(1).mean())
 
 
@@ -228,8 +227,8 @@ class Samples(NamedTuple):
 
     texts: list[str]  # at T=1
     logps: torch.Tensor  # of each, its tokens' sum
+    lengths: torch.Tensor  # of each, its tokens, the end token included
     greedy: list[str]  # one a prompt
-    length: float  # mean tokens of a text
 
 
 @torch.no_grad()
@@ -276,8 +275,8 @@ def sample(
     return Samples(
         [text for text, is_sample in zip(texts, sampled, strict=True) if is_sample],
         torch.cat(logps, 1).where(kept, 0.0).sum(1)[sampled],
+        kept[sampled].sum(1).float(),
         texts[::rows],
-        float(kept[sampled].sum(1).float().mean()),
     )
 
 

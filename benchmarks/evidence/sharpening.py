@@ -41,7 +41,7 @@ METHODS = {  # name -> its label
 LABELS = {"base": "base model"} | METHODS
 UNTRAINED = ("base", "target")
 TARGETS = {"2": "p^2, where PowerFlow goes", "4": "p^4, where PowerFlow goes"}  # alpha -> label
-TARGET_SAMPLES = 64  # per question
+TARGET_SAMPLES = 24  # per question
 MEASURES = {  # key of `language.measure` -> column
     "sampled": "sampled, T=1",
     "greedy": "greedy",
