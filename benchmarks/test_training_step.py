@@ -49,7 +49,7 @@ def measure(benchmark, session, device, model: StepCase, peer: str) -> dict:
     assert first == pytest.approx(expected, rel=16 * rounding), f"{peer} has another loss"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    rounds = method.rounds_within(2 * session.case_seconds, clock.seconds(step))
+    rounds = max(3, method.rounds_within(2 * session.case_seconds, clock.seconds(step)))
     benchmark.pedantic(step, rounds=rounds)
     times = benchmark.stats.stats.data if benchmark.enabled else [clock.seconds(step)]
     if device.type == "cuda":

@@ -212,8 +212,8 @@ def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
     for key, value in expected.items():
         if found.get(key, value) != value:
             raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} belongs to another model or adapter: "
-                f"{key} is {found[key]} there and {value} here"
+                f"resume_from_checkpoint: {checkpoint} belongs to another model, adapter or "
+                f"set-up: {key} is {found[key]} there and {value} here"
             )
 
 

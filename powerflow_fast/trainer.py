@@ -127,7 +127,9 @@ class PowerFlowTrainer(WholeCheckpoints):
             self.add_callback(self.log_z)
         self.health = Health(args)
         self.add_callback(self.health)
-        self._made_for = describe(policy) | {"log_z": args.log_z}
+        engine = "FSDP" if self.is_fsdp_enabled else "none"
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
+        self._made_for = describe(policy) | {"log_z": args.log_z, "engine": engine}
 
     def _check_model(self, policy) -> None:
         if self._is_vlm:

@@ -1,8 +1,6 @@
 """The runs that test_two_processes_equal_one compares: `ddp_run.py FOLDER`.
 
-One process, two with DDP, two with FSDP2; each leaves its losses and parameters. accelerate does
-not shard on a CPU, so for FSDP2 the model is given to `fully_shard` as accelerate would (decoder
-layers, then the root with norm and head).
+One process, two with DDP, two with FSDP2; each leaves its losses and parameters.
 """
 
 import faulthandler
@@ -17,23 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from tests import ranks, tiny  # noqa: E402
 
 
-def shard(trainer) -> None:
-    for layer in trainer.model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(trainer.model)
-    trainer.accelerator.prepare_model = lambda model, **_: model  # no DDP around it
-
-
 def run(out: str, kind: str) -> None:
     faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
     torch.set_num_threads(1)
+    if kind == "fsdp2":
+        ranks.shard_on_cpu()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     results = {"losses": [], "parameters": {}}
     # Micro-batches of whole groups, and groups that lie on both ranks.
@@ -58,8 +50,6 @@ def run(out: str, kind: str) -> None:
             callbacks=[seen],
         )
         assert trainer.accelerator.num_processes == world
-        if kind == "fsdp2":
-            shard(trainer)
         trainer.train()
         results["losses"] += [row["loss"] for row in seen.logs]
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -69,8 +59,7 @@ def run(out: str, kind: str) -> None:
             for key, value in module.named_parameters() if module is not None else ():
                 if value.requires_grad:
                     assert isinstance(value, DTensor) == (module is policy and kind == "fsdp2")
-                    value = value.full_tensor() if isinstance(value, DTensor) else value
-                    results["parameters"][f"{prefix}.{key}"] = value.detach().clone()
+                    results["parameters"][f"{prefix}.{key}"] = ranks.whole(value)
     if trainer.accelerator.is_main_process:
         torch.save(results, out)
     if world > 1:

@@ -1,6 +1,6 @@
 """Runs that are killed, or resumed by another number of processes, for test_checkpoint.py.
 
-    kill_run.py FOLDER kill WORLD KILLS SEED
+    kill_run.py FOLDER kill WORLD KILLS SEED SHARDED
     kill_run.py FOLDER resize
 
 Imports once and then forks every run, so that a run costs a second and not an import of torch.
@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from tests import ranks, tiny  # noqa: E402
@@ -51,7 +52,7 @@ def train(folder: Path, options: dict, rollout, data) -> None:
     )
     trainer.train(resume_from_checkpoint="last")
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    state = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+    state = {n: ranks.whole(p) for n, p in policy.named_parameters() if p.requires_grad}
     state |= {f"log_z.{n}": p for n, p in trainer.log_z.head.state_dict().items()}
     if trainer.accelerator.is_main_process:
         torch.save(state, folder / "end.part")
@@ -68,7 +69,14 @@ def work(folder: Path, world: int, options: dict):
     data = tiny.dataset(4 if rollout else world)
     backend = {"ddp_backend": "gloo"} if world > 1 else {}
     folder.mkdir(parents=True, exist_ok=True)
-    return lambda: train(folder, options | backend, rollout, data)
+    sharded = options.pop("sharded", False)
+
+    def of_rank() -> None:
+        if sharded:
+            ranks.shard_on_cpu()
+        train(folder, options | backend, rollout, data)
+
+    return of_rank
 
 
 def finish(folder: Path, world: int, **options) -> dict:
@@ -77,14 +85,15 @@ def finish(folder: Path, world: int, **options) -> dict:
     return torch.load(folder / "end.pt", weights_only=True)
 
 
-def kill(folder: Path, world: int, kills: int, seed: int) -> None:
+def kill(folder: Path, world: int, kills: int, seed: int, sharded: int) -> None:
+    options = KILL | {"sharded": bool(sharded)}
     draw, began = random.Random(seed), time.monotonic()
-    expected = finish(folder / "whole", world, **KILL)
+    expected = finish(folder / "whole", world, **options)
     length = time.monotonic() - began
     reached, runs = [], 0
     run = folder / "killed0"
     for _ in range(kills):
-        running = start(run, world, **KILL)
+        running = start(run, world, **options)
         at = reached_step(run)
         wait_for(run, draw.randint(at, min(at + 5, KILL["max_steps"])))
         time.sleep(draw.uniform(0, 2 * length / KILL["max_steps"]))
@@ -95,7 +104,10 @@ def kill(folder: Path, world: int, kills: int, seed: int) -> None:
         if (run / "end.pt").exists():  # it was through: another run to kill
             same(torch.load(run / "end.pt", weights_only=True), expected)
             run = folder / f"killed{(runs := runs + 1)}"
-    same(finish(run, world, **KILL), expected)
+    same(finish(run, world, **options), expected)
+    saved = load_file(run / f"checkpoint-{KILL['max_steps']}" / "adapter_model.safetensors")
+    adapter = {n.replace(".default.", "."): p for n, p in expected.items() if "lora" in n}
+    same(saved, adapter)  # the whole of it, which PEFT can load
     print(f"last checkpoints when killed: {reached}; a whole run takes {length:.1f} s")
 
 

@@ -6,6 +6,33 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "accelerate" / "fsdp2-8.yaml"
+
+
+def shard_on_cpu() -> None:
+    """In a rank: have accelerate set FSDP2 up as `RECIPE` says, which it does on GPUs alone."""
+    import yaml
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    settings = yaml.safe_load(RECIPE.read_text())["fsdp_config"]
+    of_launcher = {name.upper(): str(value) for name, value in settings.items()}
+    os.environ |= of_launcher | {"ACCELERATE_USE_FSDP": "true"}
+    begin = PartialState.__init__
+
+    def begin_as_on_gpus(self, *args, **kwargs) -> None:
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_on_gpus  # type: ignore[method-assign]
+
+
+def whole(parameter):
+    """A copy of a parameter, gathered from all ranks where it is sharded."""
+    gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return gathered.detach().clone()
+
 
 def start(world: int, work: Callable[[], None], logs: Path) -> list[int]:
     """Fork `world` ranks that do `work` with the variables torch's launcher would set; their ids.

@@ -28,9 +28,11 @@ def run(*argv):
     print(done.stdout)
 
 
-@pytest.mark.parametrize(("world", "kills"), [(1, 2), (2, 2)])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills):
-    run(tmp_path, "kill", world, KILLS or kills, 0)
+@pytest.mark.parametrize(
+    ("world", "kills", "sharded"), [(1, 2, 0), (2, 2, 0), (2, 1, 1)], ids=["one", "ddp", "fsdp2"]
+)
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills, sharded):
+    run(tmp_path, "kill", world, KILLS or kills, 0, sharded)
 
 
 def test_saved_by_two_loaded_by_one_and_the_reverse(tmp_path):
@@ -142,5 +144,8 @@ def test_a_checkpoint_of_another_model_is_refused_before_generation(tmp_path):
     torch.nn.init.normal_(other.get_input_embeddings().weight)
     refused("embedding", model=other)
     refused("log_z is group there and learned here", log_z="learned")
+    facts = tmp_path / "checkpoint-1" / "powerflow.json"
+    facts.write_text(facts.read_text().replace('"engine": "none"', '"engine": "FSDP"'))
+    refused("engine is FSDP there and none here")  # transformers keeps other files for each
     (tmp_path / "checkpoint-1" / "powerflow.json").unlink()
     refused("not a checkpoint of this trainer")
