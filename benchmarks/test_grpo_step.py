@@ -62,7 +62,7 @@ def build(sizes: dict[str, int], adapter: bool, folder: str):
         per_device_train_batch_size=sizes["batch"],
         num_generations=sizes["batch"],
         report_to=[],
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         disable_tqdm=True,
     )
     trainer = GRPOTrainer(

@@ -48,7 +48,7 @@ def options(folder) -> dict:
         max_steps=STEPS,
         logging_steps=1,
         learning_rate=1e-6,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

@@ -126,7 +126,7 @@ def _make_trainer(settings: DemoSettings, model, tokenizer):
         num_generations=settings.num_generations,
         max_completion_length=settings.max_new_tokens,
         pad_to_multiple_of=None,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
         logging_steps=1,

@@ -46,7 +46,7 @@ def train_flags(model_folder, prompts, output):
         "per_device_train_batch_size": 4,
         "max_completion_length": 4,
         "max_steps": 2,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "lora_rank": 2,
         "report_to": "none",
         "disable_tqdm": True,

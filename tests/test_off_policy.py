@@ -209,7 +209,7 @@ def test_other_ways_to_train_start_at_the_reference_and_learn(tmp_path, kind):
     seen = tiny.Gradients()
     trainer = PowerFlowTrainer(
         model=tiny.model(),
-        args=tiny.config(tmp_path, max_steps=2, activation_checkpointing=kind == "checkpointing"),
+        args=tiny.config(tmp_path, max_steps=2, gradient_checkpointing=kind == "checkpointing"),
         train_dataset=tiny.dataset(),
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora(use_dora=kind == "dora"),

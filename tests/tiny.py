@@ -64,7 +64,7 @@ def config(folder, **options):
         max_grad_norm=0.0,
         logging_steps=1,
         report_to=[],
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         save_strategy="no",
         disable_tqdm=True,
         shuffle_dataset=False,

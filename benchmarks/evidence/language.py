@@ -125,7 +125,7 @@ def trained(
             max_completion_length=max_new_tokens,
             shuffle_dataset=False,
             pad_to_multiple_of=None,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             use_cpu=True,
             bf16=False,
             logging_steps=1,

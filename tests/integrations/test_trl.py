@@ -66,7 +66,7 @@ def train(folder, name, model, peft_config=None, **options):
             learning_rate=1e-2,
             logging_steps=1,
             report_to=[],
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             save_strategy="no",
             disable_tqdm=True,
             **ONLINE if online else {},
