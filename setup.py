@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 TRAIN = [
-    "transformers>=5.12",
+    "transformers>=5.17",
     "trl>=1.16,<1.17",
     "peft>=0.21",
     "accelerate>=1.15",
