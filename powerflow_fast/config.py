@@ -50,14 +50,19 @@ def _option(default: Any, text: str, *choices: str) -> Any:
 class PowerFlowConfig(GRPOConfig):
     """Options of `PowerFlowTrainer`; every other one is TRL's GRPOConfig (arXiv 2603.18363).
 
+    What supports a default is named beside it: a section of benchmarks/evidence/README.md.
+
     Raises:
         ValueError: for values outside the ranges given here, and for options of GRPO's loss
             that would have no effect.
     """
 
+    # Sharpening: alpha 4 gains 27 ± 4 points, alpha 2 24 ± 5, of accuracy of a sample.
     alpha: float = _option(4.0, "Power of the base to sample from, > 0: above 1 sharpens.")
     alpha_start: float = _option(1.0, "alpha of the first step, where alpha_warmup_steps is set.")
     alpha_warmup_steps: int = _option(0, "Steps from alpha_start to alpha; 0: constant.")
+    # Ablations: 'group' is ahead of 'learned' on three of four seeds (65 %, 61 %); on tables, groups
+    # of 4 and more end as close to the target as 'learned' does.
     log_z: str = _option(
         "group",
         "log Z': 'group' (mean over a prompt's completions) or 'learned' (an MLP).",
@@ -65,11 +70,13 @@ class PowerFlowConfig(GRPOConfig):
     )
     log_z_lr: float = _option(1e-3, "Constant learning rate of the learned log Z', > 0.")
     log_z_lr_scheduled: bool = _option(False, "Let the policy's scheduler act on log_z_lr too.")
+    # Length bias: 'token' decays on both seeds, 'trajectory' is no better than 'length'.
     balance: str = _option(
         "length",
         "'length' is LA-TB (eq. 10); the others are for comparison.",
         *("length", "trajectory", "token"),
     )
+    # Ablations: with and without clipping, and without weights, end within each other's spread.
     clip_eps: float = _option(0.2, "Importance weights are clipped to 1 - this .. 1 + this, >= 0.")
     offload_reference: bool = _option(
         False,
@@ -81,6 +88,8 @@ class PowerFlowConfig(GRPOConfig):
         "Kernels of the head: 'auto' is triton on a GPU and torch elsewhere.",
         *("auto", "torch", "triton"),
     )
+    # Ablations: up to 1e-3 the rollouts are the exact run's, token for token; it saves time on a
+    # sharp policy alone (README, certified gradient).
     grad_tolerance: float = _option(
         0.0,
         "Probability mass per token that the head's gradient may leave out, in [0, 1); 1e-3 saves "
