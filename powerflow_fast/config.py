@@ -61,8 +61,8 @@ class PowerFlowConfig(GRPOConfig):
     alpha: float = _option(4.0, "Power of the base to sample from, > 0: above 1 sharpens.")
     alpha_start: float = _option(1.0, "alpha of the first step, where alpha_warmup_steps is set.")
     alpha_warmup_steps: int = _option(0, "Steps from alpha_start to alpha; 0: constant.")
-    # Ablations: 'group' is ahead of 'learned' on three of four seeds (65 %, 61 %); on tables, groups
-    # of 4 and more end as close to the target as 'learned' does.
+    # Ablations: 'group' is ahead of 'learned' on three of four seeds (65 and 61 % right); on tables
+    # groups of 4 and more end as close to the target.
     log_z: str = _option(
         "group",
         "log Z': 'group' (mean over a prompt's completions) or 'learned' (an MLP).",
