@@ -120,7 +120,7 @@ def backward(
         grad_entropy, entropy = _take(grad_entropy, rows), _take(entropy, rows)
     head = Head(_take(hidden, rows), weight, bias, targets, options)
     if kept is not None:  # few columns of each block remain of a tile
-        head.tile = (BLOCK, 8 * head.tile[1])
+        head.tile = (BLOCK, 4 * head.tile[1])
     grads = _Gradients(head, needs)
     known = 0 if numerators is None else min(numerators.rows, len(targets))
     with _bf16_products(head.product_dtype, hidden):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
 # slice of the weight they are the whole working set; a GPU needs larger ones to fill its
 # multiprocessors.
-_CPU_TILE = (512, 1024)
+_CPU_TILE = (512, 2048)
 _GPU_TILE = (4096, 8192)
 # Kept numerators relative to the largest of their tile, and tiles relative to their row, are 0
 # below these: far below a rounding of the softmax, and their product with a gradient would be
