@@ -8,8 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu, results_file
+from benchmarks.cases import table
+from benchmarks.test_heads import TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +50,8 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path):
         products = row["floor_flops"] / ceiling["flops"]
         floor = max(products, row["floor_bytes"] / ceiling["bandwidth"])
         assert row["ratio_to_floor"] == pytest.approx(row["seconds"] / floor)
-        assert row["seconds_min"] <= row["seconds"] and row["rounds"] >= 1 and row["error"] < 1e-4
+        assert row["seconds_min"] <= row["seconds"] and row["rounds"] >= 1
+        assert row["error"] < TOLERANCE[getattr(torch, row["dtype"])]
     own = json.loads(output.read_text())["benchmarks"]
     ratios = sorted(one["extra_info"]["ratio_to_floor"] for one in own)
     assert ratios == sorted(row["ratio_to_floor"] for row in rows)
@@ -83,7 +87,8 @@ def test_whole_trainers_run_on_request_alone():
 
 def test_what_the_budget_drops_is_named(tmp_path):
     done = benchmarks("--groups", "forward", "--peers", "powerflow-fast", "--budget", "0")
-    assert "dropped: 1 after 0 s" in done.stdout
+    dtypes = {case.dtype for case in table(torch.device("cpu"), tiny=True)}  # one or two
+    assert f"dropped: {len(dtypes)} after 0 s" in done.stdout
     assert "test_head[forward-tiny-random-float32-powerflow-fast]" in done.stdout
 
 
