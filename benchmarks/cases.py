@@ -131,12 +131,12 @@ class Case:
 
 def table(device: torch.device, *, tiny: bool = False) -> Iterator[Case]:
     """Every case for a device; `tiny` walks the same code in seconds."""
-    for dtype in _dtypes(device):
+    for dtype in head_dtypes(device):
         yield from _heads(device, dtype, tiny)
         yield from _scaling(device, dtype, tiny)
 
 
-def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+def head_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Types that people train a head in: not float32 on a GPU, nor bf16 where no unit has it."""
     if device.type == "cuda":
         return (torch.bfloat16,)

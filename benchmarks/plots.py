@@ -100,11 +100,14 @@ def _roofline(figure, results: dict[str, Any]) -> None:
 def _certified(figure, results: dict[str, Any]) -> None:
     rows = [row for row in results["rows"] if row["group"] == "certified"]
     axes = figure.subplots()
-    for tolerance in sorted({row["grad_tolerance"] for row in rows} - {0}):
-        points = [row for row in rows if row["grad_tolerance"] == tolerance]
+    for dtype, tolerance in sorted({(row["dtype"], row["grad_tolerance"]) for row in rows}):
+        points = [
+            row for row in rows if (row["dtype"], row["grad_tolerance"]) == (dtype, tolerance)
+        ]
         points.sort(key=lambda row: row["entropy"])
         ratio = [row["seconds"] / row["exact_seconds"] for row in points]
-        axes.plot([row["entropy"] for row in points], ratio, "o-", label=f"{tolerance:.0e}")
+        entropy = [row["entropy"] for row in points]
+        axes.plot(entropy, ratio, "o-", label=f"{tolerance:.0e}, {dtype}")
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
     axes.set(xlabel="mean entropy of the policy, nats", ylabel="time over the exact step")
     axes.set_ylim(bottom=0)

@@ -8,13 +8,14 @@ A flat policy cannot be cut and takes the exact route; the sharper it is, the fe
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from benchmarks import method, peers
-from benchmarks.cases import GROUPS, shapes
+from benchmarks.cases import GROUPS, head_dtypes, shapes
 from benchmarks.conftest import SESSION
 from benchmarks.inputs import INPUT_SETS, Inputs, Shape, draw
 from powerflow_fast import reference
@@ -50,6 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         "setting", TEXT if on_text else RANDOM, ids=lambda s: f"{s.name}, {s.tolerance:g}"
     )
+    metafunc.parametrize("dtype", head_dtypes(session.device), ids=str)
 
 
 def input_sets(setting: Setting, shape: Shape, dtype: torch.dtype, device) -> list[Inputs]:
@@ -57,13 +59,26 @@ def input_sets(setting: Setting, shape: Shape, dtype: torch.dtype, device) -> li
     return [inputs.sharpened(setting.sharpening) for inputs in drawn]
 
 
+def bare_products(inputs: Inputs) -> Callable[[], object]:
+    """What the exact step cannot do without, as plain products in the inputs' type."""
+    p = torch.rand(len(inputs.hidden), len(inputs.weight), device=inputs.hidden.device)
+    p = p.to(inputs.hidden.dtype)
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+
+    def run() -> None:
+        hidden @ weight.T
+        inputs.ref_hidden @ weight.T
+        p @ weight
+
+    return run
+
+
 @pytest.mark.benchmark(group="certified")
-def test_certified(benchmark, session, record, device, setting):
+def test_certified(benchmark, session, record, device, setting, dtype):
     session.cached.clear()  # inputs of the groups before
     name, shape = next(iter(shapes(device, tiny=session.tiny).items()))
     if setting.source == "SmolLM2":
         shape = Shape(1024, shape.h, shape.v, shape.length)  # blocks of 128 tokens
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         sets = input_sets(setting, shape, dtype, device)
     except FileNotFoundError as reason:  # the real model's package
@@ -89,6 +104,9 @@ def test_certified(benchmark, session, record, device, setting):
     one = clock.seconds(lambda: STEP.run(exact, next(turns)))
     rounds = max(3, method.rounds_within(session.case_seconds, one))
     exact_times = [clock.seconds(lambda: STEP.run(exact, next(turns))) for _ in range(rounds)]
+    products = bare_products(sets[0])
+    products()
+    products_times = [clock.seconds(products) for _ in range(rounds)]
     benchmark.pedantic(lambda: STEP.run(sparse, next(turns)), rounds=rounds)
     times = benchmark.stats.stats.data if benchmark.enabled else exact_times
     row = {
@@ -100,6 +118,7 @@ def test_certified(benchmark, session, record, device, setting):
         "dtype": str(dtype).removeprefix("torch."),
         **method.spread(times),
         "exact_seconds": method.spread(exact_times)["seconds"],
+        "products_seconds": method.spread(products_times)["seconds"],
         "grad_tolerance": setting.tolerance,
         "entropy": entropy.mean().item(),
         "columns_kept": certificates[0]["columns_kept"].item(),
