@@ -99,6 +99,8 @@ class Session:
         self.cached: dict[tuple, object] = {}  # inputs of the case before: peers share them
         self.first_loss: dict[str, float] = {}  # of each training-step model
         self.ceilings: dict[torch.dtype, Ceilings] = {}
+        # Peers compile anew for each shape and type, on purpose; 8 would do for one training run.
+        torch._dynamo.config.recompile_limit = 64
 
     def measure_ceilings(self, dtype: torch.dtype) -> None:
         """Between groups: the best of a run is its ceiling, whatever else the machine does."""

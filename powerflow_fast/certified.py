@@ -55,9 +55,11 @@ class Peaks:
 
     def update(self, z: Tensor, first_row: int, start: int, stop: int) -> None:
         """Note columns start:stop of the rows from `first_row` (a multiple of BLOCK); z - max."""
-        for offset in range(0, len(z), BLOCK):
-            block = (first_row + offset) // BLOCK
-            self.values[block, start:stop] = z[offset : offset + BLOCK].amax(0)
+        first, whole = first_row // BLOCK, len(z) // BLOCK
+        blocks = z[: whole * BLOCK].view(whole, BLOCK, z.shape[1])
+        self.values[first : first + whole, start:stop] = blocks.amax(1)
+        if whole * BLOCK < len(z):  # the batch's last rows
+            self.values[first + whole, start:stop] = z[whole * BLOCK :].amax(0)
 
 
 def num_blocks(rows: int) -> int:
