@@ -24,7 +24,7 @@ TITLE = "Sharpening SmolLM2-135M: PowerFlow, supervised GRPO and three unsupervi
 SEEDS = (0, 1, 2, 3, 4)
 SEARCH_SEED = 100
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-STEPS, SEARCH_STEPS = 6, 4
+STEPS, SEARCH_STEPS = 14, 10
 COMPLETIONS = 6  # per prompt
 QUESTIONS, SAMPLES = 12, 4  # measured of a task, and completions of each
 # Adapters on the upper 15 of 30 layers alone, which halves the backward pass.
