@@ -29,6 +29,8 @@ class Tile:
     """One output tile `rows x columns`, `depth` numbers of the summed axis at a time.
 
     The columns are finished in `parts` pieces after the product: fewer values are alive at once.
+    `persistent` (of the statistics alone): one program a multiprocessor, which walks over the
+    tiles and loads the next one's operands while it finishes this one.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class Tile:
     num_warps: int
     num_stages: int
     parts: int = 1
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         assert self.parts in (1, 2, 4) and self.columns % self.parts == 0
@@ -109,6 +112,8 @@ TABLE = {
 # also the blocks of the certified route.
 CANDIDATES = (
     Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
+    Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4, persistent=True),
+    Tile(128, 128, 64, num_warps=8, num_stages=4, parts=2, persistent=True),
     Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
     Tile(128, 128, 64, num_warps=8, num_stages=4, parts=2),
     Tile(128, 128, 64, num_warps=4, num_stages=4, parts=2),

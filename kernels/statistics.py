@@ -9,8 +9,9 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
     peaks = (z_block - lse_guess).amax(0), without targets                    # if `peaks` is given
 
 The shift is an integer, so bringing tiles to a common shift multiplies by a power of two: exact.
-Every vocabulary tile is a program of its own: few tokens still fill the chip, and nothing is
-carried through the loop, which at this tile size would spill registers.
+Every vocabulary tile is a unit of its own: few tokens still fill the chip, and nothing is carried
+from tile to tile, which at this tile size would spill registers. A program takes one tile, or, with
+a persistent tile shape, every so many-th.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile, soft_exponent
+from powerflow_fast.kernels.config import Tile, num_processors, soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,
@@ -143,93 +144,101 @@ def statistics_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    # A group of row blocks walks the vocabulary; policy and reference of one block are neighbours,
-    # so that a shared weight tile is read from memory once.
-    program = tl.program_id(0)
     num_units = tl.cdiv(num_n, BLOCK_N) * MODELS
     num_tiles = tl.cdiv(num_v, BLOCK_V)
-    first_unit = program // (GROUP * num_tiles) * GROUP
-    width = min(num_units - first_unit, GROUP)
-    within = program % (GROUP * num_tiles)
-    unit = first_unit + within % width
-    start_v = within // width * BLOCK_V
-    model = unit % MODELS
-    start_n = unit // MODELS * BLOCK_N
+    first = tl.program_id(0)
+    stop = num_units * num_tiles if PERSISTENT else first + 1
+    step = tl.num_programs(0) if PERSISTENT else 1
+    for program in tl.range(first, stop, step, flatten=PERSISTENT):
+        # A group of row blocks walks the vocabulary; policy and reference of one block are
+        # neighbours, so that a shared weight tile is read from memory once.
+        first_unit = program // (GROUP * num_tiles) * GROUP
+        width = min(num_units - first_unit, GROUP)
+        within = program % (GROUP * num_tiles)
+        unit = first_unit + within % width
+        start_v = within // width * BLOCK_V
+        model = unit % MODELS
+        start_n = unit // MODELS * BLOCK_N
 
-    if MODELS == 2:
-        stride_hn = tl.where(model == 1, stride_ref_hn, stride_hn)
-        stride_hh = tl.where(model == 1, stride_ref_hh, stride_hh)
-        stride_wv = tl.where(model == 1, stride_ref_wv, stride_wv)
-        stride_wh = tl.where(model == 1, stride_ref_wh, stride_wh)
-        if model == 1:
-            hidden = ref_hidden
-            weight = ref_weight
-            if bias_ptr is not None:
-                bias_ptr = ref_bias_ptr
+        # Names of their own: what a loop assigns to is carried from tile to tile.
+        own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
+        own_hn, own_hh, own_wv, own_wh = stride_hn, stride_hh, stride_wv, stride_wh
+        if MODELS == 2:
+            own_hn = tl.where(model == 1, stride_ref_hn, stride_hn)
+            own_hh = tl.where(model == 1, stride_ref_hh, stride_hh)
+            own_wv = tl.where(model == 1, stride_ref_wv, stride_wv)
+            own_wh = tl.where(model == 1, stride_ref_wh, stride_wh)
+            if model == 1:
+                own_hidden = ref_hidden
+                own_weight = ref_weight
+                if bias_ptr is not None:
+                    own_bias = ref_bias_ptr
 
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_n
-    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    counted = tl.max((target != ignore_index).to(tl.int32), 0)
-    offs_v = start_v + tl.arange(0, BLOCK_V)
-    acc = multiply_transposed(
-        hidden,
-        weight,
-        start_n,
-        start_v,
-        offs_v,
-        offs_v < num_v,
-        num_n,
-        num_h,
-        stride_hn,
-        stride_hh,
-        stride_wv,
-        stride_wh,
-        tl.cdiv(num_h, BLOCK_H) * counted,
-        USE_TMA,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_H,
-    )
-    offs_r = model * num_n + offs_n
-    mask_soft = offs_n < num_n * (1 - model)  # the policy's rows alone
-    num_rows = num_n * MODELS
-    guess = 0.0
-    if peaks_ptr is not None:
-        peaks_ptr += (start_n // BLOCK_N).to(tl.int64) * num_v
-        guess = tl.load(guess_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
-        guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
-    PART: tl.constexpr = BLOCK_V // PARTS
-    parts = split_columns(acc, PARTS)
-    for index in tl.static_range(PARTS):
-        write_statistics(
-            parts[index],
-            bias_ptr,
-            target,
-            tile_shift_ptr,
-            tile_total_ptr,
-            tile_spread_ptr,
-            target_logit_ptr,
-            soft_ptr,
-            peaks_ptr,
-            guess,
-            num_v * (1 - model),
-            start_v + index * PART,
-            offs_n,
-            offs_r,
-            mask_n,
-            mask_soft,
-            num_v,
-            num_rows,
-            stride_sn,
-            scale,
-            cap,
-            ROUND_TO,
-            SOFTCAP,
-            SOFT_EXPONENT,
-            PART,
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_n
+        target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+        counted = tl.max((target != ignore_index).to(tl.int32), 0)
+        offs_v = start_v + tl.arange(0, BLOCK_V)
+        acc = multiply_transposed(
+            own_hidden,
+            own_weight,
+            start_n,
+            start_v,
+            offs_v,
+            offs_v < num_v,
+            num_n,
+            num_h,
+            own_hn,
+            own_hh,
+            own_wv,
+            own_wh,
+            tl.cdiv(num_h, BLOCK_H) * counted,
+            USE_TMA,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_H,
         )
+        offs_r = model * num_n + offs_n
+        mask_soft = offs_n < num_n * (1 - model)  # the policy's rows alone
+        num_rows = num_n * MODELS
+        guess = 0.0
+        own_peaks = peaks_ptr
+        if peaks_ptr is not None:
+            own_peaks += (start_n // BLOCK_N).to(tl.int64) * num_v
+            guess = tl.load(guess_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
+            guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
+        PART: tl.constexpr = BLOCK_V // PARTS
+        parts = split_columns(acc, PARTS)
+        for index in tl.static_range(PARTS):
+            write_statistics(
+                parts[index],
+                own_bias,
+                target,
+                tile_shift_ptr,
+                tile_total_ptr,
+                tile_spread_ptr,
+                target_logit_ptr,
+                soft_ptr,
+                own_peaks,
+                guess,
+                num_v * (1 - model),
+                start_v + index * PART,
+                offs_n,
+                offs_r,
+                mask_n,
+                mask_soft,
+                num_v,
+                num_rows,
+                stride_sn,
+                scale,
+                cap,
+                ROUND_TO,
+                SOFTCAP,
+                SOFT_EXPONENT,
+                PART,
+            )
 
 
 class Statistics(NamedTuple):
@@ -276,8 +285,11 @@ def logit_statistics(
     out = _allocate(num_tiles * tile.parts, models * num_n, options.entropy, hidden.device)
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     form = logit_form(options)
+    programs = triton.cdiv(num_n, tile.rows) * models * num_tiles
+    if tile.persistent:
+        programs = min(programs, num_processors(hidden.device))
     with torch.cuda.device_of(hidden):
-        statistics_kernel[(triton.cdiv(num_n, tile.rows) * models * num_tiles,)](
+        statistics_kernel[(programs,)](
             hidden=describe(hidden, tile.rows, tile.depth, use_tma),
             weight=describe(weight, tile.columns, tile.depth, use_tma),
             bias_ptr=policy.bias,
@@ -317,6 +329,7 @@ def logit_statistics(
             BLOCK_V=tile.columns,
             BLOCK_H=tile.depth,
             PARTS=tile.parts,
+            PERSISTENT=tile.persistent,
             **tile.launch_options,
         )
     return out

@@ -41,6 +41,7 @@ class Variant:
     soft: bool = False  # store the softmax numerators
     bias: bool = False
     certified: bool = False  # look for candidate columns, or gather those that are kept
+    persistent: bool = False  # a program walks over the tiles
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ EVERY = DEFAULT + (
     Variant("statistics", models=2, soft=True, entropy=True, softcap=True, bias=True),
     Variant("statistics", models=1, soft=True),
     Variant("statistics", models=2, soft=True, tma=False),
+    Variant("statistics", models=2, soft=True, persistent=True),
     Variant("direction", softcap=True),
     Variant("direction", tma=False),
     Variant("kept", softcap=True, bias=True),
@@ -113,6 +115,7 @@ def _source(variant: Variant, chip: str):
             "GROUP": statistics.GROUP,
             "MODELS": variant.models,
             "SOFT_EXPONENT": 0,
+            "PERSISTENT": variant.persistent,
         }
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "grad_entropy_ptr": None, "entropy_ptr": None}
@@ -287,7 +290,7 @@ def table(rows: list[Facts]) -> str:
     ]
     for row in rows:
         variant = row.variant
-        named = ("entropy", "softcap", "soft", "bias", "certified")
+        named = ("entropy", "softcap", "soft", "bias", "certified", "persistent")
         flags = ["two models"] * (variant.models == 2)
         flags += [name for name in named if getattr(variant, name)]
         flags += ["tma"] * (row.tma > 0)

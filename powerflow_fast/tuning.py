@@ -91,8 +91,9 @@ def tune(
 
     best = table
     for field, call in (("statistics", scores), ("direction", direction), ("dlogits", dlogits)):
-        options_of_field = [replace(best, **{field: tile}) for tile in CANDIDATES]
-        times = {config: _time(call, config, seconds) for config in (best, *options_of_field)}
+        tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
+        others = [replace(best, **{field: tile}) for tile in tiles]
+        times = {config: _time(call, config, seconds) for config in (best, *others)}
         best = min(times, key=lambda config: times[config])
     return best
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,6 +227,25 @@ def test_row_chunks_do_not_change_results(device, monkeypatch):
     chunked = run(head, targets, reference, want_direction=True)
     for name in ("logps", "lse", "direction", "ref_logps"):
         assert torch.equal(getattr(whole, name), getattr(chunked, name))
+
+
+def test_a_persistent_program_takes_every_tile(device):
+    from powerflow_fast.kernels.config import config_for
+
+    head, reference = (make_head(40, 24, 200, torch.float16, device) for _ in range(2))
+    targets = torch.randint(200, (40,), device=device)
+    targets[3:30] = -100  # a block of 16 rows that is skipped between two that are not
+    plain = config_for(device, torch.float16)
+    results = []
+    for persistent in (False, True):
+        config = replace(plain, statistics=replace(plain.statistics, persistent=persistent))
+        heads = (head.hidden, head.weight, None, targets)
+        pair = (reference.hidden, reference.weight, None)
+        results.append(backend_triton.forward(*heads, pair, PLAIN, True, config=config))
+    counted = targets != -100
+    for name in ("logps", "lse", "direction", "ref_logps"):
+        one_each, walked = (getattr(out, name)[counted] for out in results)
+        assert torch.equal(one_each, walked), name
 
 
 def test_two_runs_are_equal_bit_by_bit(device):
