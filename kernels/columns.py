@@ -27,6 +27,7 @@ def choose_columns_kernel(
     peaks_ptr,  # [row blocks, V] float16
     columns_ptr,  # [row blocks, most] int32
     counts_ptr,  # [row blocks] int32
+    lowest_ptr,  # [row blocks] float32
     num_v,
     most,
     budget,
@@ -62,6 +63,7 @@ def choose_columns_kernel(
         tl.store(columns_ptr + place, offs_v, mask=keep & (place < most))
         count += tl.sum(keep.to(tl.int32), 0)
     tl.store(counts_ptr + block, count)
+    tl.store(lowest_ptr + block, low)
 
 
 def choose_columns(
@@ -73,11 +75,13 @@ def choose_columns(
     blocks, num_v = peaks.shape
     columns = torch.empty((blocks, most), dtype=torch.int32, device=peaks.device)
     counts = torch.empty(blocks, dtype=torch.int32, device=peaks.device)
+    lowest = torch.empty(blocks, dtype=torch.float32, device=peaks.device)
     with torch.cuda.device_of(peaks):
         choose_columns_kernel[(blocks,)](
             peaks_ptr=peaks,
             columns_ptr=columns,
             counts_ptr=counts,
+            lowest_ptr=lowest,
             num_v=num_v,
             most=most,
             budget=budget,
@@ -86,4 +90,4 @@ def choose_columns(
             BLOCK=BLOCK,
             num_warps=8,
         )
-    return Kept(columns, counts)
+    return Kept(columns, counts, lowest)

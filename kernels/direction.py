@@ -190,6 +190,7 @@ class Kept(NamedTuple):
 
     columns: torch.Tensor  # [row blocks, most] int32, ascending
     counts: torch.Tensor  # [row blocks] int32, at most `most`
+    lowest: torch.Tensor  # [row blocks] float32: they are those whose peak is not below this
 
 
 def write_directions(

@@ -76,7 +76,7 @@ def forward(
     entropy = torch.empty_like(logps) if options.entropy else None
     config = config or tile_config(policy, targets, options)
     targets = targets.contiguous()
-    search = direction = certificate = None
+    search = direction = certificate = kept = None
     if want_direction and options.grad_tolerance > 0 and num_n:
         search = start_search(policy, targets, options, config)
     if want_direction and search is None:
@@ -101,7 +101,7 @@ def forward(
     if search is not None:
         shift, total, target_logit = map(torch.cat, zip(*totals, strict=True))
         row_totals = RowTotals(shift, total, target_logit, logps[0])
-        direction, certificate, failed = sparse_direction(
+        (direction, certificate, kept), failed = sparse_direction(
             policy, targets, search.peaks, row_totals, options, config
         )
         if len(failed):
@@ -117,6 +117,7 @@ def forward(
         direction=direction,
         ref_logps=None if reference is None else logps[1],
         certificate=certificate,
+        kept=kept,
     )
 
 
@@ -131,11 +132,15 @@ def backward(
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
-    kept: Tensor | None = None,  # of the certified route; all columns are taken
+    kept: Tensor | None = None,  # [blocks, V] bool as `forward` left it, without grad_entropy
     numerators: Numerators | None = None,  # as `forward` left them, without grad_entropy
     config: Config | None = None,  # as in `forward`
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients, hidden's in float32, by recomputing the logits of rows without numerators."""
+    """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
+
+    Those of the kept columns alone, where they are given and few; hidden's is not formed then.
+    """
+    from powerflow_fast.certified_triton import few, kept_gradients
     from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
@@ -147,6 +152,10 @@ def backward(
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     active &= targets != options.ignore_index
     out_scale = dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
+    if kept is not None and few(kept):
+        rows = (targets.contiguous(), grad_logps.contiguous(), lse.contiguous(), active)
+        policy = _operands(hidden, weight, bias)
+        return None, *kept_gradients(policy, *rows, kept, out_scale, needs, options, config)
     sums = GradientSums(hidden, weight, bias, active, out_scale, needs)
     columns = _chunk_columns(DLOGITS_BYTES, num_n, num_v, hidden.element_size(), config)
     buffer = hidden.new_empty((num_n, columns))

@@ -9,14 +9,17 @@ The host reads two small results a call, so this route cannot be captured in a C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from powerflow_fast.certified import LARGEST_SHARE, PROBE
+from powerflow_fast.certified import BLOCK, LARGEST_SHARE, PROBE, SparseDirection
+from powerflow_fast.gradient_sums import product
 from powerflow_fast.options import HeadOptions
+from powerflow_fast.tiled_head import target_columns
 
 if TYPE_CHECKING:
     from powerflow_fast.kernels.config import Config
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 SAMPLE = 2048  # columns from which the log-sum-exp is guessed
 # As in certified.py; fewer, as each is a try of its own, in which a block's columns start afresh.
 SLACKS = (8.0, 1.0)
+CHUNK = 2048  # rows whose kept columns are multiplied together for a trained head
 
 
 class RowTotals(NamedTuple):
@@ -108,6 +112,7 @@ class Attempt(NamedTuple):
     direction: Tensor  # [N, H]
     skipped: Tensor  # [N] mass left out, 0 where ignored
     share: Tensor  # [N] of the columns, kept by the row's block
+    lowest: Tensor  # [N] peaks below this are of columns that are left out
 
 
 def sparse_direction(
@@ -117,8 +122,8 @@ def sparse_direction(
     totals: RowTotals,
     options: HeadOptions,
     config: Config,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> direction [N, H], certificate [3], and the rows whose direction is left to be done."""
+) -> tuple[SparseDirection, Tensor]:
+    """-> what certified.py's gives, and the rows whose direction is left to be done."""
     block = config.statistics.rows
     block_of_row = torch.arange(len(targets), device=targets.device) // block
     slack, *others = SLACKS
@@ -139,12 +144,94 @@ def sparse_direction(
         for whole, new in zip(done, part, strict=True):
             whole[rows] = new
         failed, rows = _failed(done.skipped, options.grad_tolerance, block_of_row, len(peaks))
-    done.skipped[rows] = 0.0
-    done.share[rows] = 1.0
+    done.skipped[rows], done.share[rows], done.lowest[rows] = 0.0, 1.0, -torch.inf
     counted = targets != options.ignore_index
     share = done.share.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
     certificate = torch.stack([share, done.skipped.max(), failed.sum().to(share.dtype)])
-    return done.direction, certificate, rows
+    kept = ~(peaks < done.lowest[::block, None])  # not `>=`: a NaN's column is kept
+    kept[block_of_row, targets.clamp(0, len(policy.weight) - 1)] = True
+    return SparseDirection(done.direction, certificate, _per_block(kept, block, BLOCK)), rows
+
+
+def _per_block(kept: Tensor, rows: int, block: int) -> Tensor:
+    """[blocks, V] for blocks of `block` rows, from those of `rows`, one a multiple of the other."""
+    if rows >= block:
+        return kept.repeat_interleave(rows // block, 0)
+    several = block // rows
+    padding = (0, 0, 0, -len(kept) % several)
+    return torch.nn.functional.pad(kept, padding).view(-1, several, kept.shape[1]).any(1)
+
+
+def few(kept: Tensor) -> bool:
+    """Whether so few columns are kept that gathering them pays."""
+    return bool(kept.sum() <= LARGEST_SHARE * kept.numel())
+
+
+def kept_gradients(
+    policy: Operands,
+    targets: Tensor,  # [N] contiguous
+    grad_logps: Tensor,  # [N] contiguous float32
+    lse: Tensor,  # [N] likewise
+    active: Tensor,  # [N] bool
+    kept: Tensor,  # [blocks, V] bool as the forward pass left it
+    out_scale: Tensor,  # [1]
+    needs: Sequence[bool],  # hidden, whose gradient is the direction's, weight, bias
+    options: HeadOptions,
+    config: Config,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias from the kept columns alone.
+
+    Rows go by chunks, each with every column that one of its blocks keeps: large products of
+    gathered columns, a few more than are needed. A chunk's columns differ from one another, so
+    adding its rows to the gradient is deterministic.
+    """
+    from powerflow_fast.kernels.config import DLOGITS_BYTES
+    from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+
+    hidden, weight, bias = policy
+    (num_n, num_h), num_v = hidden.shape, len(weight)
+    masked = hidden.where(active[:, None], 0)  # 0 * inf is NaN: such rows must be 0
+    spans = [slice(first, min(first + CHUNK, num_n)) for first in range(0, num_n, CHUNK)]
+    unions = [kept[r.start // BLOCK : -(-r.stop // BLOCK)].any(0) for r in spans]
+    grad_weight = torch.empty_like(weight) if needs[1] else None
+    grad_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
+    width = max(1, min(num_v, DLOGITS_BYTES // (4 * num_h)))
+    for start in range(0, num_v, width):
+        stop = min(start + width, num_v)
+        sums = torch.zeros((stop - start, num_h), dtype=torch.float32, device=weight.device)
+        bias_sums = sums.new_zeros(stop - start)
+        for r, union in zip(spans, unions, strict=True):
+            columns = union[start:stop].nonzero()[:, 0]
+            if len(columns) == 0:
+                continue
+            place, there = target_columns(targets[r] - start, columns, stop - start)
+            dlogits = hidden.new_empty((r.stop - r.start, len(columns)))
+            write_dlogits_chunk(
+                policy._replace(
+                    hidden=hidden[r],
+                    weight=weight[start:stop][columns],
+                    bias=None if bias is None else bias[start:stop][columns],
+                ),
+                place.where(there, -1)[:, 0].contiguous(),
+                grad_logps[r],
+                None,
+                lse[r],
+                None,
+                active[r],
+                out_scale,
+                dlogits,
+                options,
+                config.dlogits,
+                config.tma,
+            )
+            if grad_weight is not None:
+                sums.index_add_(0, columns, product(dlogits.T, masked[r]))
+            bias_sums.index_add_(0, columns, dlogits.sum(0, dtype=torch.float32))
+        if grad_weight is not None:
+            grad_weight[start:stop] = sums / out_scale
+        if grad_bias is not None:
+            grad_bias[start:stop] = bias_sums / out_scale
+    return grad_weight, grad_bias
 
 
 def _failed(
@@ -172,7 +259,7 @@ def _attempt(
 
     num_n, num_v, block = len(targets), len(policy.weight), config.statistics.rows
     most = max(1, int(LARGEST_SHARE * num_v))
-    columns, counts = choose_columns(peaks, slack * options.grad_tolerance, most)
+    columns, counts, lowest = choose_columns(peaks, slack * options.grad_tolerance, most)
     counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
     direction = torch.empty(policy.hidden.shape, dtype=torch.float32, device=targets.device)
     kept_mass = torch.empty_like(totals.logps)
@@ -180,7 +267,7 @@ def _attempt(
     for first, last, width in _chunks(counts.tolist(), budget):
         rows = slice(first * block, min(last * block, num_n))
         chunk = policy._replace(hidden=policy.hidden[rows])
-        kept = Kept(columns[first:last], counts[first:last])
+        kept = Kept(columns[first:last], counts[first:last], lowest[first:last])
         row_totals = (totals.shift[rows], totals.total[rows])
         soft, kept_mass[rows] = kept_probabilities(
             chunk, targets[rows], *row_totals, kept, width, options, config.statistics
@@ -198,8 +285,8 @@ def _attempt(
         )
     skipped = (-torch.expm1(totals.logps) - kept_mass).clamp_min(0.0)
     skipped = skipped.where(targets != options.ignore_index, 0.0)
-    shares = (counts / num_v).repeat_interleave(block)[:num_n]
-    return Attempt(direction, skipped, shares)
+    share, lowest = (x.repeat_interleave(block)[:num_n] for x in (counts / num_v, lowest))
+    return Attempt(direction, skipped, share, lowest)
 
 
 def _chunks(counts: list[int], budget: int):

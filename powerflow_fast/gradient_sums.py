@@ -63,9 +63,9 @@ class GradientSums:
 
     def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
         if self.grad_hidden is not None:
-            self.grad_hidden += _mm(dlogits, self.weight[start:stop])
+            self.grad_hidden += product(dlogits, self.weight[start:stop])
         if self.grad_weight is not None:
-            self.grad_weight[start:stop] = _mm(dlogits.T, self.hidden) * self.unscale
+            self.grad_weight[start:stop] = product(dlogits.T, self.hidden) * self.unscale
         if self.grad_bias is not None:
             self.grad_bias[start:stop] = dlogits.sum(0, dtype=torch.float32) * self.unscale
 
@@ -76,7 +76,7 @@ class GradientSums:
         return grad_hidden, self.grad_weight, self.grad_bias
 
 
-def _mm(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32, which for 16-bit operands PyTorch offers on CUDA only."""
     if left.dtype == torch.float32:
         return left @ right

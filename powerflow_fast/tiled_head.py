@@ -68,10 +68,10 @@ class Head:
             yield start, start + len(tile), tile.to(self.product_dtype)
 
     def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
-        """Logits of rows r and the tile's columns, in `scratch`."""
+        """Logits of rows r and the tile's columns; the next call may overwrite them."""
         x = self.hidden[r].to(self.product_dtype)
-        z = matmul(x, weight_tile.T, out=self.scratch(len(x), len(weight_tile)))
-        return self._transform(z, bias_tile)
+        out = None if _by_onednn(x) else self.scratch(len(x), len(weight_tile))
+        return self._transform(matmul(x, weight_tile.T, out), bias_tile)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] of a buffer that the next call overwrites."""
@@ -289,7 +289,7 @@ def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with sums and result in float32 (float64 for float64), in `out` or a new tensor."""
+    """a @ b with sums and result in float32 (float64 for float64); oneDNN ignores `out`."""
     if _by_onednn(a):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     if a.dtype in (torch.float32, torch.float64):
@@ -302,4 +302,4 @@ def _by_onednn(a: Tensor) -> bool:
 
     On CPUs of another maker MKL leaves AVX-512 idle: 225 against 510 GFLOP/s on two cores of Zen 5.
     """
-    return a.dtype == torch.float32 and not a.is_cuda and _ONEDNN
+    return a.dtype == torch.float32 and a.device.type == "cpu" and _ONEDNN

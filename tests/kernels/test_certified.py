@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
+from powerflow_fast import backend_triton, certified_triton, linear_logprobs, reference
+from powerflow_fast.kernels import config, dlogits
 from powerflow_fast.kernels.columns import LOWEST, STEPS, choose_columns
 from powerflow_fast.options import HeadOptions
 from tests.kernels.truth import DTYPES, Head, direction, poison
-from tests.numerics import gradient_tolerance
+from tests.numerics import gradient_tolerance, relative_error
 
 TRANSFORMS = [{}, {"softcap": 90.0, "temperature": 0.7, "logit_scale": 1.3}]
 
@@ -84,8 +85,6 @@ def backend_triton_block(device):
 
 
 def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
-    from powerflow_fast import certified_triton
-
     block = backend_triton_block(device)
     head, targets = sharp_head(4 * block, 16, 130, torch.float32, device, sharpness=0.3)
     monkeypatch.setattr(certified_triton, "sparse_direction", None)  # would fail if called
@@ -99,7 +98,8 @@ def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
     peaks = (torch.rand(3, 5000, device=device) * -30).half()
     peaks[1] = -50.0  # everything may go
     peaks[2, :10] = float("nan")
-    columns, counts = choose_columns(peaks, budget=0.05, most=4000)
+    columns, counts, lowest = choose_columns(peaks, budget=0.05, most=4000)
+    assert torch.equal(counts.long(), (~(peaks < lowest[:, None])).sum(1))
     step = (1 - LOWEST) / 2**STEPS
     for block, count in enumerate(counts.tolist()):
         chosen = columns[block, : min(count, 4000)].long()
@@ -117,7 +117,7 @@ def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
 
 def test_the_count_of_a_cut_list_is_right(device):
     peaks = torch.zeros(2, 300, dtype=torch.float16, device=device)
-    columns, counts = choose_columns(peaks, budget=0.5, most=7)
+    columns, counts, _ = choose_columns(peaks, budget=0.5, most=7)
     assert counts.tolist() == [300, 300] and columns.tolist() == [list(range(7))] * 2
 
 
@@ -125,3 +125,56 @@ def test_every_row_ignored(device):
     head, targets = sharp_head(20, 16, 100, torch.float32, device)
     out = run(head, torch.full_like(targets, -100), HeadOptions(grad_tolerance=1e-3))
     assert (out.direction == 0).all() and out.certificate[1:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
+def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, monkeypatch):
+    """|dW_v - exact| <= sum over rows of |g_n| skipped_n |h_n|; likewise for the bias."""
+    formed = []
+    write = dlogits.write_dlogits_chunk
+
+    def counting(policy, *rest):
+        formed.append(len(policy.hidden) * len(policy.weight))
+        write(policy, *rest)
+
+    monkeypatch.setattr(dlogits, "write_dlogits_chunk", counting)
+    monkeypatch.setattr(certified_triton, "CHUNK", 64)  # three chunks of rows
+    monkeypatch.setattr(config, "DLOGITS_BYTES", 4 * 16 * 150)  # two slices of the vocabulary
+    head, _ = sharp_head(140, 16, 200, dtype, device, sharpness=60.0, bias=True)
+    head.hidden = head.hidden[:1] + head.hidden / 4  # alike, as blocks of 64 rows are to share
+    targets = torch.distributions.Categorical(logits=head.logits(HeadOptions())).sample()
+    targets[[0, 70]] = -100
+    upstream = torch.randn(140, device=device)
+    tolerance = 1e-2
+    truth = head.double()
+    leaves = [x.requires_grad_() for x in (head.hidden, head.weight, head.bias)]
+    options = dict(bias=head.bias, backend="triton", grad_tolerance=tolerance, **transform)
+    linear_logprobs(head.hidden, head.weight, targets, **options).backward(upstream)
+    assert 0 < sum(formed) < 0.7 * 140 * 200
+    exact, _ = reference.linear_logprobs(
+        truth.hidden, truth.weight, targets, truth.bias, **transform
+    )
+    exact.backward(upstream.double())
+    counted = (targets != -100) * upstream.abs().double()
+    scale = tolerance * transform.get("logit_scale", 1.0) / transform.get("temperature", 1.0)
+    sizes = head.hidden.detach().double().norm(dim=1)
+    bounds = scale * (counted * sizes).sum(), scale * counted.sum()
+    for leaf, wanted, bound in zip(leaves[1:], (truth.weight, truth.bias), bounds, strict=True):
+        rounding = gradient_tolerance(dtype) * wanted.grad.abs().max()
+        assert (leaf.grad.double() - wanted.grad).abs().max() <= bound + rounding
+        assert relative_error(leaf.grad, wanted.grad) <= 10 * tolerance
+
+
+def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
+    monkeypatch.setattr(certified_triton, "kept_gradients", None)  # would fail if called
+    head, targets = sharp_head(20, 16, 130, torch.float32, device, sharpness=0.3)
+    weight = head.weight.requires_grad_()
+    for tolerance in (0.0, 1e-3):
+        logps = linear_logprobs(
+            head.hidden, weight, targets, backend="triton", grad_tolerance=tolerance
+        )
+        (gradient,) = torch.autograd.grad(logps.sum(), weight)
+        if tolerance == 0:
+            exact = gradient
+    torch.testing.assert_close(gradient, exact)
