@@ -247,7 +247,9 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     needs = list(ctx.needs_input_grad[:3])
     grads = [None, None, None]
     if use_direction and needs[0]:
-        grads[0], needs[0] = (direction * grad_logps[:, None]).to(ctx.hidden_dtype), False
+        grads[0], needs[0] = torch.empty_like(direction, dtype=ctx.hidden_dtype), False
+        # Cast as it is written; there is no second derivative to keep a graph for.
+        torch.mul(direction, grad_logps.detach()[:, None], out=grads[0])
     if any(needs):
         hidden, weight, bias, lse, entropy, kept, *numerators = saved
         if not ctx.want_numerators or grad_entropy is not None:
