@@ -241,8 +241,10 @@ class Peer:
 
 
 # The bytes are those of float32 logits, log-probs and their gradients, plus 16-bit copies.
+ROUNDED = "powerflow-fast, round_logits"  # on a CPU with bf16 units: what the others round, too
 PEERS: dict[str, Peer] = {
     "powerflow-fast": Peer(lambda device: {"": linear_logprobs}),
+    ROUNDED: Peer(lambda device: {"": partial(linear_logprobs, round_logits=True)}),
     "naive PyTorch": Peer(lambda device: {"": naive}, logit_bytes=14),
     "torch.compile": Peer(compiled, logit_bytes=10),
     "compiled chunks": Peer(compiled_chunks),
@@ -261,6 +263,8 @@ PEERS: dict[str, Peer] = {
 
 def methods(name: str, device: torch.device) -> dict[str, Composed]:
     """Ways to run a peer, by setting; raises Unavailable with the reason."""
+    if name == ROUNDED:
+        return {"": PowerflowFast(round_logits=True)}
     if name == "powerflow-fast":
         tuned = device.type == "cuda" and os.environ.get("POWERFLOW_TUNE") == "1"
         return {"tuned tiles" if tuned else "": PowerflowFast()}

@@ -31,6 +31,7 @@ from powerflow_fast.tiled_head import (
     OnlineHead,
     add_product_,
     exp_,
+    has_bf16_units,
     matmul,
     softcap_slope,
     target_columns,
@@ -303,6 +304,6 @@ def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
     The operands hold bf16 values already, so their products stay exact; sums are float32.
     """
     bf16_copies = hidden.dtype == torch.bfloat16 and product_dtype == torch.float32
-    if hidden.device.type == "cpu" and bf16_copies and torch.cpu._is_avx512_bf16_supported():
+    if bf16_copies and has_bf16_units(hidden.device):
         return _Bf16MatmulPrecision.scope()
     return nullcontext()

@@ -49,6 +49,12 @@ class Head:
         # multiplied.
         native = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.product_dtype = hidden.dtype if native else self.dtype
+        # A CPU's bf16 units round what they multiply: fast, and here what was asked for.
+        self.rounds_in_product = (
+            options.round_logits
+            and bias is None
+            and (hidden.dtype == torch.bfloat16 and has_bf16_units(hidden.device))
+        )
         self.tile = tile_shape(hidden.device)
         self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
 
@@ -69,6 +75,9 @@ class Head:
 
     def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
         """Logits of rows r and the tile's columns; the next call may overwrite them."""
+        if self.rounds_in_product:
+            rounded = torch.mm(self.hidden[r], weight_tile.to(self.hidden.dtype).T)
+            return self._scale(rounded.to(self.dtype))
         x = self.hidden[r].to(self.product_dtype)
         out = None if _by_onednn(x) else self.scratch(len(x), len(weight_tile))
         return self._transform(matmul(x, weight_tile.T, out), bias_tile)
@@ -85,11 +94,14 @@ class Head:
 
     def _transform(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """Products to logits, in place."""
-        options = self.options
         if bias is not None:
             z += bias.to(self.dtype)
-        if options.round_logits:
+        if self.options.round_logits:
             z.copy_(z.to(self.hidden.dtype))
+        return self._scale(z)
+
+    def _scale(self, z: Tensor) -> Tensor:
+        options = self.options
         if options.softcap is not None:
             z.mul_(options.logit_scale / options.softcap).tanh_()
             z.mul_(options.softcap / options.temperature)
@@ -295,6 +307,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bfloat16 at more than float32's speed."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _by_onednn(a: Tensor) -> bool:

@@ -81,19 +81,23 @@ def test_too_little_memory_is_said(monkeypatch):
     assert list(session.unavailable) == ["tb-frozen: naive PyTorch"]
 
 
-def test_table_of_cases(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+@pytest.mark.parametrize("units", [False, True], ids=["", "bf16 units"])
+def test_table_of_cases(monkeypatch, units):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
     for device in (CPU, torch.device("cuda")):
         found = list(table(device))
         assert len({one.id for one in found}) == len(found)
         assert {one.group for one in found} == set(GROUPS)
-        assert {one.peer for one in found if one.group == "tb-frozen"} == set(peers.PEERS)
+        some = {peers.ROUNDED} if device != CPU or not units else set()  # of no use there
+        assert {one.peer for one in found if one.group == "tb-frozen"} == set(peers.PEERS) - some
         for axis, size in (("tokens", "n"), ("vocabulary", "v"), ("hidden", "h")):
             ours = [c for c in found if c.axis == axis and c.peer == "powerflow-fast"]
             sizes = [getattr(c.shape, size) for c in ours]
             assert [b / a for a, b in zip(sizes, sizes[1:], strict=False)] == [2, 2, 2]
-        dtypes = {one.dtype for one in found}
-        assert dtypes == {torch.float32 if device == CPU else torch.bfloat16}
+        dtypes = {torch.bfloat16} if device != CPU or units else set()
+        assert {one.dtype for one in found} == dtypes | (
+            {torch.float32} if device == CPU else set()
+        )
 
 
 def test_operations_and_bytes_of_a_step():
