@@ -181,6 +181,25 @@ def disable_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
+def keep_gradient(model) -> None:
+    """Have bitsandbytes' 4-bit layers stay as they are in evaluation.
+
+    On CPUs with bf16 units they repack themselves in the first forward pass without a gradient
+    (0.50), and from then on give bf16 products through which no gradient comes.
+
+    Raises:
+        ValueError: where that has happened.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"model: {name} was repacked for inference by a forward pass in evaluation, "
+                    "and no gradient comes through it; load the model anew"
+                )
+
+
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that ends in the hidden states which its head reads.
 

@@ -28,6 +28,7 @@ from powerflow_fast.model_head import (
     base_model,
     check_head,
     disable_dropout,
+    keep_gradient,
     last_hidden_state,
     read_head,
     through_head,
@@ -107,6 +108,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         )
         args.beta = self.beta = 0.0
         if getattr(self.model, "is_quantized", False):
+            keep_gradient(self.model)
             # TRL makes the adapter bf16: small updates are rounded away, and a resumed run, whose
             # checkpoint is loaded as float32, would be another one.
             for name, parameter in _trained(self.model):

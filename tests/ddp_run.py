@@ -24,6 +24,7 @@ from tests import ranks, tiny  # noqa: E402
 def run(out: str, kind: str) -> None:
     faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
     torch.set_num_threads(1)
+    tiny.start_log_z_off_its_estimate()
     if kind == "fsdp2":
         ranks.shard_on_cpu()
     world = int(os.environ.get("WORLD_SIZE", "1"))

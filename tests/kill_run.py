@@ -40,6 +40,7 @@ RESIZE = dict(save_steps=2, optim="sgd", lr_scheduler_type="constant")
 
 def train(folder: Path, options: dict, rollout, data) -> None:
     torch.set_num_threads(1)
+    tiny.start_log_z_off_its_estimate()
     callbacks = options.pop("callbacks", [])
     trainer = PowerFlowTrainer(
         model=tiny.model(),

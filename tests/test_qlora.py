@@ -10,6 +10,7 @@ from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
 from powerflow_fast.exact_merge import keep_base_exact  # noqa: E402
+from powerflow_fast.model_head import keep_gradient  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
 
@@ -47,6 +48,24 @@ def dequantised(model):
         weight = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
         plain.get_submodule(name).weight.data.copy_(weight)
     return plain
+
+
+def test_layers_keep_the_form_that_has_a_gradient(tmp_path, quantised):
+    """On CPUs with bf16 units a forward pass in evaluation would repack them for good."""
+    model = quantised()
+    trainer, _ = make(tmp_path, model=model)
+    with torch.no_grad():
+        trainer.model.eval()(torch.tensor([[2, 3, 4]]))
+    layers = quantised_layers(trainer.model)
+    assert len(layers) == 14
+    for layer in layers.values():
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+        weight = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        torch.testing.assert_close(gradient[0], weight.sum(0), rtol=1e-4, atol=1e-5)
+    layer.weight.quant_state.packing_format_for_cpu = True  # as an evaluation before would leave it
+    with pytest.raises(ValueError, match="model: .* was repacked for inference"):
+        keep_gradient(model)
 
 
 def test_equals_the_same_weights_in_float32(tmp_path, quantised):
