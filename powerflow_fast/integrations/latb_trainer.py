@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from powerflow_fast.integrations.head_patch import patch_head
 from powerflow_fast.loss import TBOutput, tb_loss
-from powerflow_fast.model_head import disable_dropout
+from powerflow_fast.model_head import disable_dropout, keep_gradient
 
 LOGGED = ("residual_mean", "residual_std", "policy_logp", "ref_logp", "log_z", "clipped_share")
 
@@ -65,6 +65,7 @@ class LATBTrainer(Trainer):
             if part is not None:
                 patch_head(part, temperature)
                 disable_dropout(part)
+                keep_gradient(part)
         args.remove_unused_columns = False
         super().__init__(
             model,
