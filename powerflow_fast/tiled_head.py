@@ -50,11 +50,8 @@ class Head:
         native = hidden.is_cuda and hidden.dtype == torch.bfloat16
         self.product_dtype = hidden.dtype if native else self.dtype
         # A CPU's bf16 units round what they multiply: fast, and here what was asked for.
-        self.rounds_in_product = (
-            options.round_logits
-            and bias is None
-            and (hidden.dtype == torch.bfloat16 and has_bf16_units(hidden.device))
-        )
+        fast = hidden.dtype == torch.bfloat16 and has_bf16_units(hidden.device)
+        self.rounds_in_product = options.round_logits and bias is None and fast
         self.tile = tile_shape(hidden.device)
         self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
 
