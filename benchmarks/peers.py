@@ -240,8 +240,8 @@ class Peer:
     approximate: bool = False  # leaves gradients out by design: its error is shown, not bounded
 
 
-# The bytes are those of float32 logits, log-probs and their gradients, plus 16-bit copies.
 ROUNDED = "powerflow-fast, round_logits"  # on a CPU with bf16 units: what the others round, too
+# The bytes are those of float32 logits, log-probs and their gradients, plus 16-bit copies.
 PEERS: dict[str, Peer] = {
     "powerflow-fast": Peer(lambda device: {"": linear_logprobs}),
     ROUNDED: Peer(lambda device: {"": partial(linear_logprobs, round_logits=True)}),

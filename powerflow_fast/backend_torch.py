@@ -52,6 +52,7 @@ def forward(
     options: HeadOptions,
     want_direction: bool,
     numerators: Numerators | None = None,
+    want_kept: bool = False,
 ) -> HeadForward:
     """Log-probs of the targets under both models, and d logps / d hidden if wanted.
 
@@ -93,7 +94,7 @@ def forward(
         direction=spread(direction),
         ref_logps=spread(models[1].logps) if ref is not None else None,
         certificate=certificate,
-        kept=kept,
+        kept=kept if want_kept else None,
     )
 
 

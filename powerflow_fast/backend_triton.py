@@ -50,6 +50,7 @@ def forward(
     options: HeadOptions,
     want_direction: bool,
     numerators: Numerators | None = None,
+    want_kept: bool = False,
     config: Config | None = None,  # tile shapes, to try them; None chooses
 ) -> HeadForward:
     """Log-probs of the targets under both models; the direction d logps / d hidden if wanted.
@@ -64,7 +65,8 @@ def forward(
     reference = None if ref is None else _operands(*ref)
     if reference is not None and not _fit_one_launch(policy, reference):
         _check_inputs(reference.hidden, reference.weight)
-        out = forward(hidden, weight, bias, targets, None, options, want_direction, numerators)
+        wants = (want_direction, numerators, want_kept)
+        out = forward(hidden, weight, bias, targets, None, options, *wants)
         ref_hidden, ref_weight, ref_bias = reference
         alone = forward(ref_hidden, ref_weight, ref_bias, targets, None, options, False)
         return out._replace(ref_logps=alone.logps)
@@ -102,7 +104,7 @@ def forward(
         shift, total, target_logit = map(torch.cat, zip(*totals, strict=True))
         row_totals = RowTotals(shift, total, target_logit, logps[0])
         (direction, certificate, kept), failed = sparse_direction(
-            policy, targets, search.peaks, row_totals, options, config
+            policy, targets, search.peaks, row_totals, options, config, want_kept
         )
         if len(failed):
             part = (policy.hidden[failed], weight, bias, targets[failed], None)

@@ -43,7 +43,8 @@ STEPS_PER_NAT, LAST_STEP = 8, 320  # bounds on log p, from 0 to -40
 class SparseDirection(NamedTuple):
     direction: Tensor  # [n, H] d logps / d hidden
     certificate: Tensor  # [3] share of columns kept, worst mass left out of a row, dense blocks
-    kept: Tensor  # [blocks, V] bool, targets included: where the gradient of the logits is formed
+    # [blocks, V] bool, targets included: where the gradient of the logits is formed, if wanted.
+    kept: Tensor | None
 
 
 class Peaks:

@@ -122,6 +122,7 @@ def sparse_direction(
     totals: RowTotals,
     options: HeadOptions,
     config: Config,
+    want_kept: bool,
 ) -> tuple[SparseDirection, Tensor]:
     """-> what certified.py's gives, and the rows whose direction is left to be done."""
     block = config.statistics.rows
@@ -148,9 +149,12 @@ def sparse_direction(
     counted = targets != options.ignore_index
     share = done.share.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
     certificate = torch.stack([share, done.skipped.max(), failed.sum().to(share.dtype)])
-    kept = ~(peaks < done.lowest[::block, None])  # not `>=`: a NaN's column is kept
-    kept[block_of_row, targets.clamp(0, len(policy.weight) - 1)] = True
-    return SparseDirection(done.direction, certificate, _per_block(kept, block, BLOCK)), rows
+    kept = None
+    if want_kept:
+        kept = ~(peaks < done.lowest[::block, None])  # not `>=`: a NaN's column is kept
+        kept[block_of_row, targets.clamp(0, len(policy.weight) - 1)] = True
+        kept = _per_block(kept, block, BLOCK)
+    return SparseDirection(done.direction, certificate, kept), rows
 
 
 def _per_block(kept: Tensor, rows: int, block: int) -> Tensor:

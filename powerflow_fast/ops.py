@@ -100,7 +100,7 @@ def head_forward(
         if opts.group_name is None:
             to_fill = numerators if want_numerators else None
             arguments = (hidden, weight, bias, targets, ref, opts, want_direction, to_fill)
-            out = backend.forward(*arguments)
+            out = backend.forward(*arguments, want_kept)
         else:
             out = vocab_parallel.forward(
                 backend, hidden, weight, bias, targets, ref, opts, want_direction
