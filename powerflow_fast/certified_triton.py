@@ -4,7 +4,8 @@ Candidate columns need p_v before the log-sum-exp is known. So it is guessed, fr
 some of the targets: text is written from the distribution, and its tokens hold most of the mass. A
 guess is too low, hence keeps too many columns, and the check does not depend on it.
 
-The host reads two small results a call, so this route cannot be captured in a CUDA graph.
+The host reads small results, in the backward pass of a trained head too, so this route cannot be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -322,6 +322,6 @@ def has_bf16_units(device: torch.device) -> bool:
 def _by_onednn(a: Tensor) -> bool:
     """Whether oneDNN multiplies instead of MKL, torch's choice for float32 on a CPU.
 
-    On CPUs of another maker MKL leaves AVX-512 idle: 225 against 510 GFLOP/s on two cores of Zen 5.
+    On CPUs of another maker MKL leaves AVX-512 idle: 225 against 510 GFLOP/s on two cores of EPYC.
     """
     return a.dtype == torch.float32 and a.device.type == "cpu" and _ONEDNN
