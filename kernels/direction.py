@@ -2,7 +2,7 @@
 
 The eager code it replaces, with p the softmax and J the softcap's slope:
 
-    direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H] float32
+    direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H]
 
 `soft` holds the numerators of p * J relative to their own tile's shift; they are brought to the
 row's shift, a multiplication by a power of two, on their way into the matrix unit. The target's
@@ -28,6 +28,7 @@ from powerflow_fast.kernels.tiles import (
     can_describe,
     describe,
     logit_form,
+    round_to,
     split_columns,
 )
 
@@ -58,6 +59,7 @@ def write_direction(
     )
     result = tile_y.to(tl.float32) * factor_y[:, None] - mean * factor_mean[:, None]
     result = tl.where(counted[:, None], result, 0.0)
+    result = round_to(result, rows_out.dtype.element_ty)
     tl.store(rows_out[:, None] + offs_h[None, :], result, mask=mask_n[:, None] & mask_h[None, :])
 
 
@@ -199,7 +201,7 @@ def write_directions(
     targets: torch.Tensor,  # [N] contiguous
     logps: torch.Tensor,  # [N]
     target_logit: torch.Tensor,  # [N]
-    direction: torch.Tensor,  # [N, H] contiguous float32, to be filled
+    direction: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
     options,
     config: Config,
     shifts: Shifts | None = None,  # None: `soft` is relative to its row's total

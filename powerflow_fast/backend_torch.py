@@ -43,6 +43,10 @@ def numerators_layout(device: torch.device) -> Layout:
     return Layout(piece=tile_shape(device)[1], multiple=1)
 
 
+def direction_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def forward(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from powerflow_fast import certified_triton
 from powerflow_fast.certified import exact_certificate
+from powerflow_fast.certified_triton import direction_dtype
 from powerflow_fast.gradient_sums import GradientSums, dlogits_scale
 from powerflow_fast.numerators import Layout, Numerators
 from powerflow_fast.options import HeadForward, HeadOptions
 from powerflow_fast.tiled_head import softcap_slope
 
 if TYPE_CHECKING:
-    from powerflow_fast.certified_triton import Search
     from powerflow_fast.kernels.config import Config
     from powerflow_fast.kernels.statistics import Statistics
     from powerflow_fast.kernels.tiles import Operands
@@ -57,7 +58,6 @@ def forward(
 
     `numerators`, if given, are filled for as many rows as they have.
     """
-    from powerflow_fast.certified_triton import RowTotals, sparse_direction, start_search
     from powerflow_fast.tuning import tile_config
 
     _check_inputs(hidden, weight)
@@ -80,9 +80,9 @@ def forward(
     targets = targets.contiguous()
     search = direction = certificate = kept = None
     if want_direction and options.grad_tolerance > 0 and num_n:
-        search = start_search(policy, targets, options, config)
+        search = certified_triton.start_search(policy, targets, options, config)
     if want_direction and search is None:
-        direction = hidden.new_empty((num_n, num_h), dtype=torch.float32)
+        direction = hidden.new_empty((num_n, num_h), dtype=direction_dtype(hidden, options))
     totals = []
     rows = _forward_rows(policy, models, direction is not None, config)
     known = 0 if numerators is None else numerators.rows
@@ -102,16 +102,16 @@ def forward(
         )
     if search is not None:
         shift, total, target_logit = map(torch.cat, zip(*totals, strict=True))
-        row_totals = RowTotals(shift, total, target_logit, logps[0])
-        (direction, certificate, kept), failed = sparse_direction(
+        row_totals = certified_triton.RowTotals(shift, total, target_logit, logps[0])
+        (direction, certificate, kept), failed = certified_triton.sparse_direction(
             policy, targets, search.peaks, row_totals, options, config, want_kept
         )
         if len(failed):
             part = (policy.hidden[failed], weight, bias, targets[failed], None)
             exact = replace(options, grad_tolerance=0.0, entropy=False)
-            direction[failed] = forward(*part, exact, True).direction
+            direction[failed] = forward(*part, exact, True).direction.to(direction.dtype)
     elif direction is not None and options.grad_tolerance > 0:
-        certificate = exact_certificate(num_n, config.statistics.rows, direction)
+        certificate = exact_certificate(num_n, config.statistics.rows, logps)
     return HeadForward(
         logps=logps[0],
         lse=lse[0],
@@ -142,7 +142,6 @@ def backward(
 
     Those of the kept columns alone, where they are given and few; hidden's is not formed then.
     """
-    from powerflow_fast.certified_triton import few, kept_gradients
     from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
@@ -154,10 +153,13 @@ def backward(
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     active &= targets != options.ignore_index
     out_scale = dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
-    if kept is not None and few(kept):
+    if kept is not None and certified_triton.few(kept):
         rows = (targets.contiguous(), grad_logps.contiguous(), lse.contiguous(), active)
         policy = _operands(hidden, weight, bias)
-        return None, *kept_gradients(policy, *rows, kept, out_scale, needs, options, config)
+        grads = certified_triton.kept_gradients(
+            policy, *rows, kept, out_scale, needs, options, config
+        )
+        return None, *grads
     sums = GradientSums(hidden, weight, bias, active, out_scale, needs)
     columns = _chunk_columns(DLOGITS_BYTES, num_n, num_v, hidden.element_size(), config)
     buffer = hidden.new_empty((num_n, columns))
@@ -298,7 +300,7 @@ def _forward_chunk(
     numerators: Numerators | None,  # of these rows, to be filled
     options: HeadOptions,
     config: Config,
-    search: Search | None,
+    search: certified_triton.Search | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> shift, total and target logit of the policy's rows, [n] each."""
     from powerflow_fast.kernels.combine import combine
@@ -363,4 +365,11 @@ def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: C
     return min(tiles * block, math.ceil(num_v / block) * block)
 
 
-__all__ = ["backward", "forward", "sequence_residual_backward", "sequence_residual_forward"]
+__all__ = [
+    "backward",
+    "direction_dtype",
+    "forward",
+    "numerators_layout",
+    "sequence_residual_backward",
+    "sequence_residual_forward",
+]

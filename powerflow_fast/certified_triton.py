@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 SAMPLE = 2048  # columns from which the log-sum-exp is guessed
 # As in certified.py; fewer, as each is a try of its own, in which a block's columns start afresh.
-SLACKS = (8.0, 1.0)
+# The low guess enlarges bounds 1.8 to 2.7 times on the text of SmolLM2. There no block of 128 rows
+# fails at 4, and it keeps no more columns than 8 does with another try of the one in eight that do.
+SLACKS = (4.0, 1.0)
 CHUNK = 2048  # rows whose kept columns are multiplied together for a trained head
 
 
@@ -60,6 +62,16 @@ def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: C
     logps, lse = torch.empty((2, 1, num_n), dtype=torch.float32, device=targets.device)
     combine(statistics, targets, options.ignore_index, logps, lse, None)
     return lse[0]
+
+
+def direction_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
+    """float32; with a tolerance bfloat16 where hidden is: half the memory between the passes.
+
+    The gradient is rounded twice then, here and when it is scaled. float16 has no range for what
+    is not scaled yet.
+    """
+    certified = options.grad_tolerance > 0 and options.group_name is None
+    return torch.bfloat16 if certified and hidden.dtype == torch.bfloat16 else torch.float32
 
 
 class Search(NamedTuple):
@@ -266,7 +278,7 @@ def _attempt(
     most = max(1, int(LARGEST_SHARE * num_v))
     columns, counts, lowest = choose_columns(peaks, slack * options.grad_tolerance, most)
     counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
-    direction = torch.empty(policy.hidden.shape, dtype=torch.float32, device=targets.device)
+    direction = torch.empty_like(policy.hidden, dtype=direction_dtype(policy.hidden, options))
     kept_mass = torch.empty_like(totals.logps)
     budget = KEPT_BYTES // (block * policy.hidden.element_size())
     for first, last, width in _chunks(counts.tolist(), budget):

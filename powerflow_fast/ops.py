@@ -143,7 +143,8 @@ def _(
     want_numerators,
 ):
     opts = HeadOptions.decode(options)
-    layout = backend_module(opts, hidden).numerators_layout(hidden.device)
+    backend = backend_module(opts, hidden)
+    layout = backend.numerators_layout(hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = hidden.shape[0]
     return (
@@ -151,7 +152,10 @@ def _(
         hidden.new_empty(0 if ref_hidden is None else n, dtype=dtype),
         hidden.new_empty(n if opts.entropy else 0, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(hidden.shape if want_direction else 0, dtype=dtype),
+        hidden.new_empty(
+            hidden.shape if want_direction else 0,
+            dtype=backend.direction_dtype(hidden, opts) if want_direction else dtype,
+        ),
         hidden.new_empty(3, dtype=dtype),
         hidden.new_empty(_kept_shape(hidden, weight) if want_kept else 0, dtype=torch.bool),
         *new_numerators(hidden, weight, layout, want_numerators),

@@ -101,6 +101,26 @@ def test_frozen_head_allocates_no_vocabulary_by_hidden(grad_tolerance):
     assert extra < weight.numel() * weight.element_size() / 2
 
 
+@pytest.mark.parametrize(("grad_tolerance", "most"), [(0.0, 600e6), (1e-3, 150e6)])
+def test_memory_beside_inputs_and_gradient(grad_tolerance, most):
+    hidden, weight, targets, *rest = case(n=16384, h=4096, v=131072)
+    hidden += weight[targets]  # a sharp policy: target logits are 4096 * 0.3^2 above the others
+    hidden.requires_grad_()
+
+    def step():
+        hidden.grad = None
+        loss_of(hidden, weight, targets, *rest, grad_tolerance=grad_tolerance).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    hidden.grad = None
+    before = torch.cuda.memory_allocated()
+    step()
+    extra = torch.cuda.max_memory_allocated() - before - hidden.grad.nbytes
+    assert extra <= most
+
+
 def test_two_runs_are_equal_bit_by_bit():
     grads = []
     for _ in range(2):

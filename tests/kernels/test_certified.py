@@ -61,6 +61,9 @@ def test_within_the_tolerance_and_sparse(dtype, transform, bias, device):
     exact = run(head, targets, HeadOptions(**transform))
     counted = targets != -100
     assert torch.equal(out.logps[counted], exact.logps[counted])
+    # Half the memory where the range allows it; without a tolerance the gradient is cast once.
+    kept_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert out.direction.dtype == kept_dtype and exact.direction.dtype == torch.float32
 
 
 def test_blocks_that_fail_are_done_exactly(device):
@@ -178,3 +181,14 @@ def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
         if tolerance == 0:
             exact = gradient
     torch.testing.assert_close(gradient, exact)
+
+
+def test_opcheck(device):
+    from powerflow_fast.ops import head_forward
+
+    head, targets = sharp_head(40, 16, 200, torch.bfloat16, device, sharpness=40.0)
+    head.hidden.requires_grad_()
+    options = HeadOptions(backend="triton", grad_tolerance=1e-2).encode()
+    absent = (None, None, None)
+    args = (head.hidden, head.weight, None, targets, *absent, options, True, False, False)
+    torch.library.opcheck(head_forward, args)
