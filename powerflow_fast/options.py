@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,11 +52,24 @@ class HeadOptions:
 
     def encode(self) -> str:
         """A string for operator schemas, which hold only tensors and scalars (traced by Dynamo)."""
-        return "\n".join(repr(getattr(self, name)) for name in _FIELDS)
+        return "\n".join(_encoded(getattr(self, name)) for name in _FIELDS)
 
     @classmethod
     def decode(cls, encoded: str) -> HeadOptions:
-        return cls(*map(ast.literal_eval, encoded.split("\n")))
+        return cls(*map(_decoded, encoded.split("\n")))
+
+
+def _encoded(value: object) -> str:
+    """repr, but numbers, which Dynamo may trace as symbols (`dynamic=True`), give their values."""
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return repr(operator.index(value))
+    return repr(value)
+
+
+def _decoded(text: str) -> object:
+    return float.fromhex(text) if text.startswith(("0x", "-0x")) else ast.literal_eval(text)
 
 
 _FIELDS = tuple(field.name for field in fields(HeadOptions))

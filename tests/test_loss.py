@@ -354,6 +354,38 @@ def test_fused_needs_exactly_one_reference():
         )
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_with_numbers_that_change_from_call_to_call(dynamic):
+    """As arguments of what is compiled they are symbols, from the first or the second call on."""
+    weight, hidden = torch.randn(97, 16), torch.randn(8, 16)
+    targets, old_logps = torch.randint(97, (8,)), -torch.rand(8)
+    cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+    def loss(temperature, softcap, alpha, log_z, clip_eps, ignore_index):
+        return fused_linear_tb_loss(
+            hidden,
+            weight,
+            targets,
+            0.9 * hidden,
+            temperature=temperature,
+            softcap=softcap,
+            alpha=alpha,
+            log_z=log_z,
+            clip_eps=clip_eps,
+            ignore_index=ignore_index,
+            cu_seqlens=cu_seqlens,
+            old_logps=old_logps,
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for numbers in (
+        (1.0, 30.0, 4.0, 0.5, 0.2, -100),
+        (0.7, None, 2, -3, 0.1, -1),
+        (2, 9, 1, 0, 1, 5),
+    ):
+        torch.testing.assert_close(compiled(*numbers), loss(*numbers))
+
+
 def test_compiles_once_for_calls_of_any_size():
     weight = torch.randn(97, 16)
     compilations = 0
