@@ -1,4 +1,4 @@
-"""Tables of the README and the evidence's page."""
+"""Tables of the README and of the benchmarks' pages."""
 
 from collections.abc import Iterable, Sequence
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.cases import GROUPS, Case
+from benchmarks.cases import GROUPS, Case, Group
 from benchmarks.inputs import Inputs, draw
 
 CPU = torch.device("cpu")
@@ -28,13 +28,12 @@ CPU = torch.device("cpu")
 PRELOAD = ["benchmarks.memory", "trl.trainer.utils", "liger_kernel.chunked_loss"]
 
 
-def on_gpu(case: Case, method: peers.Composed, inputs: Inputs) -> int:
-    """Extra bytes at the peak; the case must have run before."""
+def on_gpu(group: Group, method: peers.Composed, inputs: Inputs) -> int:
+    """Extra bytes at the peak; the method must have run before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    outputs = GROUPS[case.group].run(method, inputs)
-    returned = sum(x.nbytes for x in outputs)
+    returned = sum(x.nbytes for x in group.run(method, inputs))
     return max(torch.cuda.max_memory_allocated() - before - returned, 0)
 
 

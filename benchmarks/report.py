@@ -1,7 +1,7 @@
-"""`make report`: the README's tables, and the plots, from the files that the benchmarks wrote.
+"""`make report`: tables of the README and of this folder's page, and the plots, from results files.
 
-Each block stands between `<!-- name -->` and `<!-- /name -->`. A test compares README and plots
-with what this would write, so they cannot drift from the measurements.
+Each block stands between `<!-- name -->` and `<!-- /name -->`. A test compares pages and plots with
+what this would write, so they cannot drift from the measurements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
 from benchmarks.markdown import table
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().with_name("README.md")
+README = PAGE.parent.parent / "README.md"
 Row = dict[str, Any]
 OURS = "powerflow-fast"
 GROUP_COLUMNS = {  # of the table that sets the groups side by side
@@ -36,8 +37,22 @@ DEMO_ROWS = {  # measure -> (title, factor, unit)
 }
 
 
-def head_tables() -> str:
-    """Every device: the step with a frozen head in full, then the other groups."""
+def step_tables() -> str:
+    """Every device: the step with a frozen head, and a training step."""
+    blocks = []
+    for results in results_file.load("head"):
+        blocks.append(results_file.source(results, short=True))
+        rows = results["rows"]
+        steps = _by_inputs(rows, "tb-frozen")
+        blocks += [_step_table(same) for same in steps if same[0]["source"] == "random"]
+        blocks += [_training_table(same) for same in _by_model(rows)]
+        tokens = [name for name in plots.names(results) if name.startswith("tokens")]
+        blocks += [_plot(name, "benchmarks/results") for name in tokens]
+    return "\n\n".join(blocks)
+
+
+def every_table() -> str:
+    """Every device: everything that was measured."""
     blocks = []
     for results in results_file.load("head"):
         blocks.append(results_file.source(results))
@@ -48,10 +63,24 @@ def head_tables() -> str:
         blocks += [_certified_table(same) for same in _by_dtype(rows, "certified")]
         blocks += _slopes(rows)
         blocks += _not_measured(results)
-        for name in plots.names(results):
-            title = plots.TITLES[name.partition("-")[0]]
-            blocks.append(f"![{title}](benchmarks/results/{name})")
+        blocks += [_plot(name, "results") for name in plots.names(results)]
     return "\n\n".join(blocks)
+
+
+def trainer_table() -> str:
+    """Every device: steps a minute of the whole trainer and of TRL's."""
+    lines = []
+    for results in results_file.load("trainer"):
+        rates = results["steps_per_minute"]
+        ratio = f"{rates['powerflow'] / rates['grpo']:.2f}x"
+        cells = (results["device"], f"{rates['powerflow']:.1f}", f"{rates['grpo']:.1f}", ratio)
+        lines.append((*cells, results["date"]))
+    head = ("steps a minute", "`PowerFlowTrainer`", "`GRPOTrainer`, beta > 0", "ratio", "date")
+    return table(head, lines)
+
+
+def _plot(name: str, folder: str) -> str:
+    return f"![{plots.TITLES[name.partition('-')[0]]}]({folder}/{name})"
 
 
 def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:
@@ -144,24 +173,30 @@ def _training_table(rows: list[Row]) -> str:
 
 def _certified_table(rows: list[Row]) -> str:
     shape = rows[0]["shape"]
-    head = (
+    head = [
         f"certified gradient, {rows[0]['dtype']}, N={shape['n']}: policy's entropy",
         "tolerance",
         "exact step over three bare products",
         "certified over exact step",
         "columns kept",
         "worst mass left out",
-    )
+    ]
+    with_memory = all(row.get("extra_bytes") is not None for row in rows)
+    if with_memory:
+        head.append("extra memory, exact and certified")
     lines = []
     for row in sorted(rows, key=lambda row: (-row["entropy"], row["grad_tolerance"])):
-        cells = (
+        cells = [
             f"{row['entropy']:.2f} nats ({row['source']})",
             f"{row['grad_tolerance']:.0e}",
             f"{row['exact_seconds'] / row['products_seconds']:.2f}x",
             f"{row['seconds'] / row['exact_seconds']:.2f}x",
             f"{100 * row['columns_kept']:.1f} %",
             f"{row['skipped_mass']:.0e}",
-        )
+        ]
+        if with_memory:
+            exact, certified = row["exact_extra_bytes"] / 1e6, row["extra_bytes"] / 1e6
+            cells.append(f"{exact:.0f} MB, {certified:.0f} MB")
         lines.append(cells)
     return table(head, lines)
 
@@ -208,7 +243,7 @@ def demo_tables() -> str:
             changes = ", ".join(f"{value * factor:+.2g}" for value in mean["change_per_seed"])
             blocks[-1] += f"\n| {title} | {cells[0]} | {cells[1]} | {changes} |"
         note = f" ({results['note']})" if results["note"] else ""
-        blocks.append(f"{results_file.source(results)} Minutes: {minutes}{note}.")
+        blocks.append(f"{results_file.source(results, short=True)} Minutes: {minutes}{note}.")
     return "\n\n".join(blocks)
 
 
@@ -218,15 +253,19 @@ def evidence_table() -> str:
     return "\n\n".join(f"{sharpening.accuracy_table(r)}\n\n{r['device']}." for r in every)
 
 
-TABLES = {"head": head_tables, "demo": demo_tables, "evidence": evidence_table}
+TABLES = {
+    README: {"step": step_tables, "demo": demo_tables, "evidence": evidence_table},
+    PAGE: {"head": every_table, "trainer": trainer_table},
+}
 
 
-def render(text: str) -> str:
-    """The README with every table regenerated."""
-    for name, tables in TABLES.items():
+def render(path: Path) -> str:
+    """A page with every table regenerated."""
+    text = path.read_text(encoding="utf-8")
+    for name, tables in TABLES[path].items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not block.search(text):
-            raise ValueError(f"README.md: expected a block <!-- {name} --> ... <!-- /{name} -->")
+            raise ValueError(f"{path}: expected a block <!-- {name} --> ... <!-- /{name} -->")
         text = block.sub(lambda match, tables=tables: match[1] + tables() + "\n" + match[2], text)
     return text
 
@@ -237,8 +276,7 @@ def files() -> dict[Path, str]:
     for results in results_file.load("head"):
         for name in plots.names(results):
             drawn[results_file.FOLDER / name] = plots.draw(name, results)
-    page = evidence_page.files()
-    return {README: render(README.read_text(encoding="utf-8")), **drawn, **page}
+    return {path: render(path) for path in TABLES} | drawn | evidence_page.files()
 
 
 def main() -> None:

@@ -99,9 +99,11 @@ def write(measurement: str, content: dict[str, Any], folder: Path | None = None)
     return path
 
 
-def source(results: dict[str, Any]) -> str:
+def source(results: dict[str, Any], *, short: bool = False) -> str:
     """Device, date and versions of a results file, as the pages quote them."""
-    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    found = results["versions"]
+    names = ("torch", "triton") if short else found
+    packages = ", ".join(f"{name} {found[name]}" for name in names)
     return f"{results['device']}; {results['date']}; {packages}."
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import method, peers
+from benchmarks import memory, method, peers
 from benchmarks.cases import GROUPS, head_dtypes, shapes
 from benchmarks.conftest import SESSION
 from benchmarks.inputs import INPUT_SETS, Inputs, Shape, draw
@@ -73,6 +73,11 @@ def bare_products(inputs: Inputs) -> Callable[[], object]:
     return run
 
 
+def extra_bytes(method_: peers.Composed, inputs: Inputs) -> int | None:
+    """Peak memory beside inputs and gradient, on a GPU."""
+    return memory.on_gpu(STEP, method_, inputs) if inputs.hidden.is_cuda else None
+
+
 @pytest.mark.benchmark(group="certified")
 def test_certified(benchmark, session, record, device, setting, dtype):
     session.cached.clear()  # inputs of the groups before
@@ -125,6 +130,8 @@ def test_certified(benchmark, session, record, device, setting, dtype):
         "products_seconds": method.spread(products_times)["seconds"],
         "grad_tolerance": setting.tolerance,
         "entropy": entropy.mean().item(),
+        "extra_bytes": extra_bytes(sparse, sets[0]),
+        "exact_extra_bytes": extra_bytes(exact, sets[0]),
         "columns_kept": certificates[0]["columns_kept"].item(),
         "skipped_mass": worst,
         "cosine": cosine,

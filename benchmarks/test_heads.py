@@ -129,6 +129,6 @@ def check(
 def extra_bytes(case: Case, setting: str, method_: peers.Composed, inputs: Inputs) -> int | None:
     """Peak memory beside inputs and outputs; on a CPU, where it costs a process, not everywhere."""
     if inputs.hidden.is_cuda:
-        return memory.on_gpu(case, method_, inputs)
+        return memory.on_gpu(GROUPS[case.group], method_, inputs)
     worth = case.source == "random" and (case.group.startswith("tb-") or case.axis == "tokens")
     return memory.on_cpu(case, setting) if worth else None

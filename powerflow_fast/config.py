@@ -89,7 +89,7 @@ class PowerFlowConfig(GRPOConfig):
         *("auto", "torch", "triton"),
     )
     # Ablations: up to 1e-3 the rollouts are the exact run's, token for token; it saves time on a
-    # sharp policy alone (README, certified gradient).
+    # sharp policy alone (benchmarks/README.md, certified gradient).
     grad_tolerance: float = _option(
         0.0,
         "Probability mass per token that the head's gradient may leave out, in [0, 1); 1e-3 saves "

@@ -1,4 +1,4 @@
-"""The README's figures and the plots are those of the results files."""
+"""The pages' figures and the plots are those of the results files."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks import plots, report, results_file
 
 
-def test_readme_and_plots_are_what_the_results_say():
+def test_pages_and_plots_are_what_the_results_say():
     wanted = report.files()
     for path, text in wanted.items():
         assert path.exists() and path.read_text(encoding="utf-8") == text, "run `make report`"
@@ -21,8 +21,11 @@ def test_results_of_another_format_are_refused(tmp_path, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
     with pytest.raises(ValueError, match=f"{path.name}: expected results format 2, got 0"):
         results_file.load("head")
+    page = tmp_path / "README.md"
+    page.write_text("no block here")
+    monkeypatch.setattr(report, "TABLES", {page: {"head": report.every_table}})
     with pytest.raises(ValueError, match="README.md: expected a block <!-- head -->"):
-        report.render("no block here")
+        report.render(page)
 
 
 def head_results() -> dict:
@@ -46,6 +49,7 @@ def head_results() -> dict:
     rows.append({**common, **step, "group": "training-step"})
     cut = {"grad_tolerance": 1e-3, "entropy": 0.5, "exact_seconds": 4.0, "columns_kept": 0.02}
     cut |= {"products_seconds": 2.0, "skipped_mass": 9e-4, "shape": shape}
+    cut |= {"extra_bytes": 12 * 10**7, "exact_extra_bytes": 5 * 10**8}  # on a GPU
     rows.append({**common, **cut, "group": "certified"})
     ceilings = {"float32": {"flops": 1e12, "bandwidth": 1e10}}
     unavailable = {"tb-frozen: verl": "its Triton kernel needs a GPU"}
@@ -55,7 +59,7 @@ def head_results() -> dict:
 def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     results_file.write("head", head_results())
-    text = report.head_tables()
+    text = report.every_table()
     for line in (
         "| float32, N=64, H=8, V=32 | one step | over the floor (1.25 s) | extra memory "
         "| gradient error |",
@@ -63,7 +67,7 @@ def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
         "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 1.60x | 10 MB | 3e-07 |",
         "| **powerflow-fast** | 2.00 s (1.60x) | 2.00 s (1.60x) |",
         "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 128 | 1.00 GB |",
-        "| 0.50 nats (random) | 1e-03 | 2.00x | 0.50x | 2.0 % | 9e-04 |",
+        "| 0.50 nats (random) | 1e-03 | 2.00x | 0.50x | 2.0 % | 9e-04 | 500 MB, 120 MB |",
         "the exponent: tokens 1.00.",
         "Not measured here: verl (its Triton kernel needs a GPU).",
         "Dropped for lack of time: 1 cases",
@@ -74,6 +78,10 @@ def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
     for name in plots.names(results):
         drawn = plots.draw(name, results)
         assert drawn == plots.draw(name, results) and "</svg>" in drawn
-        assert f"(benchmarks/results/{name})" in text
+        assert f"(results/{name})" in text
+    short = report.step_tables()
+    assert "| naive PyTorch | 1.00 s (one run) | 1.60x | 10 MB | 3e-07 |" in short
+    assert "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 128 | 1.00 GB |" in short
+    assert "(benchmarks/results/tokens-" in short and "nats" not in short
     results["rows"], results["ceilings"] = results["rows"][:2], {}
     assert plots.names(results) == []  # no plot without data
