@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import memory, method, peers, results_file
-from benchmarks.cases import Case
+from benchmarks.cases import GROUPS, Case
 from benchmarks.inputs import Shape, draw
 
 
@@ -77,14 +77,14 @@ def test_device_events_are_the_clock_on_a_gpu(monkeypatch):
 
 
 def test_allocator_peak_on_a_gpu(monkeypatch):
-    case = Case("forward", "naive PyTorch", "", Shape(8, 4, 16, 4), "random", torch.float32)
-    inputs = draw("random", case.shape, case.dtype, memory.CPU)
+    inputs = draw("random", Shape(8, 4, 16, 4), torch.float32, memory.CPU)
     fakes = {"synchronize": None, "reset_peak_memory_stats": None}
     fakes |= {"memory_allocated": 1000, "max_memory_allocated": 1500}
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    returned = 4 * case.shape.n  # the log-probs
-    assert memory.on_gpu(case, peers.Composed(peers.naive), inputs) == 500 - returned
+    returned = 4 * 8  # the log-probs
+    measured = memory.on_gpu(GROUPS["forward"], peers.Composed(peers.naive), inputs)
+    assert measured == 500 - returned
 
 
 def _allocate(size: int) -> int:
