@@ -26,6 +26,7 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": r"\bv_mfma"}
 MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 TMA = r"\bUTMALDG"
+WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
 
 
@@ -56,6 +57,7 @@ class Facts:
     matrix: int
     fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
     tma: int
+    in_flight: int  # sm_90: groups of products that a main loop's step leaves running
     seconds: float
 
 
@@ -254,6 +256,7 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         matrix=len(re.findall(MATRIX[chip], code)),
         fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
+        in_flight=max((int(count, 16) for count in re.findall(WAIT, code)), default=0),
         seconds=seconds,
     )
 
@@ -286,7 +289,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def table(rows: list[Facts]) -> str:
     lines = [
         f"{'chip':7} {'kernel':18} {'flags':32} {'regs':>5} {'spills':>7} {'shared':>7} "
-        f"{'matrix':>12} {'fma':>5} {'TMA':>4} {'s':>5}"
+        f"{'matrix':>12} {'flight':>6} {'fma':>5} {'TMA':>4} {'s':>5}"
     ]
     for row in rows:
         variant = row.variant
@@ -298,8 +301,8 @@ def table(rows: list[Facts]) -> str:
         matrix = f"{row.matrix} {MATRIX_NAME[row.chip]}" if row.matrix else "-"
         lines.append(
             f"{row.chip:7} {row.variant.kernel:18} {' '.join(flags):32} {row.registers:>5} "
-            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.fma:>5} {row.tma or '-':>4} "
-            f"{row.seconds:>5}"
+            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.in_flight or '-':>6} {row.fma:>5} "
+            f"{row.tma or '-':>4} {row.seconds:>5}"
         )
     return "\n".join(lines)
 
