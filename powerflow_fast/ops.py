@@ -45,28 +45,33 @@ def choose_backend(
 ) -> tuple[str, str]:
     """(name, reason) of the back end that `backend` means; "auto" is triton on a GPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "torch":
-        return "torch", "asked for"
-    if backend == "triton":
-        if device.type != "cuda" and not interpreted:
-            raise ValueError(
-                f"backend: 'triton' needs a CUDA or ROCm device, got tensors on {device}; "
-                "use backend='auto' (or TRITON_INTERPRET=1 to run the kernels in the interpreter)"
-            )
-        return "triton", "asked for"
+    if backend == "auto":
+        return _automatic(device, dtype)
+    if backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"backend: 'triton' needs a CUDA or ROCm device, got tensors on {device}; "
+            "use backend='auto' (or TRITON_INTERPRET=1 to run the kernels in the interpreter)"
+        )
+    return backend, "asked for"
+
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    from importlib.util import find_spec
+
     if device.type != "cuda":
         return "torch", f"no Triton kernels for device type {device.type!r}"
     if dtype == torch.float64:
         return "torch", "the kernels have no float64"
-    if not _has_triton():
+    if find_spec("triton") is None:
         return "torch", "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch", "the kernels need compute capability 8.0 (Ampere) or newer"
     return "triton", "a GPU, and triton is installed"
 
 
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+# Dynamo cannot trace it, nor has to. This is what torch.compiler.assume_constant_result sets, which
+# would import Dynamo with this module.
+_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("powerflow_fast::head_forward", mutates_args=())

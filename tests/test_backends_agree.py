@@ -96,6 +96,31 @@ def test_triton_without_a_gpu_is_refused_by_name():
     assert result.stdout.startswith("backend: 'triton' needs a CUDA or ROCm device"), result.stderr
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((7, 5), torch.float16, "torch"),  # the kernels use bf16 and asynchronous copies
+        ((8, 6), torch.bfloat16, "triton"),
+        ((9, 0), torch.float64, "torch"),
+        ((12, 0), torch.float32, "triton"),
+    ],
+)
+def test_auto_on_a_gpu(capability, dtype, expected, compiled, monkeypatch):
+    from powerflow_fast.ops import choose_backend
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    def chosen(x):
+        name, _ = choose_backend("auto", torch.device("cuda"), dtype)
+        return x if name == "triton" else -x
+
+    if compiled:
+        torch._dynamo.reset()
+        chosen = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert chosen(torch.ones(1)).item() == (1 if expected == "triton" else -1)
+
+
 def test_auto_is_torch_without_a_gpu():
     from powerflow_fast.ops import choose_backend
 
