@@ -300,6 +300,7 @@ def _attempt(
             config,
             kept=kept,
         )
+        del soft  # its memory is the next chunk's
     skipped = (-torch.expm1(totals.logps) - kept_mass).clamp_min(0.0)
     skipped = skipped.where(targets != options.ignore_index, 0.0)
     share, lowest = (x.repeat_interleave(block)[:num_n] for x in (counts / num_v, lowest))
