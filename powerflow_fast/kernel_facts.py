@@ -19,12 +19,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Shared memory that one program may take, in bytes.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Chips, and the row of the tile table that serves them.
+CHIPS = {chip: chip for chip in ("sm_80", "sm_90", "sm_100", "gfx942")} | {"sm_120": "sm_80"}
+# Shared memory that one program may take, in bytes; sm_80's row serves sm_86 and sm_89 too, which
+# have less than the 163 KiB of sm_80.
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+SHARED_LIMIT |= {"gfx942": 64 << 10}
 # The machine's matrix instruction, and its bulk tensor copy.
-MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "gfx942": r"\bv_mfma"}
-MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "sm_120": r"\bHMMA"}
+MATRIX |= {"gfx942": r"\bv_mfma"}
+MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
+MATRIX_NAME |= {"gfx942": "mfma"}
 TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
@@ -97,7 +102,7 @@ def _source(variant: Variant, chip: str):
     from powerflow_fast.kernels import direction, dlogits, kept, statistics
     from powerflow_fast.kernels.config import TABLE
 
-    config = TABLE[chip]
+    config = TABLE[CHIPS[chip]]
     gathers = variant.certified and variant.kernel == "direction"
     use_tma = variant.tma and config.tma and not gathers
     logits = {
