@@ -66,7 +66,7 @@ def forward(
     if reference is not None and not _fit_one_launch(policy, reference):
         _check_inputs(reference.hidden, reference.weight)
         wants = (want_direction, numerators, want_kept)
-        out = forward(hidden, weight, bias, targets, None, options, *wants)
+        out = forward(hidden, weight, bias, targets, None, options, *wants, config=config)
         ref_hidden, ref_weight, ref_bias = reference
         alone = forward(ref_hidden, ref_weight, ref_bias, targets, None, options, False)
         return out._replace(ref_logps=alone.logps)
@@ -109,7 +109,8 @@ def forward(
         if len(failed):
             part = (policy.hidden[failed], weight, bias, targets[failed], None)
             exact = replace(options, grad_tolerance=0.0, entropy=False)
-            direction[failed] = forward(*part, exact, True).direction.to(direction.dtype)
+            exact_rows = forward(*part, exact, True, config=config).direction
+            direction[failed] = exact_rows.to(direction.dtype)
     elif direction is not None and options.grad_tolerance > 0:
         certificate = exact_certificate(num_n, config.statistics.rows, logps)
     return HeadForward(

@@ -69,3 +69,14 @@ def test_products_copy_by_tma_where_the_chip_can(facts):
 
 def test_shared_memory_fits(facts):
     assert [row for row in facts if row["shared"] > SHARED_LIMIT[row["chip"]]] == []
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_every_kernel_is_launched_as_on_a_gpu(chip, tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.kernels.launch_run", chip]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = ["choose_columns", "combine", "direction", "dlogits", "kept_dlogits"]
+    kernels += ["kept_probabilities", "residual_gradient", "residual", "statistics"]
+    assert done.stdout.split() == [f"{kernel}_kernel" for kernel in kernels]
