@@ -6,7 +6,7 @@ import ast
 import math
 import operator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def _encoded(value: object) -> str:
     return repr(value)
 
 
-def _decoded(text: str) -> object:
+def _decoded(text: str) -> Any:
     return float.fromhex(text) if text.startswith(("0x", "-0x")) else ast.literal_eval(text)
 
 
