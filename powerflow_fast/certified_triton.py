@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -215,8 +216,9 @@ def kept_gradients(
     width = max(1, min(num_v, DLOGITS_BYTES // (4 * num_h)))
     for start in range(0, num_v, width):
         stop = min(start + width, num_v)
-        sums = torch.zeros((stop - start, num_h), dtype=torch.float32, device=weight.device)
-        bias_sums = sums.new_zeros(stop - start)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=weight.device)
+        sums = None if grad_weight is None else zeros(stop - start, num_h)
+        bias_sums = None if grad_bias is None else zeros(stop - start)
         for r, union in zip(spans, unions, strict=True):
             columns = union[start:stop].nonzero()[:, 0]
             if len(columns) == 0:
@@ -241,13 +243,13 @@ def kept_gradients(
                 config.dlogits,
                 config.tma,
             )
-            if grad_weight is not None:
+            if sums is not None:
                 sums.index_add_(0, columns, product(dlogits.T, masked[r]))
-            bias_sums.index_add_(0, columns, dlogits.sum(0, dtype=torch.float32))
-        if grad_weight is not None:
-            grad_weight[start:stop] = sums / out_scale
-        if grad_bias is not None:
-            grad_bias[start:stop] = bias_sums / out_scale
+            if bias_sums is not None:
+                bias_sums.index_add_(0, columns, dlogits.sum(0, dtype=torch.float32))
+        for gradient, total in ((grad_weight, sums), (grad_bias, bias_sums)):
+            if gradient is not None:  # cast as it is written
+                torch.div(total, out_scale, out=gradient[start:stop])
     return grad_weight, grad_bias
 
 
