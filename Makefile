@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint test-kills test-others test-oldest test-newest architectures bench bench-gpu report \
-	kernels evidence step-70b-small clean
+.PHONY: help setup demo test lint test-kills test-others test-oldest test-newest architectures \
+	bench bench-gpu report kernels evidence step-70b-small clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

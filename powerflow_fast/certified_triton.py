@@ -214,9 +214,9 @@ def kept_gradients(
     grad_weight = torch.empty_like(weight) if needs[1] else None
     grad_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
     width = max(1, min(num_v, DLOGITS_BYTES // (4 * num_h)))
+    zeros = partial(torch.zeros, dtype=torch.float32, device=weight.device)
     for start in range(0, num_v, width):
         stop = min(start + width, num_v)
-        zeros = partial(torch.zeros, dtype=torch.float32, device=weight.device)
         sums = None if grad_weight is None else zeros(stop - start, num_h)
         bias_sums = None if grad_bias is None else zeros(stop - start)
         for r, union in zip(spans, unions, strict=True):

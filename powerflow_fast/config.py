@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from trl import GRPOConfig
+
+from powerflow_fast.model_head import base_model, check_head
+from powerflow_fast.packing import check_packing
 
 # Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
 # than the default would be silently ignored; it is refused instead.
@@ -195,4 +199,34 @@ def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
         raise ValueError(
             "model: full fine-tuning loads the reference from the model's path, and this model has "
             "none; save it and pass the path, or pass peft_config="
+        )
+
+
+def check_policy(trainer, policy) -> None:
+    """ValueError where the built `trainer` cannot train `policy`, its model unwrapped."""
+    if trainer._is_vlm:
+        raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
+    if trainer.aux_loss_enabled:
+        raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ValueError(
+            "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
+            "the adapter with is_trainable=True"
+        )
+    base = base_model(policy)
+    check_head(base)
+    if trainer.args.padding_free:
+        check_packing(base)
+    devices = set(getattr(trainer.ref_model, "hf_device_map", {}).values())
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or len(devices) > 1
+    if trainer.args.offload_reference and sharded:
+        raise ValueError(
+            "offload_reference: expected a whole copy on one device (one process, or DDP); "
+            "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
+        )
+    if trainer.top_p < 1 or trainer.top_k or trainer.min_p or trainer.repetition_penalty != 1:
+        warnings.warn(
+            "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
+            "LA-TB does not correct: they no longer come from the policy",
+            stacklevel=3,
         )

@@ -18,18 +18,24 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-# Chips, and the row of the tile table that serves them.
-CHIPS = {chip: chip for chip in ("sm_80", "sm_90", "sm_100", "gfx942")} | {"sm_120": "sm_80"}
-# Shared memory that one program may take, in bytes; sm_80's row serves sm_86 and sm_89 too, which
-# have less than the 163 KiB of sm_80.
-SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
-SHARED_LIMIT |= {"gfx942": 64 << 10}
-# The machine's matrix instruction, and its bulk tensor copy.
-MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTCHMMA", "sm_120": r"\bHMMA"}
-MATRIX |= {"gfx942": r"\bv_mfma"}
-MATRIX_NAME = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
-MATRIX_NAME |= {"gfx942": "mfma"}
+
+class Chip(NamedTuple):
+    row: str  # of the tile table
+    shared: int  # bytes of shared memory that one program may take
+    matrix: str  # its matrix instruction in machine code
+    matrix_name: str  # and as its makers call it
+
+
+CHIPS = {
+    # The row serves sm_86 and sm_89 too, which have less shared memory than the 163 KiB of sm_80.
+    "sm_80": Chip("sm_80", 99 << 10, r"\bHMMA", "mma"),
+    "sm_90": Chip("sm_90", 227 << 10, r"\bHGMMA", "wgmma"),
+    "sm_100": Chip("sm_100", 227 << 10, r"\bUTCHMMA", "tcgen05"),
+    "sm_120": Chip("sm_80", 99 << 10, r"\bHMMA", "mma"),
+    "gfx942": Chip("gfx942", 64 << 10, r"\bv_mfma", "mfma"),
+}
 TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
@@ -102,7 +108,7 @@ def _source(variant: Variant, chip: str):
     from powerflow_fast.kernels import direction, dlogits, kept, statistics
     from powerflow_fast.kernels.config import TABLE
 
-    config = TABLE[CHIPS[chip]]
+    config = TABLE[CHIPS[chip].row]
     gathers = variant.certified and variant.kernel == "direction"
     use_tma = variant.tma and config.tma and not gathers
     logits = {
@@ -258,7 +264,7 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         spill_loads=loads,
         scalar_spills=scalar,
         shared=compiled.metadata.shared,
-        matrix=len(re.findall(MATRIX[chip], code)),
+        matrix=len(re.findall(CHIPS[chip].matrix, code)),
         fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
         in_flight=max((int(count, 16) for count in re.findall(WAIT, code)), default=0),
@@ -303,7 +309,7 @@ def table(rows: list[Facts]) -> str:
         flags += [name for name in named if getattr(variant, name)]
         flags += ["tma"] * (row.tma > 0)
         spills = f"{row.spill_stores}/{row.spill_loads}"
-        matrix = f"{row.matrix} {MATRIX_NAME[row.chip]}" if row.matrix else "-"
+        matrix = f"{row.matrix} {CHIPS[row.chip].matrix_name}" if row.matrix else "-"
         lines.append(
             f"{row.chip:7} {row.variant.kernel:18} {' '.join(flags):32} {row.registers:>5} "
             f"{spills:>7} {row.shared:>7} {matrix:>12} {row.in_flight or '-':>6} {row.fma:>5} "

@@ -19,21 +19,26 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
-from powerflow_fast.config import PowerFlowConfig, check_data, check_lengths, check_reference
+from powerflow_fast.config import (
+    PowerFlowConfig,
+    check_data,
+    check_lengths,
+    check_policy,
+    check_reference,
+)
 from powerflow_fast.exact_merge import keep_base_exact
 from powerflow_fast.health import METRICS, Health
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.model_head import (
     base_model,
-    check_head,
     disable_dropout,
     keep_gradient,
     last_hidden_state,
     read_head,
     through_head,
 )
-from powerflow_fast.packing import check_packing, packed_hidden_state
+from powerflow_fast.packing import packed_hidden_state
 from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_gap
 
 
@@ -117,7 +122,7 @@ class PowerFlowTrainer(WholeCheckpoints):
             keep_base_exact(self.model)
         self._redirect = _ForwardRedirection()
         policy = self.accelerator.unwrap_model(self.model)
-        self._check_model(policy)
+        check_policy(self, policy)
         for part in (policy, self.ref_model):
             if part is not None:
                 disable_dropout(part)
@@ -132,34 +137,6 @@ class PowerFlowTrainer(WholeCheckpoints):
         engine = "FSDP" if self.is_fsdp_enabled else "none"
         engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
         self._made_for = describe(policy) | {"log_z": args.log_z, "engine": engine}
-
-    def _check_model(self, policy) -> None:
-        if self._is_vlm:
-            raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
-        if self.aux_loss_enabled:
-            raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
-        if not any(p.requires_grad for p in policy.parameters()):
-            raise ValueError(
-                "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
-                "the adapter with is_trainable=True"
-            )
-        base = base_model(policy)
-        check_head(base)
-        if self.args.padding_free:
-            check_packing(base)
-        devices = set(getattr(self.ref_model, "hf_device_map", {}).values())
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or len(devices) > 1
-        if self.args.offload_reference and sharded:
-            raise ValueError(
-                "offload_reference: expected a whole copy on one device (one process, or DDP); "
-                "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
-            )
-        if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
-            warnings.warn(
-                "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
-                "LA-TB does not correct: they no longer come from the policy",
-                stacklevel=3,
-            )
 
     def _prepare_inputs(self, generation_batch):
         """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""

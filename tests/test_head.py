@@ -363,34 +363,6 @@ def test_runs_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_compiles_without_graph_break():
-    hidden, weight, targets, _ = draw()
-
-    def loss(x, w):
-        return linear_logprobs(2 * x, w, targets, temperature=0.9).square().sum()
-
-    for trained_head in (False, True):
-        grads = []
-        for function in (loss, torch.compile(loss, fullgraph=True)):
-            x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained_head)
-            function(x, w).backward()
-            grads.append(x.grad)
-        torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("trained_head", [False, True])
-def test_opcheck(trained_head):
-    from powerflow_fast.ops import head_forward
-    from powerflow_fast.options import HeadOptions
-
-    hidden, weight, targets, bias = draw(bias=True)
-    hidden.requires_grad_(), weight.requires_grad_(trained_head)
-    options = HeadOptions(entropy=trained_head).encode()
-    reference = (hidden.detach(), None, bias)
-    args = (hidden, weight, bias, targets, *reference, options, not trained_head, False, False)
-    torch.library.opcheck(head_forward, args)
-
-
 def test_unchecked_target_out_of_range_is_nan():
     """Where values are not checked (on a GPU), a bad target never gives a plausible number."""
     from powerflow_fast.options import HeadOptions

@@ -8,6 +8,7 @@ pytest.importorskip("trl")
 from peft import get_peft_model  # noqa: E402
 
 from powerflow_fast import trainer as trainer_module  # noqa: E402
+from powerflow_fast.config import check_policy  # noqa: E402
 from powerflow_fast.packing import check_packing, packed_hidden_state  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
@@ -120,7 +121,7 @@ def test_offloading_is_refused_where_there_is_no_whole_copy_to_move(tmp_path):
     trainer, _ = make(tmp_path / "run", **whole)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="offload_reference: expected a whole copy.*FSDP"):
-        trainer._check_model(trainer.model)
+        check_policy(trainer, trainer.model)
 
 
 def test_alpha_grows_and_a_rollout_keeps_the_alpha_it_was_drawn_with(tmp_path):

@@ -73,7 +73,10 @@ def test_axolotls_hook_gives_its_trainer_this_head(tmp_path):
     after, trainer = train(tmp_path, lambda trainer: axolotl.use_head({"rl": None}, trainer))
     assert after == pytest.approx(before, rel=1e-4)
     ids = torch.arange(2, 8)[None]
-    assert trainer.model(input_ids=ids, labels=ids).log_probs.shape == (1, 5)
+    log_probs = trainer.model(input_ids=ids, labels=ids).log_probs
+    assert log_probs.shape == (1, 5)
+    expected = trainer.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(log_probs, expected.gather(2, ids[:, 1:, None])[..., 0])
     with pytest.raises(ValueError, match="supervised fine-tuning"):
         axolotl.use_head({"rl": "grpo"}, trainer)
 

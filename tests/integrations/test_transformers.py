@@ -190,9 +190,14 @@ def test_transformers_own_trainer_needs_no_other_change(tmp_path):
     (before, _), (after, model) = run(False), run(True)
     assert len(before) == 3 and after == pytest.approx(before, rel=1e-4)
     ids = torch.tensor([rows[0]["input_ids"]])
-    assert model(ids).logits.shape == (1, 5, 20)  # no labels, no change
-    assert model(ids, labels=ids, fused_lm_head=False).logits is not None
-    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 7)
+    with torch.no_grad():
+        logits = model(ids).logits
+        own = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        assert logits.shape == (1, 5, 20) and torch.equal(logits, own)  # no labels, no change
+        assert torch.equal(model(ids, labels=ids, fused_lm_head=False).logits, logits)
+        longer = model.generate(ids, max_new_tokens=2, do_sample=False)
+        assert longer.shape == (1, 7)
+        assert torch.equal(longer[:, 5:], model(longer).logits[:, 4:6].argmax(2))
 
 
 def test_adapters_and_virtual_tokens_are_scored(tmp_path):

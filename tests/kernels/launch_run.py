@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from powerflow_fast import backend_triton, certified_triton  # noqa: E402
-from powerflow_fast.kernel_facts import CHIPS, SHARED_LIMIT  # noqa: E402
+from powerflow_fast.kernel_facts import CHIPS  # noqa: E402
 from powerflow_fast.kernels import columns, config  # noqa: E402
 from powerflow_fast.numerators import new_numerators  # noqa: E402
 from powerflow_fast.options import HeadOptions  # noqa: E402
@@ -52,7 +52,7 @@ class Device:
         return 0
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_LIMIT[CHIP], "multiprocessor_count": 1, "warpSize": 32}
+        return {"max_shared_mem": CHIPS[CHIP].shared, "multiprocessor_count": 1, "warpSize": 32}
 
     def load_binary(self, name, kernel, shared, device):
         return object(), 1, 0, 0, 1024  # module, function, registers, spills, most threads
@@ -62,7 +62,7 @@ class Device:
 
 
 def launch(n, h, v, dtype, *, models=2, bias=False, strided=False, **options):
-    table = config.TABLE["float32" if dtype == torch.float32 else CHIPS[CHIP]]
+    table = config.TABLE["float32" if dtype == torch.float32 else CHIPS[CHIP].row]
     hidden, weight = torch.zeros(n, h, dtype=dtype), torch.zeros(v, h, dtype=dtype)
     if strided:
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
@@ -72,18 +72,17 @@ def launch(n, h, v, dtype, *, models=2, bias=False, strided=False, **options):
     head = (hidden, weight, bias, targets)
     options = HeadOptions(**options)
     backend_triton.forward(*head, reference, options, True, config=table)
-    numerators = None
     ones = torch.ones(n)
+    grad_entropy = ones if options.entropy else None
+    needs = (True, True, bias is not None)
+    backward = (ones, grad_entropy, *head, ones, grad_entropy, options, needs, None)
+    backend_triton.backward(*backward, None, config=table)
     if not options.entropy:
         layout = backend_triton.numerators_layout(hidden.device)
         numerators = new_numerators(hidden, weight, layout, True)
         exact = HeadOptions(softcap=options.softcap)
         backend_triton.forward(*head, reference, exact, False, numerators, config=table)
-    grad_entropy = ones if options.entropy else None
-    needs = (True, True, bias is not None)
-    arguments = (ones, grad_entropy, *head, ones, grad_entropy, options, needs, None)
-    for kept in (numerators, None):
-        backend_triton.backward(*arguments, kept, config=table)
+        backend_triton.backward(*backward, numerators, config=table)
 
 
 def residual():

@@ -10,7 +10,7 @@ import pytest
 import triton
 from packaging import version
 
-from powerflow_fast.kernel_facts import CHIPS, SHARED_LIMIT
+from powerflow_fast.kernel_facts import CHIPS
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 PRODUCTS = ("statistics", "direction", "kept", "dlogits")
@@ -68,7 +68,7 @@ def test_products_copy_by_tma_where_the_chip_can(facts):
 
 
 def test_shared_memory_fits(facts):
-    assert [row for row in facts if row["shared"] > SHARED_LIMIT[row["chip"]]] == []
+    assert [row for row in facts if row["shared"] > CHIPS[row["chip"]].shared] == []
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
