@@ -28,8 +28,9 @@ demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minu
 test: lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-test-kills: $(STAMP)  ## 20 kills at random moments, one process and two: resumed bit by bit
+test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the GPU's benchmark
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
+	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
 
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
 	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
@@ -57,7 +58,7 @@ bench: $(STAMP)  ## speed, memory and accuracy against other heads, 10 minutes a
 step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 2 minutes
 	$(BIN)/python -m benchmarks.llama_70b_step --scale 100 --tokens 64 --steps 2 --device cpu
 
-bench-gpu:  ## the kernels' tests and the benchmarks on a GPU, with the python at hand, no set-up
+bench-gpu:  ## checks, times and compares on a GPU, stage by stage, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 evidence: $(STAMP)  ## the claims of the paper on small models, about 33 minutes on 2 cores; goes on where it was

@@ -150,12 +150,12 @@ def shapes(device: torch.device, *, tiny: bool = False) -> dict[str, Shape]:
     if tiny:
         return {"tiny": Shape(64, 128, 512, length=16)}
     if device.type == "cpu":
-        return {"SmolLM2-135M": _model_head("SmolLM2-135M", n=256, length=64)}
+        return {"SmolLM2-135M": model_head("SmolLM2-135M", n=256, length=64)}
     # The first is the one that other projects publish times for.
     return {
         "anchor": Shape(16384, 4096, 131072, length=512),
-        "Llama-3-8B": _model_head("Llama-3-8B", n=8192, length=512),
-        "Qwen2.5-7B": _model_head("Qwen2.5-7B", n=8192, length=512),
+        "Llama-3-8B": model_head("Llama-3-8B", n=8192, length=512),
+        "Qwen2.5-7B": model_head("Qwen2.5-7B", n=8192, length=512),
     }
 
 
@@ -175,7 +175,7 @@ def _heads(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Cas
             yield Case(group, peer, first, named[first], "random", dtype)
 
 
-def _model_head(name: str, n: int, length: int) -> Shape:
+def model_head(name: str, n: int, length: int) -> Shape:
     model = model_shape(name)
     return Shape(n, model.hidden_size, model.vocab_size, length)
 

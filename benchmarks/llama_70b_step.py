@@ -5,8 +5,8 @@
     python -m benchmarks.llama_70b_step --scale 100 --tokens 64 --steps 2  # 1/100, for a CPU: 2 min
 
 The base is made and packed one layer at a time on the device, so that its bf16 form never exists as
-a whole. The steps are those of `PowerFlowTrainer` with a rank-16 adapter and activation
-checkpointing; only the completions are random tokens instead of samples. Prints what
+a whole; NF4 is bitsandbytes'. The steps are those of `PowerFlowTrainer` with a rank-16 adapter and
+activation checkpointing; only the completions are random tokens instead of samples. Prints what
 `powerflow-fast plan` expects, then per step time, tokens/s and the allocator's peak.
 """
 
@@ -16,52 +16,33 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powerflow_fast.model_shapes import ModelShape, model_shape
 from powerflow_fast.plan import Run, plan
 
-# The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E); blocks of 64 share a scale.
-NF4 = torch.tensor(
-    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-)
 BLOCK = 64
 
 
-class PackedLinear(nn.Linear):
-    """A frozen linear layer held in NF4 or fp8; each product unpacks it, backward again."""
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer held in fp8; each product unpacks it, backward again."""
 
-    def __init__(self, dense: Tensor, kind: str) -> None:  # [out, in]
+    def __init__(self, dense: Tensor) -> None:  # [out, in]
         super().__init__(dense.shape[1], dense.shape[0], bias=False, device="meta")
         blocks = dense.float().view(-1, BLOCK)
         scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-8)
-        if kind == "nf4":
-            levels = NF4.to(dense.device)
-            index = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-            packed = index.view(-1, 2)
-            packed = packed[:, 0] * 16 + packed[:, 1]
-            pair = torch.arange(256, device=dense.device)
-            table = torch.stack([levels[pair // 16], levels[pair % 16]], 1).to(dense.dtype)
-            self.register_buffer("table", table)  # [256, 2]
-        else:
-            packed = (blocks / scale).to(torch.float8_e4m3fn)
-        self.register_buffer("packed", packed)
+        self.register_buffer("packed", (blocks / scale).to(torch.float8_e4m3fn))
         self.register_buffer("scale", scale.to(dense.dtype))  # [blocks, 1]
         # Read by PEFT for device and dtype only.
         self.weight = nn.Parameter(dense.new_empty(0), requires_grad=False)
 
     def unpacked(self) -> Tensor:  # [out, in]
-        if self.packed.dtype == torch.uint8:
-            values = F.embedding(self.packed.int(), self.table).view(-1, BLOCK)
-        else:
-            values = self.packed.to(self.scale.dtype)
-        return (values * self.scale).view(self.out_features, self.in_features)
+        values = self.packed.to(self.scale.dtype) * self.scale
+        return values.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x.to(self.scale.dtype), self)
@@ -112,6 +93,7 @@ def build(shape: ModelShape, kind: str, device: torch.device, dtype: torch.dtype
             parameter.requires_grad_(False)
         if kind != "bf16" and layer in list(model.model.layers):
             pack(layer, kind)
+    model.is_loaded_in_4bit = kind == "nf4"  # as PEFT asks
     return model
 
 
@@ -120,7 +102,26 @@ def pack(layer: nn.Module, kind: str) -> None:
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child.weight.data, kind))
+                packed = Fp8Linear(child.weight.data) if kind == "fp8" else nf4(child)
+                setattr(parent, name, packed)
+
+
+def nf4(dense: nn.Linear) -> nn.Linear:
+    """bitsandbytes' layer with double quantisation, 4.127 bits a weight (arXiv 2305.14314)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = dense.weight.data
+    kind = dict(compress_statistics=True, quant_type="nf4")
+    layer = Linear4bit(
+        dense.in_features,
+        dense.out_features,
+        bias=False,
+        compute_dtype=weight.dtype,
+        device="meta",
+        **kind,
+    )
+    layer.weight = Params4bit(weight, requires_grad=False, **kind).to(weight.device)
+    return layer
 
 
 def tokenizer(size: int):
@@ -179,7 +180,37 @@ def make_trainer(model, options: argparse.Namespace, callbacks=()):
     )
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def run(options: argparse.Namespace, report: Callable[[dict], object]) -> None:
+    """Builds and trains; `report` gets a line when the model stands and one after each step."""
+    from transformers import TrainerCallback
+
+    shape = scaled(model_shape("Llama-3-70B"), options.scale, options.layers)
+    device = torch.device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    setup = Run(shape, weights=options.weights, tokens=options.tokens, completions=1)
+    expected = plan(setup, options.micro_batch)
+
+    class Report(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "step_time" not in logs:
+                return
+            rate = 2 * options.tokens / logs["step_time"]
+            peak = round(1e9 * logs["memory/peak_gb"])
+            row = {"step": state.global_step, "seconds": logs["step_time"], "loss": logs["loss"]}
+            report(row | {"tokens_per_second": rate, "peak_bytes": peak, "kl": logs["kl"]})
+
+    began = time.perf_counter()
+    trainer = make_trainer(build(shape, options.weights, device, dtype), options, [Report()])
+    facts = {"parameters": shape.parameters(), "layers": shape.num_layers}
+    facts |= {"planned_weights_bytes": expected.weights, "planned_bytes": expected.total}
+    if device.type == "cuda":
+        facts["held_bytes"] = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    report(facts | {"build_seconds": time.perf_counter() - began})
+    trainer.train()
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", choices=("nf4", "fp8", "bf16"), default="nf4")
     parser.add_argument("--scale", type=int, default=1, help="1/SCALE of the size")
@@ -189,40 +220,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output-dir", default="runs/llama-70b-step")
-    options = parser.parse_args(argv)
-    shape = scaled(model_shape("Llama-3-70B"), options.scale, options.layers)
-    device, dtype = torch.device(options.device), torch.bfloat16
-    if device.type == "cpu":
-        dtype = torch.float32
-    run = Run(shape, weights=options.weights, tokens=options.tokens, completions=1)
-    expected = plan(run, options.micro_batch)
-    print(
-        f"{shape.parameters() / 1e9:.2f}e9 parameters, {shape.num_layers} layers, {options.weights}"
-        f"; plan: weights {expected.weights / 1e9:.2f} GB, "
-        f"largest moment {expected.total / 1e9:.2f} GB"
-    )
-    began = time.perf_counter()
-    trainer = make_trainer(build(shape, options.weights, device, dtype), options)
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated()
-        print(f"built in {time.perf_counter() - began:.0f} s, {held / 1e9:.2f} GB held")
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    rows = []
-    for log in trainer.state.log_history:
-        if "step_time" in log:
-            tokens = 2 * options.tokens
-            row = {"step": log["step"], "seconds": log["step_time"], "loss": log["loss"]}
-            row |= {"tokens_per_second": tokens / log["step_time"]}
-            row |= {"peak_gb": log["memory/peak_gb"], "kl": log["kl"]}
-            rows.append(row)
-            print(json.dumps(row))
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        path = Path(__file__).parent / "results" / f"llama-70b-step-{name}.json"
-        facts = vars(options) | {"parameters": shape.parameters(), "torch": torch.__version__}
-        path.write_text(json.dumps({"options": facts, "steps": rows}, indent=1) + "\n")
-        print(f"written to {path}")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    rows: list[dict] = []
+
+    def report(row: dict) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    run(arguments(argv), report)
     return rows
 
 

@@ -83,6 +83,30 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) ->
     return Ceilings(rate, 2 * source.numel() / best)
 
 
+def repeat(call: Callable[[], object], device: torch.device, budget: float) -> list[float]:
+    """Seconds of each of several calls, after one that warms up: at least 3, `budget` in all.
+
+    On a GPU all are queued before any is waited for, so that no gap between launches counts. With
+    `budget` 0, one call alone: it walks through, and times nothing.
+    """
+    clock = Clock(device)
+    if budget == 0:
+        return [clock.seconds(call)]
+    call()
+    rounds = max(3, rounds_within(budget, clock.seconds(call)))
+    if not clock.on_gpu:
+        return [clock.seconds(call) for _ in range(rounds)]
+    pairs = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
 def rounds_within(budget: float, one: float) -> int:
     """Rounds of a case whose one run took `one` seconds: at most 15, one where they are long."""
     return max(1, min(15, int(budget / max(one, 1e-9))))

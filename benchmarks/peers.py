@@ -8,10 +8,12 @@ run it, and `tb_loss` is the loss. A peer with several settings gets the one tha
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -146,8 +148,12 @@ def liger_grpo(device: torch.device) -> dict[str, Head]:
 
 
 def liger_scaled(device: torch.device) -> dict[str, Head]:
-    """Fused linear scaled cross-entropy: its CuTe kernel on SM90, chunked PyTorch elsewhere."""
+    """Fused linear scaled cross-entropy: its CuTe kernel on SM90, chunked PyTorch elsewhere.
+
+    Without its check of the targets, which waits for the device.
+    """
     _require("liger_kernel")
+    os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
@@ -193,7 +199,8 @@ def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
     """quack's chunked pipelines, which form the input's gradient in the forward pass.
 
     Their public function reduces to a scalar; the pipelines under it give the loss of each token
-    and its gradient, and backward scales the rows. For a frozen head.
+    and its gradient, and backward scales the rows. For a frozen head. The reference, which has no
+    gradient, takes the path that forms the loss alone.
     """
     if device.type != "cuda":
         raise Unavailable("its CuTe kernels need a GPU of SM90 or newer")
@@ -203,7 +210,10 @@ def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, weight, targets, rows):
-            if module.scaled_exp_lce_supported(hidden, weight, rows, "sum"):
+            supported = module.scaled_exp_lce_supported(hidden, weight, rows, "sum")
+            if supported and not ctx.needs_input_grad[0]:
+                return -module._scaled_exp_lce_loss_only(hidden, weight, targets, -100)
+            if supported:
                 pipeline = module.scaled_exp_linear_cross_entropy_fwd
             else:
                 pipeline = module.chunked_linear_cross_entropy_fwd
@@ -228,6 +238,24 @@ def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
     return {f"{rows} rows": partial(head, rows) for rows in (4096, 2048)}
 
 
+def unsloth_zoo(device: torch.device) -> dict[str, Head]:
+    """unsloth-zoo's fused linear log-probs; the module is read from its file.
+
+    The package itself wants unsloth and patches other libraries when it is imported.
+    """
+    _require("unsloth_zoo", "unsloth-zoo")
+    module = sys.modules.get("unsloth_zoo_fused_linear")
+    if module is None:
+        package = Path(next(iter(find_spec("unsloth_zoo").submodule_search_locations)))
+        path = package / "fused_losses" / "fused_linear.py"
+        if not path.exists():
+            raise Unavailable("this unsloth-zoo has no fused_losses/fused_linear.py")
+        spec = spec_from_file_location("unsloth_zoo_fused_linear", path)
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return {"": module.fused_linear_logprobs}
+
+
 def _require(module: str, package: str | None = None) -> None:
     if find_spec(module) is None:
         raise Unavailable(f"{package or module} is not installed")
@@ -240,10 +268,11 @@ class Peer:
     approximate: bool = False  # leaves gradients out by design: its error is shown, not bounded
 
 
+OURS = "powerflow-fast"
 ROUNDED = "powerflow-fast, round_logits"  # on a CPU with bf16 units: what the others round, too
 # The bytes are those of float32 logits, log-probs and their gradients, plus 16-bit copies.
 PEERS: dict[str, Peer] = {
-    "powerflow-fast": Peer(lambda device: {"": linear_logprobs}),
+    OURS: Peer(lambda device: {"": linear_logprobs}),
     ROUNDED: Peer(lambda device: {"": partial(linear_logprobs, round_logits=True)}),
     "naive PyTorch": Peer(lambda device: {"": naive}, logit_bytes=14),
     "torch.compile": Peer(compiled, logit_bytes=10),
@@ -258,6 +287,7 @@ PEERS: dict[str, Peer] = {
     "verl": Peer(verl),
     "quack": Peer(quack, logit_bytes=6),
     "quack chunked": Peer(quack_scaled_exp),
+    "unsloth-zoo": Peer(unsloth_zoo),
 }
 
 
@@ -265,7 +295,7 @@ def methods(name: str, device: torch.device) -> dict[str, Composed]:
     """Ways to run a peer, by setting; raises Unavailable with the reason."""
     if name == ROUNDED:
         return {"": PowerflowFast(round_logits=True)}
-    if name == "powerflow-fast":
+    if name == OURS:
         tuned = device.type == "cuda" and os.environ.get("POWERFLOW_TUNE") == "1"
         return {"tuned tiles" if tuned else "": PowerflowFast()}
     return {setting: Composed(head) for setting, head in PEERS[name].heads(device).items()}

@@ -14,12 +14,13 @@ from typing import Any
 from benchmarks import plots, results_file
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
+from benchmarks.gpu import page as gpu_page
 from benchmarks.markdown import table
+from benchmarks.peers import OURS
 
 PAGE = Path(__file__).resolve().with_name("README.md")
 README = PAGE.parent.parent / "README.md"
 Row = dict[str, Any]
-OURS = "powerflow-fast"
 GROUP_COLUMNS = {  # of the table that sets the groups side by side
     "forward": "log-probs",
     "pair": "policy and reference",
@@ -39,7 +40,7 @@ DEMO_ROWS = {  # measure -> (title, factor, unit)
 
 def step_tables() -> str:
     """Every device: the step with a frozen head, and a training step."""
-    blocks = []
+    blocks = gpu_page.step_tables()
     for results in results_file.load("head"):
         blocks.append(results_file.source(results, short=True))
         rows = results["rows"]
@@ -255,7 +256,7 @@ def evidence_table() -> str:
 
 TABLES = {
     README: {"step": step_tables, "demo": demo_tables, "evidence": evidence_table},
-    PAGE: {"head": every_table, "trainer": trainer_table},
+    PAGE: {"gpu": gpu_page.tables, "head": every_table, "trainer": trainer_table},
 }
 
 
@@ -284,7 +285,16 @@ def main() -> None:
     for stale in set(results_file.FOLDER.glob("*.svg")) - set(wanted):
         stale.unlink()
     for path, text in wanted.items():
-        path.write_text(text, encoding="utf-8")
+        if not is_current(path, text):
+            path.write_text(text, encoding="utf-8")
+
+
+def is_current(path: Path, text: str) -> bool:
+    """Whether the file holds `text`; of a plot, what looks the same."""
+    if not path.exists():
+        return False
+    held = path.read_text(encoding="utf-8")
+    return plots.same(held, text) if path.suffix == ".svg" else held == text
 
 
 if __name__ == "__main__":

@@ -10,15 +10,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import memory, method, peers
+from benchmarks import heads, memory, method, peers
 from benchmarks.cases import GROUPS, Case, Outputs, table
 from benchmarks.conftest import SESSION, Session
-from benchmarks.inputs import INPUT_SETS, Inputs, draw
-
-CHECKED_ROWS = 128
-# Relative error: a rounding of logits to the input's type (naive bf16) is what its users accept;
-# float32 has no excuse.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+from benchmarks.inputs import INPUT_SETS, Inputs
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,7 +52,7 @@ def measure(benchmark, session: Session, case: Case) -> dict:
     sets, sequences, expected = input_sets(session, case)
     errors = {}
     for name, candidate in methods.items():
-        errors[name] = check(case, candidate, sets[0], sequences, expected)
+        errors[name] = heads.check(case, candidate, sets[0], sequences, expected)
     turns = itertools.cycle(sets)
     clock = method.Clock(device)
 
@@ -71,59 +66,22 @@ def measure(benchmark, session: Session, case: Case) -> dict:
     rounds = method.rounds_within(session.case_seconds, seconds(setting))
     benchmark.pedantic(lambda: group.run(methods[setting], next(turns)), rounds=rounds)
     times = benchmark.stats.stats.data if benchmark.enabled else [seconds(setting)]
-    flops, moved = group.floor(case.shape, case.dtype.itemsize)
-    timed = method.spread(times)
-    return {
-        "group": case.group,
-        "peer": case.peer,
-        "setting": setting,
-        "shape_name": case.shape_name,
-        "shape": vars(case.shape),
-        "source": case.source,
-        "axis": case.axis,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        **timed,
-        "floor_flops": flops,
-        "floor_bytes": moved,
-        "tflops": flops / timed["seconds"] / 1e12,
-        "extra_bytes": extra_bytes(case, setting, methods[setting], sets[0]),
-        "error": errors[setting],
-    }
+    extra = extra_bytes(case, setting, methods[setting], sets[0])
+    return heads.row(case, setting, times, errors[setting], extra)
 
 
 def input_sets(session: Session, case: Case) -> tuple[list[Inputs], int, Outputs]:
     """Inputs that the peers of a group share, the sequences that are checked, and their truth."""
-    group = GROUPS[case.group]
     key = (case.group, case.shape, case.source, case.dtype)
     if key not in session.cached:
         session.cached.clear()  # only one shape at a time has to fit
         if case.axis is None or case.dtype not in session.ceilings:
             session.measure_ceilings(case.dtype)
-        arguments = (case.source, case.shape, case.dtype, session.device)
         try:
-            sets = [
-                draw(*arguments, seed=seed, train_head=group.train_head)
-                for seed in range(INPUT_SETS)
-            ]
+            session.cached[key] = heads.input_sets(case, session.device)
         except FileNotFoundError as reason:  # the real model's package
             raise peers.Unavailable(str(reason)) from None
-        sequences = max(1, min(CHECKED_ROWS, case.shape.n) // case.shape.length)
-        session.cached[key] = (sets, sequences, group.truth(sets[0], sequences, peers.ALPHA))
     return session.cached[key]
-
-
-def check(
-    case: Case, candidate: peers.Composed, inputs: Inputs, sequences: int, expected: Outputs
-) -> float:
-    """The largest relative error of an output against float64; too large a one fails the test."""
-    outputs = GROUPS[case.group].outputs_of(candidate, inputs, sequences)
-    error = max(
-        ((ours.double() - truth).norm() / truth.norm()).item()
-        for ours, truth in zip(outputs, expected, strict=True)
-    )
-    limit = 1.0 if peers.PEERS[case.peer].approximate else TOLERANCE[case.dtype]
-    assert error <= limit, f"{case.peer} is wrong: relative error {error:.1e}, limit {limit:g}"
-    return error
 
 
 def extra_bytes(case: Case, setting: str, method_: peers.Composed, inputs: Inputs) -> int | None:

@@ -64,10 +64,12 @@ def tune(
     options: HeadOptions,
     table: Config,
     seconds: Callable[[Callable[[], object]], float],
+    watch: Callable[[str, Tile, float], None] = lambda *_: None,
 ) -> Config:
     """`table` with the fastest candidate tile of each product; one that does not fit is passed by.
 
-    `seconds(call)` times a call.
+    `seconds(call)` times a call. `watch` is told of each field of `Config`, tile and time in s, inf
+    where the tile does not fit, as they come.
     """
     from powerflow_fast.backend_triton import backward, forward
     from powerflow_fast.kernels.config import CANDIDATES
@@ -92,8 +94,11 @@ def tune(
     best = table
     for field, call in (("statistics", scores), ("direction", direction), ("dlogits", dlogits)):
         tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
-        others = [replace(best, **{field: tile}) for tile in tiles]
-        times = {config: _time(call, config, seconds) for config in (best, *others)}
+        times: dict[Config, float] = {}
+        for config in (best, *(replace(best, **{field: tile}) for tile in tiles)):
+            if config not in times:
+                times[config] = _time(call, config, seconds)
+                watch(field, getattr(config, field), times[config])
         best = min(times, key=lambda config: times[config])
     return best
 
@@ -117,13 +122,18 @@ def _tune_and_store(
     from triton.testing import do_bench
 
     best = tune(policy, targets, options, table, lambda call: do_bench(call, warmup=10, rep=50))
+    store(key, best)
+    return best
+
+
+def store(key: str, best: Config) -> None:
+    """Writes the tiles where `tile_config` looks for them."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _read(path) | {key: asdict(best)}
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1))
     partial.rename(path)  # whole or absent, whoever else writes
-    return best
 
 
 def _load(key: str) -> Config | None:

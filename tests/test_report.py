@@ -1,6 +1,7 @@
 """The pages' figures and the plots are those of the results files."""
 
 import json
+import re
 
 import pytest
 
@@ -10,8 +11,16 @@ from benchmarks import plots, report, results_file
 def test_pages_and_plots_are_what_the_results_say():
     wanted = report.files()
     for path, text in wanted.items():
-        assert path.exists() and path.read_text(encoding="utf-8") == text, "run `make report`"
+        assert report.is_current(path, text), f"{path.name}: run `make report`"
     assert set(results_file.FOLDER.glob("*.svg")) <= set(wanted), "run `make report`"
+
+
+def test_plots_of_two_machines_are_told_from_plots_of_two_results():
+    text = plots.svg(lambda figure: figure.subplots().plot([1, 2], [3, 4]))
+    nudged = re.sub(r"\d+\.\d{6}", lambda found: f"{float(found[0]) + 1e-6:.6f}", text)
+    assert nudged != text and plots.same(text, nudged)
+    assert not plots.same(text, plots.svg(lambda figure: figure.subplots().plot([1, 2], [3, 5])))
+    assert not plots.same(text, text.replace("<g", "<h", 1))
 
 
 def test_results_of_another_format_are_refused(tmp_path, monkeypatch):

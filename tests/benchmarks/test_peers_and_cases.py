@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import method, peers, test_heads
+from benchmarks import heads, method, peers, test_heads
 from benchmarks.cases import GROUPS, Case, table
 from benchmarks.inputs import Shape, draw
 
@@ -28,7 +28,7 @@ def test_peer_against_float64(peer, group):
     inputs = draw("random", SHAPE, torch.float32, CPU, train_head=GROUPS[group].train_head)
     expected = GROUPS[group].truth(inputs, 2, peers.ALPHA)
     for candidate in methods.values():
-        assert test_heads.check(case(peer, group), candidate, inputs, 2, expected) < 1e-5
+        assert heads.check(case(peer, group), candidate, inputs, 2, expected) < 1e-5
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -37,7 +37,7 @@ def test_a_wrong_peer_is_not_timed(group):
     expected = GROUPS[group].truth(inputs, 2, peers.ALPHA)
     wrong = peers.Composed(lambda *tensors: 1.001 * peers.naive(*tensors))
     with pytest.raises(AssertionError, match=r"naive PyTorch is wrong: relative error \d"):
-        test_heads.check(case("naive PyTorch", group), wrong, inputs, 2, expected)
+        heads.check(case("naive PyTorch", group), wrong, inputs, 2, expected)
 
 
 def test_peers_that_cannot_run_say_why(monkeypatch):

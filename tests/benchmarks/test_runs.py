@@ -1,4 +1,4 @@
-"""`pytest benchmarks/` and the GPU script as a user starts them, in tiny sizes."""
+"""`pytest benchmarks/` as a user starts it, in tiny sizes."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, results_file
+from benchmarks import results_file
 from benchmarks.cases import table
-from benchmarks.test_heads import TOLERANCE
+from benchmarks.heads import TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,27 +90,3 @@ def test_what_the_budget_drops_is_named(tmp_path):
     dtypes = {case.dtype for case in table(torch.device("cpu"), tiny=True)}  # one or two
     assert f"dropped: {len(dtypes)} after 0 s" in done.stdout
     assert "test_head[forward-tiny-random-float32-powerflow-fast]" in done.stdout
-
-
-def test_gpu_script_walks_through_without_a_gpu():
-    done = run("benchmarks.gpu", "--dry-run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Tests pass, benchmarks pass" in done.stdout
-    for path in gpu.DRY_TESTS:
-        assert f"{path.relative_to(ROOT)}: " in done.stdout
-    for group in ("tb-frozen", "certified", "training-step"):
-        assert f"{group} " in done.stdout
-
-
-def test_gpu_script_without_what_it_needs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu"])
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main() == 2
-    assert "no GPU that torch can use" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "missing_packages", lambda: ["pytest-benchmark"])
-    assert gpu.main() == 2
-    assert "not installed: pytest-benchmark; pip install" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["gpu", "--minutes", "0.5"])
-    with pytest.raises(SystemExit):
-        gpu.main()
-    assert "--minutes: expected more than 1, got 0.5" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The staged benchmark of a GPU, and what travels to it."""

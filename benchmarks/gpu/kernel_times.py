@@ -1,0 +1,298 @@
+"""Stage `kernels`: each kernel alone, on the chunk that a step gives it, beside a bare product.
+
+Operations are those of the product inside; bytes are what must move: inputs read once, results
+written once. Where a vendor's product does the same work but for what the kernel adds, its time is
+in the same line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import method
+from benchmarks.gpu.lines import Line
+from benchmarks.gpu.shapes import dtype_of, shapes
+from benchmarks.gpu.worker import Run
+from benchmarks.inputs import Inputs, Shape, draw
+from powerflow_fast import backend_triton, certified_triton
+from powerflow_fast.gradient_sums import product
+from powerflow_fast.kernels import columns, combine, config, direction, dlogits, kept, statistics
+from powerflow_fast.kernels import kept_dlogits as kept_rows
+from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.numerators import new_numerators
+from powerflow_fast.options import HeadOptions
+
+SECONDS = 0.15  # of rounds for each kernel
+KEPT = 0.05  # of the columns, for the kernels of the certified route
+PLAIN = HeadOptions()
+
+
+def kernels(run: Run) -> Iterator[None]:
+    torch.zeros(1, device=run.device)
+    yield
+    for name, shape in shapes(run.tiny).items():
+        dtype = dtype_of(run.device)
+        kernel_chunks = Chunks.draw(shape, dtype, run.device)
+        for kernel, case in CASES.items():
+            run.case(f"{kernel}, {name}", partial(timed, case, kernel_chunks, run.budget(SECONDS)))
+        del kernel_chunks
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch, what it must do, and the vendor's product beside it."""
+
+    launch: Callable[[], object]
+    moved: int  # bytes
+    flops: int = 0
+    vendor: Callable[[], object] | None = None
+    rows: int = 0
+
+
+def timed(case: Callable[[Chunks], Work], chunks: Chunks, budget: float) -> Line:
+    work = case(chunks)
+    line: Line = dict(method.spread(method.repeat(work.launch, chunks.device, budget)))
+    line |= {"rows": work.rows, "bytes": work.moved}
+    line["bandwidth"] = work.moved / line["seconds"]
+    if work.flops:
+        line |= {"flops": work.flops, "tflops": work.flops / line["seconds"] / 1e12}
+    if work.vendor is not None:
+        beside = method.spread(method.repeat(work.vendor, chunks.device, budget))
+        line |= {"vendor_seconds": beside["seconds"]}
+        line["vendor_tflops"] = work.flops / beside["seconds"] / 1e12
+    return line
+
+
+@dataclass
+class Chunks:
+    """Operands of one shape; chunks of rows as the back end cuts them."""
+
+    inputs: Inputs
+    config: config.Config
+    device: torch.device
+
+    @classmethod
+    def draw(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> Chunks:
+        tiles = config.config_for(device, dtype)
+        return cls(draw("random", shape, dtype, device), tiles, device)
+
+    @property
+    def weight(self) -> Tensor:  # [V, H]
+        return self.inputs.weight
+
+    @property
+    def item(self) -> int:
+        return self.weight.element_size()
+
+    def rows(self, models: int, want_direction: bool) -> int:
+        chunk = backend_triton._forward_rows(
+            self.operands(len(self.inputs.hidden)), models, want_direction, self.config
+        )
+        return min(chunk, len(self.inputs.hidden))
+
+    def operands(self, rows: int, reference: bool = False) -> Operands:
+        hidden = self.inputs.ref_hidden if reference else self.inputs.hidden.detach()
+        return Operands(hidden[:rows], self.weight, None)
+
+    def soft(self, rows: int) -> Tensor:
+        padded = statistics.padded_columns(len(self.weight), self.config.statistics)
+        return self.weight.new_empty((rows, padded))
+
+    def statistics(self, rows: int, models: int, soft: Tensor | None = None, search=None):
+        both = (self.operands(rows), self.operands(rows, True) if models == 2 else None)
+        tile, tma = self.config.statistics, self.config.tma
+        targets = self.inputs.targets[:rows]
+        return statistics.logit_statistics(*both, targets, soft, PLAIN, tile, tma, search)
+
+    def logps(self, rows: int, models: int) -> tuple[Tensor, Tensor]:
+        return torch.empty((2, models, rows), dtype=torch.float32, device=self.device).unbind()
+
+    def combined(self, stats, rows: int, models: int):
+        """Outputs of `combine`: shift and total of every row, and log-probs."""
+        logps, lse = self.logps(rows, models)
+        targets = self.inputs.targets[:rows]
+        shift, total = combine.combine(stats, targets, PLAIN.ignore_index, logps, lse, None)
+        return shift, total, logps, lse
+
+
+def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Work:
+    rows, models = chunks.rows(2, want_direction=stored), 2
+    (num_v, num_h) = chunks.weight.shape
+    soft = chunks.soft(rows) if stored else None
+    search = None
+    if peaks:
+        options = HeadOptions(grad_tolerance=1e-3)
+        operands, targets = chunks.operands(rows), chunks.inputs.targets[:rows]
+        search = certified_triton._search(operands, targets, options, chunks.config)
+    parts = num_v // chunks.config.statistics.part
+    moved = chunks.item * num_h * (models * rows + num_v) + 8 * parts * models * rows
+    moved += 0 if soft is None else soft.nbytes
+    moved += 0 if search is None else search.peaks.nbytes
+    hidden, weight = chunks.inputs.hidden.detach(), chunks.weight
+    both = torch.cat([hidden[:rows], chunks.inputs.ref_hidden[:rows]])
+    return Work(
+        lambda: chunks.statistics(rows, models, soft, search),
+        moved,
+        2 * models * rows * num_h * num_v,
+        lambda: both @ weight.T,
+        rows,
+    )
+
+
+def _combine(chunks: Chunks) -> Work:
+    rows, models = chunks.rows(2, want_direction=True), 2
+    stats = chunks.statistics(rows, models)
+    read = stats.tile_shift.nbytes + stats.tile_total.nbytes
+    return Work(lambda: chunks.combined(stats, rows, models), read + 16 * models * rows, rows=rows)
+
+
+def _direction(chunks: Chunks) -> Work:
+    rows = chunks.rows(2, want_direction=True)
+    num_v, num_h = chunks.weight.shape
+    soft = chunks.soft(rows)
+    stats = chunks.statistics(rows, 1, soft)
+    shift, total, logps, _ = chunks.combined(stats, rows, 1)
+    shifts = direction.Shifts(stats.tile_shift, shift, total)
+    out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
+    arguments = (chunks.operands(rows), chunks.inputs.targets[:rows], logps[0], stats.target_logit)
+    moved = soft.nbytes + chunks.weight.nbytes + out.nbytes + stats.tile_shift.nbytes
+    flops = 2 * rows * num_h * num_v
+    return Work(
+        lambda: direction.write_directions(soft, *arguments, out, PLAIN, chunks.config, shifts),
+        moved,
+        flops,
+        lambda: product(soft[:, :num_v], chunks.weight),
+        rows,
+    )
+
+
+def _dlogits(chunks: Chunks) -> Work:
+    """One chunk of the vocabulary of a head that trains."""
+    hidden, targets = chunks.inputs.hidden.detach(), chunks.inputs.targets
+    num_n, num_h = hidden.shape
+    columns_ = _backward_columns(chunks, num_n)
+    weight = chunks.weight[:columns_]
+    out = hidden.new_empty((num_n, columns_))
+    grad, lse = torch.ones(2, num_n, device=chunks.device).unbind()
+    active = torch.ones(num_n, dtype=torch.bool, device=chunks.device)
+    scale = torch.ones(1, device=chunks.device)
+    tile, tma = chunks.config.dlogits, chunks.config.tma
+    policy = Operands(hidden, weight, None)
+    rows = (targets, grad, None, lse, None, active, scale)
+    return Work(
+        lambda: dlogits.write_dlogits_chunk(policy, *rows, out, PLAIN, tile, tma),
+        hidden.nbytes + weight.nbytes + out.nbytes,
+        2 * num_n * num_h * columns_,
+        lambda: hidden @ weight.T,
+        num_n,
+    )
+
+
+def _backward_columns(chunks: Chunks, num_n: int) -> int:
+    sizes = (num_n, len(chunks.weight), chunks.item, chunks.config)
+    return backend_triton._chunk_columns(config.DLOGITS_BYTES, *sizes)
+
+
+def _kept_dlogits(chunks: Chunks) -> Work:
+    """d loss / d logits of the rows whose numerators a trained head keeps."""
+    hidden = chunks.inputs.hidden.detach()
+    layout = backend_triton.numerators_layout(chunks.device)
+    numerators = new_numerators(hidden, chunks.weight, layout, True)
+    numerators.factors.fill_(1.0), numerators.values.fill_(0.5), numerators.own.fill_(0.5)
+    rows, num_n = numerators.rows, len(hidden)
+    columns_ = _backward_columns(chunks, num_n)
+    out = hidden.new_empty((rows, columns_))
+    grad = torch.ones(rows, device=chunks.device)
+    active = torch.ones(rows, dtype=torch.bool, device=chunks.device)
+    targets = chunks.inputs.targets[:rows]
+    return Work(
+        lambda: kept_rows.write_kept_dlogits(numerators, 0, targets, grad, active, out),
+        2 * out.nbytes,
+        rows=rows,
+    )
+
+
+def _peaks(chunks: Chunks) -> Tensor:
+    """[row blocks, V] of which about KEPT lie above the threshold that is found."""
+    num_v = len(chunks.weight)
+    blocks = -(-len(chunks.inputs.hidden) // chunks.config.statistics.rows)
+    generator = torch.Generator(chunks.device).manual_seed(0)
+    low = torch.rand(blocks, num_v, generator=generator, device=chunks.device) * -10 - 30
+    high = torch.rand(blocks, num_v, generator=generator, device=chunks.device) < KEPT
+    return torch.where(high, -5.0, low).half()
+
+
+def _columns(chunks: Chunks) -> Work:
+    peaks = _peaks(chunks)
+    most = max(1, int(certified_triton.LARGEST_SHARE * peaks.shape[1]))
+    return Work(
+        lambda: columns.choose_columns(peaks, 1e-3, most),
+        peaks.nbytes + int(4 * KEPT * peaks.numel()),
+        rows=len(chunks.inputs.hidden),
+    )
+
+
+def _kept(chunks: Chunks) -> Work:
+    """Probabilities of the kept columns of one chunk of rows."""
+    rows, found, width, shift, total, _, targets, policy = _kept_chunk(chunks)
+    num_h = chunks.weight.shape[1]
+    return Work(
+        lambda: kept.kept_probabilities(
+            policy, targets, shift, total, found, width, PLAIN, chunks.config.statistics
+        ),
+        chunks.item * (rows * num_h + rows * width) + found.columns.shape[0] * width * num_h,
+        2 * rows * num_h * width,
+        rows=rows,
+    )
+
+
+def _kept_direction(chunks: Chunks) -> Work:
+    """Their product with the gathered rows of the weight."""
+    rows, found, width, shift, total, logps, targets, policy = _kept_chunk(chunks)
+    num_h = chunks.weight.shape[1]
+    soft, _ = kept.kept_probabilities(
+        policy, targets, shift, total, found, width, PLAIN, chunks.config.statistics
+    )
+    out = torch.empty((rows, num_h), dtype=chunks.weight.dtype, device=chunks.device)
+    zeros = torch.zeros(rows, device=chunks.device)
+    arguments = (soft, policy, targets, logps, zeros, out, PLAIN, chunks.config)
+    return Work(
+        lambda: direction.write_directions(*arguments, kept=found),
+        soft.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,
+        2 * rows * num_h * width,
+        rows=rows,
+    )
+
+
+def _kept_chunk(chunks: Chunks):
+    peaks = _peaks(chunks)
+    block, num_v = chunks.config.statistics.rows, peaks.shape[1]
+    width = max(1, int(KEPT * num_v))
+    budget = config.KEPT_BYTES // (block * chunks.item)
+    blocks = min(max(1, budget // width), len(peaks))
+    rows = min(blocks * block, len(chunks.inputs.hidden))
+    most = max(width, int(certified_triton.LARGEST_SHARE * num_v))
+    found = columns.choose_columns(peaks[:blocks], 1e-3, most)
+    found = found._replace(counts=found.counts.clamp(max=width))
+    shift, total, logps, _ = chunks.combined(chunks.statistics(rows, 1), rows, 1)
+    targets, policy = chunks.inputs.targets[:rows], chunks.operands(rows)
+    return rows, found, width, shift, total, logps[0], targets, policy
+
+
+CASES: dict[str, Callable[[Chunks], Work]] = {
+    "statistics of the pair": _statistics,
+    "statistics of the pair, numerators stored": partial(_statistics, stored=True),
+    "direction": _direction,
+    "dlogits": _dlogits,
+    "combine": _combine,
+    "statistics of the pair, column peaks": partial(_statistics, peaks=True),
+    "columns": _columns,
+    "kept probabilities": _kept,
+    "kept direction": _kept_direction,
+    "kept dlogits": _kept_dlogits,
+}
