@@ -41,7 +41,9 @@ STAGES = (
     Stage(
         "heads",
         "pair and LA-TB step, frozen head",
-        _parts("steps:frozen", steps.FROZEN, {"default": 5, steps.FROZEN[0]: 15}),
+        _parts(
+            "steps:frozen", steps.FROZEN, {"default": 5, steps.FROZEN[0]: 15, "torch.compile": 12}
+        ),
         prepare_seconds=25,
     ),
     Stage(

@@ -84,6 +84,20 @@ def test_limits_are_named_and_stay_under_six_minutes(dry_run):
     assert written(folder)[0]["limits"] == {stage.name: stage.limit for stage in STAGES}
 
 
+def test_what_is_imported_before_the_fork_does_not_touch_the_device():
+    """A process that is forked from one that started CUDA cannot use it."""
+    program = f"""
+import importlib, torch
+def touched(*_): raise SystemExit("started the device")
+for name in ("is_available", "device_count", "_lazy_init", "get_device_properties"):
+    setattr(torch.cuda, name, touched)
+for name in {runner.PRELOAD}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_page_says_the_limits():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     for stage in STAGES:
