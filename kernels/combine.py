@@ -2,7 +2,7 @@
 
 The eager code it replaces:
 
-    lse = torch.logsumexp(logits, 1)                                          # [rows]
+    lse = torch.logsumexp(logits, 1)                                          # 0 where ignored
     logps = logits.gather(1, targets) - lse                                   # 0 where ignored
     entropy = lse - (torch.softmax(logits, 1) * logits).sum(1)                # 0 where ignored
 
@@ -45,11 +45,14 @@ def combine_kernel(
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_p = tl.arange(0, BLOCK_P)
     mask_r = offs_r < num_rows
+    # Of ignored rows nothing is read: nothing may have been written.
+    offs_n = offs_r % num_n
+    counted = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index) != ignore_index
     # Running maxima start at -inf, and so count parts that do not exist.
     highest = tl.full([BLOCK_P, BLOCK_R], float("-inf"), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         part = start + offs_p
-        mask = (part < num_parts)[:, None] & mask_r[None, :]
+        mask = (part < num_parts)[:, None] & counted[None, :]
         offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
         highest = tl.maximum(
             highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
@@ -61,7 +64,7 @@ def combine_kernel(
     spreads = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         part = start + offs_p
-        mask = (part < num_parts)[:, None] & mask_r[None, :]
+        mask = (part < num_parts)[:, None] & counted[None, :]
         offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
         moved = tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf")) - base[None, :]
         factor = tl.exp2(moved)  # of an integer: exact
@@ -70,11 +73,9 @@ def combine_kernel(
         if tile_spread_ptr is not None:
             spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
             spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
-    row_total = tl.sum(totals, 0)
-
-    offs_n = offs_r % num_n
-    counted = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index) != ignore_index
-    target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
+    row_total = tl.where(counted, tl.sum(totals, 0), 1.0)
+    row_shift = tl.where(counted, row_shift, 0.0)
+    target_logit = tl.load(target_logit_ptr + offs_r, mask=counted, other=0.0)
     log_total = tl.log2(row_total)
     logps = (above_shift(target_logit, base) - log_total) * LN2
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
@@ -95,7 +96,10 @@ def combine(
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> shift and total of every row [rows], to which the exact route refers its numerators."""
+    """-> shift and total of every row [rows], to which the exact route refers its numerators.
+
+    0 and 1 where ignored.
+    """
     num_parts, num_rows = statistics.tile_shift.shape
     row_shift = torch.empty_like(statistics.target_logit)
     row_total = torch.empty_like(row_shift)

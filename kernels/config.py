@@ -100,9 +100,9 @@ TABLE = {
     ),
     # Triton's interpreter: small enough that small tests have several tiles and ragged ends.
     "interpreter": Config(
-        statistics=Tile(16, 64, 32, num_warps=4, num_stages=1, parts=4),
+        statistics=Tile(16, 128, 32, num_warps=4, num_stages=1, parts=2),
         direction=Tile(16, 32, 16, num_warps=4, num_stages=1),
-        dlogits=Tile(16, 64, 32, num_warps=4, num_stages=1, parts=4),
+        dlogits=Tile(16, 128, 32, num_warps=4, num_stages=1, parts=2),
         tma=True,
     ),
 }
@@ -136,7 +136,7 @@ def is_interpreted() -> bool:
 
 def numerators_layout() -> Layout:
     """One that every tile of the tables fits, tuned or not: it must not depend on the device."""
-    return Layout(piece=16 if is_interpreted() else 64, multiple=256)
+    return Layout(piece=64, multiple=256)
 
 
 def chip_name(device: torch.device) -> str:

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.config import Config, soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
@@ -70,6 +71,8 @@ def direction_kernel(
     weight,  # [V, H] likewise
     weight_ptr,  # [V, H] the rows of the targets are gathered from here
     targets_ptr,  # [N]
+    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
+    count_ptr,  # [1] int32
     tile_shift_ptr,  # [parts, rows], or None: `soft` is relative to the row's total already
     row_shift_ptr,  # [N], likewise
     row_total_ptr,  # [N], likewise
@@ -106,7 +109,9 @@ def direction_kernel(
     first = program // (GROUP * num_columns) * GROUP
     width = min(num_blocks - first, GROUP)
     within = program % (GROUP * num_columns)
-    start_n = (first + within % width) * BLOCK_N
+    place = first + within % width
+    block = tl.load(blocks_ptr + place)
+    start_n = block * BLOCK_N
     start_h = within // width * BLOCK_H
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -114,8 +119,16 @@ def direction_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < num_n
     mask_h = offs_h < num_h
+    # int64 before the product: N x H can pass 2^31.
+    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
+    if place >= tl.load(count_ptr):  # every row is ignored
+        tl.store(
+            rows_out[:, None] + offs_h[None, :],
+            tl.zeros([BLOCK_N, BLOCK_H], direction_ptr.dtype.element_ty),
+            mask=mask_n[:, None] & mask_h[None, :],
+        )
+        return
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    counted = tl.max((target != ignore_index).to(tl.int32), 0)
     if tile_shift_ptr is not None:
         row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
         total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
@@ -123,11 +136,11 @@ def direction_kernel(
         total = tl.full([BLOCK_N], 1.0, tl.float32)
     num_kept = num_v
     if columns_ptr is not None:
-        num_kept = tl.load(counts_ptr + start_n // BLOCK_N)
-        columns_ptr += (start_n // BLOCK_N).to(tl.int64) * most
+        num_kept = tl.load(counts_ptr + block)
+        columns_ptr += block.to(tl.int64) * most
 
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for step in range(tl.cdiv(num_kept, BLOCK_V) * counted):
+    for step in range(tl.cdiv(num_kept, BLOCK_V)):
         start_v = step * BLOCK_V
         if USE_TMA:
             tile_s = soft.load([start_n, start_v])
@@ -160,7 +173,6 @@ def direction_kernel(
     # Of a target outside the vocabulary logps is NaN, hence its row: nothing is read for it.
     inside = mask_n & (target >= 0) & (target < num_v)
     rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
-    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
     WIDTH: tl.constexpr = BLOCK_H // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
@@ -216,6 +228,7 @@ def write_directions(
     assert kept is None or tile.rows == config.statistics.rows
     use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
     form = logit_form(options)
+    blocks, count = active_blocks(targets, options.ignore_index, tile.rows)
     grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
     with torch.cuda.device_of(soft):
         direction_kernel[grid](
@@ -223,6 +236,8 @@ def write_directions(
             weight=describe(weight, tile.depth, tile.columns, use_tma),
             weight_ptr=weight,
             targets_ptr=targets,
+            blocks_ptr=blocks,
+            count_ptr=count,
             tile_shift_ptr=shifts and shifts.tile_shift,
             row_shift_ptr=shifts and shifts.row_shift,
             row_total_ptr=shifts and shifts.row_total,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.config import Tile
 from powerflow_fast.kernels.tiles import (
     LOG2E,
@@ -81,6 +82,8 @@ def dlogits_kernel(
     lse_ptr,  # [N]
     entropy_ptr,  # [N] or None
     active_ptr,  # [N]
+    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
+    count_ptr,  # [1] int32
     out_scale_ptr,  # [1]
     dlogits_ptr,  # [N, V]
     num_n,
@@ -109,11 +112,21 @@ def dlogits_kernel(
     first = program // (GROUP * num_tiles) * GROUP
     width = min(num_blocks - first, GROUP)
     within = program % (GROUP * num_tiles)
-    start_n = (first + within % width) * BLOCK_N
+    place = first + within % width
+    start_n = tl.load(blocks_ptr + place) * BLOCK_N
     start_v = within // width * BLOCK_V
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_n
+    rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
+    if place >= tl.load(count_ptr):  # no row is active
+        offs_v = start_v + tl.arange(0, BLOCK_V)
+        tl.store(
+            rows_out[:, None] + offs_v[None, :],
+            tl.zeros([BLOCK_N, BLOCK_V], dlogits_ptr.dtype.element_ty),
+            mask=mask_n[:, None] & (offs_v < num_v)[None, :],
+        )
+        return
     active = tl.load(active_ptr + offs_n, mask=mask_n, other=0) != 0
     offs_v = start_v + tl.arange(0, BLOCK_V)
     acc = multiply_transposed(
@@ -129,7 +142,7 @@ def dlogits_kernel(
         stride_hh,
         stride_wv,
         stride_wh,
-        tl.cdiv(num_h, BLOCK_H) * tl.max(active.to(tl.int32), 0),
+        tl.cdiv(num_h, BLOCK_H),
         USE_TMA,
         BLOCK_N,
         BLOCK_V,
@@ -145,7 +158,6 @@ def dlogits_kernel(
     if HAS_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + offs_n, mask=mask_n, other=0.0) * factor
         entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-    rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
     PART: tl.constexpr = BLOCK_V // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
@@ -190,6 +202,7 @@ def write_dlogits_chunk(
     num_v = weight.shape[0]
     use_tma = use_tma and can_describe(hidden) and can_describe(weight)
     form = logit_form(options)
+    blocks, count = active_blocks(active, 0, tile.rows)
     grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_v, tile.columns),)
     with torch.cuda.device_of(hidden):
         dlogits_kernel[grid](
@@ -202,6 +215,8 @@ def write_dlogits_chunk(
             lse_ptr=lse,
             entropy_ptr=entropy,
             active_ptr=active,
+            blocks_ptr=blocks,
+            count_ptr=count,
             out_scale_ptr=out_scale,
             dlogits_ptr=dlogits,
             num_n=num_n,

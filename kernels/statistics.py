@@ -11,7 +11,8 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
 The shift is an integer, so bringing tiles to a common shift multiplies by a power of two: exact.
 Every vocabulary tile is a unit of its own: few tokens still fill the chip, and nothing is carried
 from tile to tile, which at this tile size would spill registers. A program takes one tile, or, with
-a persistent tile shape, every so many-th.
+a persistent tile shape, every so many-th. Blocks of rows that are all ignored get nothing: their
+results are not written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.config import Tile, num_processors, soft_exponent
 from powerflow_fast.kernels.tiles import (
     LOG2E,
@@ -112,6 +114,8 @@ def statistics_kernel(
     ref_weight,  # [V, H]
     ref_bias_ptr,  # [V] or None, as bias
     targets_ptr,  # [N]
+    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
+    count_ptr,  # [1] int32
     tile_shift_ptr,  # [parts, MODELS * N] row r = model * N + n
     tile_total_ptr,  # [parts, MODELS * N]
     tile_spread_ptr,  # [parts, MODELS * N] or None
@@ -146,9 +150,11 @@ def statistics_kernel(
     PARTS: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    num_units = tl.cdiv(num_n, BLOCK_N) * MODELS
+    num_units = tl.load(count_ptr) * MODELS
     num_tiles = tl.cdiv(num_v, BLOCK_V)
     first = tl.program_id(0)
+    if first >= num_units * num_tiles:
+        return
     stop = num_units * num_tiles if PERSISTENT else first + 1
     step = tl.num_programs(0) if PERSISTENT else 1
     for program in tl.range(first, stop, step, flatten=PERSISTENT):
@@ -160,7 +166,7 @@ def statistics_kernel(
         unit = first_unit + within % width
         start_v = within // width * BLOCK_V
         model = unit % MODELS
-        start_n = unit // MODELS * BLOCK_N
+        start_n = tl.load(blocks_ptr + unit // MODELS) * BLOCK_N
 
         # Names of their own: what a loop assigns to is carried from tile to tile.
         own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
@@ -178,8 +184,6 @@ def statistics_kernel(
 
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < num_n
-        target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-        counted = tl.max((target != ignore_index).to(tl.int32), 0)
         offs_v = start_v + tl.arange(0, BLOCK_V)
         acc = multiply_transposed(
             own_hidden,
@@ -194,12 +198,13 @@ def statistics_kernel(
             own_hh,
             own_wv,
             own_wh,
-            tl.cdiv(num_h, BLOCK_H) * counted,
+            tl.cdiv(num_h, BLOCK_H),
             USE_TMA,
             BLOCK_N,
             BLOCK_V,
             BLOCK_H,
         )
+        target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
         offs_r = model * num_n + offs_n
         mask_soft = offs_n < num_n * (1 - model)  # the policy's rows alone
         num_rows = num_n * MODELS
@@ -242,7 +247,10 @@ def statistics_kernel(
 
 
 class Statistics(NamedTuple):
-    """What the kernel leaves for `combine`; a row is one token of one model."""
+    """What the kernel leaves for `combine`; a row is one token of one model.
+
+    Of blocks of rows that are all ignored it leaves nothing in the first three.
+    """
 
     tile_shift: torch.Tensor  # [parts, rows]
     tile_total: torch.Tensor  # [parts, rows]
@@ -285,6 +293,7 @@ def logit_statistics(
     out = _allocate(num_tiles * tile.parts, models * num_n, options.entropy, hidden.device)
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     form = logit_form(options)
+    blocks, count = active_blocks(targets, options.ignore_index, tile.rows)
     programs = triton.cdiv(num_n, tile.rows) * models * num_tiles
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
@@ -297,6 +306,8 @@ def logit_statistics(
             ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
             ref_bias_ptr=ref_bias,
             targets_ptr=targets,
+            blocks_ptr=blocks,
+            count_ptr=count,
             tile_shift_ptr=out.tile_shift,
             tile_total_ptr=out.tile_total,
             tile_spread_ptr=out.tile_spread,

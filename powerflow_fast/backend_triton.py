@@ -84,7 +84,7 @@ def forward(
     if want_direction and search is None:
         direction = hidden.new_empty((num_n, num_h), dtype=direction_dtype(hidden, options))
     totals = []
-    rows = _forward_rows(policy, models, direction is not None, config)
+    rows = forward_rows(policy, models, direction is not None, config)
     known = 0 if numerators is None else numerators.rows
     for span in (*_spans(0, known, rows), *_spans(known, num_n, rows)):
         totals.append(
@@ -143,7 +143,6 @@ def backward(
 
     Those of the kept columns alone, where they are given and few; hidden's is not formed then.
     """
-    from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
     from powerflow_fast.tuning import tile_config
@@ -162,7 +161,7 @@ def backward(
         )
         return None, *grads
     sums = GradientSums(hidden, weight, bias, active, out_scale, needs)
-    columns = _chunk_columns(DLOGITS_BYTES, num_n, num_v, hidden.element_size(), config)
+    columns = backward_columns(hidden, weight, needs[1], config)
     buffer = hidden.new_empty((num_n, columns))
     known = 0 if numerators is None else numerators.rows
     grad_known = grad_logps[:known] * (options.scale * out_scale)
@@ -271,17 +270,21 @@ def _spans(start: int, stop: int, rows: int) -> Iterator[slice]:
         yield slice(first, min(first + rows, stop))
 
 
-def _forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
-    """Rows of one chunk: its statistics and softmax numerators stay within their budgets."""
+def forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
+    """Rows of one chunk: its statistics and softmax numerators stay within their budgets.
+
+    For log-probs alone, whole groups of row blocks where one fits: each reads the weight once.
+    """
     from powerflow_fast.kernels import config as table
-    from powerflow_fast.kernels.statistics import padded_columns
+    from powerflow_fast.kernels.statistics import GROUP, padded_columns
 
     num_n, num_h = policy.hidden.shape
     tile = config.statistics
     columns = padded_columns(policy.weight.shape[0], tile)
     limit = table.STATISTICS_BYTES // (columns // tile.part * models * 3 * 4)
     if not want_direction:
-        return max(limit // tile.rows, 1) * tile.rows
+        blocks, group = max(limit // tile.rows, 1), GROUP // models
+        return (blocks - blocks % group if blocks > group else blocks) * tile.rows
     limit = min(limit, table.SOFT_BYTES // (columns * policy.hidden.element_size()))
     return table.balanced_rows(
         num_n,
@@ -359,10 +362,20 @@ def _finish_numerators(
         own *= softcap_slope(statistics.target_logit[:n], options)
 
 
-def _chunk_columns(budget: int, num_n: int, num_v: int, itemsize: int, config: Config) -> int:
-    """Columns of one backward chunk: whole tiles within the budget, at least one tile."""
+def backward_columns(hidden: Tensor, weight: Tensor, need_weight: bool, config: Config) -> int:
+    """Columns of one backward chunk: whole tiles within the budget, at least one tile.
+
+    The budget is for d loss / d logits of the chunk and, apart, for its rows of the weight's
+    gradient in float32, which are the larger of the two where there are few tokens.
+    """
+    from powerflow_fast.kernels.config import DLOGITS_BYTES
+
+    (num_n, num_h), num_v = hidden.shape, len(weight)
+    a_column = max(num_n, 1) * hidden.element_size()
+    if need_weight:
+        a_column = max(a_column, 4 * num_h)
     block = config.dlogits.columns
-    tiles = max(1, budget // (max(num_n, 1) * itemsize * block))
+    tiles = max(1, DLOGITS_BYTES // (a_column * block))
     return min(tiles * block, math.ceil(num_v / block) * block)
 
 

@@ -98,7 +98,8 @@ def start_search(
 
 def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Search:
     blocks = -(-len(targets) // config.statistics.rows)
-    peaks = policy.hidden.new_empty((blocks, len(policy.weight)), dtype=torch.float16)
+    # Blocks that are all ignored are not visited: they keep nothing.
+    peaks = policy.hidden.new_full((blocks, len(policy.weight)), -torch.inf, dtype=torch.float16)
     return Search(guess_lse(policy, targets, options, config), peaks)
 
 
@@ -167,7 +168,7 @@ def sparse_direction(
     if want_kept:
         kept = ~(peaks < done.lowest[::block, None])  # not `>=`: a NaN's column is kept
         kept[block_of_row, targets.clamp(0, len(policy.weight) - 1)] = True
-        kept = _per_block(kept, block, BLOCK)
+        kept = _per_block(kept, block, BLOCK)[: -(-len(targets) // BLOCK)]  # the last is cut
     return SparseDirection(done.direction, certificate, kept), rows
 
 

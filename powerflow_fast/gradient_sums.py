@@ -64,10 +64,13 @@ class GradientSums:
     def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
         if self.grad_hidden is not None:
             self.grad_hidden += product(dlogits, self.weight[start:stop])
+        # Cast as they are written: no second float32 copy.
         if self.grad_weight is not None:
-            self.grad_weight[start:stop] = product(dlogits.T, self.hidden) * self.unscale
+            rows = product(dlogits.T, self.hidden)
+            torch.mul(rows, self.unscale, out=self.grad_weight[start:stop])
         if self.grad_bias is not None:
-            self.grad_bias[start:stop] = dlogits.sum(0, dtype=torch.float32) * self.unscale
+            rows = dlogits.sum(0, dtype=torch.float32)
+            torch.mul(rows, self.unscale, out=self.grad_bias[start:stop])
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_hidden = self.grad_hidden

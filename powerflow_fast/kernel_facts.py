@@ -68,6 +68,7 @@ class Facts:
     matrix: int
     fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
     tma: int
+    loops: int  # NVIDIA: of loops within loops, the most; a flattened loop over tiles counts 1
     in_flight: int  # sm_90: groups of products that a main loop's step leaves running
     seconds: float
 
@@ -81,6 +82,7 @@ DEFAULT = (
     Variant("direction", certified=True),
     Variant("dlogits"),
     Variant("kept_dlogits"),
+    Variant("active_blocks"),
     Variant("combine", models=2, entropy=True),
     Variant("columns"),
     Variant("residual"),
@@ -90,6 +92,7 @@ EVERY = DEFAULT + (
     Variant("statistics", models=2, soft=True, entropy=True, softcap=True, bias=True),
     Variant("statistics", models=1, soft=True),
     Variant("statistics", models=2, soft=True, tma=False),
+    Variant("statistics", models=2, persistent=True),
     Variant("statistics", models=2, soft=True, persistent=True),
     Variant("direction", softcap=True),
     Variant("direction", tma=False),
@@ -99,8 +102,9 @@ EVERY = DEFAULT + (
 )
 
 _FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale", "budget"}
-_INT64 = {"targets_ptr"}
+_INT64 = {"targets_ptr", "values_ptr"}
 _INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr", "columns_ptr", "counts_ptr"}
+_INT32_POINTERS |= {"blocks_ptr", "count_ptr"}
 
 
 def _source(variant: Variant, chip: str):
@@ -172,6 +176,7 @@ def _source(variant: Variant, chip: str):
 def _elementwise_source(variant: Variant):
     """-> (jit function, no descriptors, constants) of the kernels without a product."""
     from powerflow_fast.kernels import (  # type: ignore[attr-defined]
+        active_blocks,
         columns,
         combine,
         config,
@@ -179,6 +184,9 @@ def _elementwise_source(variant: Variant):
         residual,
     )
 
+    if variant.kernel == "active_blocks":
+        constants = {"ROWS": 128, "AT_ONCE": active_blocks.AT_ONCE}
+        return active_blocks.active_blocks_kernel, {}, constants
     if variant.kernel == "columns":
         constants = {"LOWEST": columns.LOWEST, "STEPS": columns.STEPS, "BLOCK": columns.BLOCK}
         return columns.choose_columns_kernel, {}, constants
@@ -267,9 +275,24 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         matrix=len(re.findall(CHIPS[chip].matrix, code)),
         fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
+        loops=_deepest_loops(compiled.asm["ttgir"]),
         in_flight=max((int(count, 16) for count in re.findall(WAIT, code)), default=0),
         seconds=seconds,
     )
+
+
+def _deepest_loops(code: str) -> int:
+    """How many loops lie in one another, of code that is indented as it is nested."""
+    deepest = 0
+    around: list[int] = []  # columns of the loops around a line
+    for line in code.splitlines():
+        column = len(line) - len(line.lstrip())
+        while around and column <= around[-1] and line.strip():
+            around.pop()
+        if re.search(r"\bscf\.(for|while)\b", line):
+            around.append(column)
+            deepest = max(deepest, len(around))
+    return deepest
 
 
 def _number(pattern: str, text: str) -> int:

@@ -79,7 +79,7 @@ class HeadForward(NamedTuple):
     """What a back end's `forward` returns; all statistics float32 (float64 for float64 inputs)."""
 
     logps: Tensor  # [N] NaN where the target is outside [0, V); any value where ignored
-    lse: Tensor  # [N] log-sum-exp of the policy's logits
+    lse: Tensor  # [N] log-sum-exp of the policy's logits; any value where ignored
     entropy: Tensor | None  # [N] if options.entropy
     direction: Tensor | None  # [N, H] d logps / d hidden, the exact route's product
     ref_logps: Tensor | None  # [N] as logps, for the reference

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from powerflow_fast.kernels.config import (
+    DLOGITS_BYTES,
+    SOFT_BYTES,
+    STATISTICS_BYTES,
+    numerators_layout,
+)
 from powerflow_fast.model_shapes import ModelShape
 from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
-# What the triton head may use at once beside [N, H] tensors (kernels/config.py: SOFT_BYTES and
-# STATISTICS_BYTES), and what the torch head's tiles take on a CPU.
-HEAD_BUDGET = {"cuda": (512 + 128) << 20, "cpu": 8 << 20}
+PIECE = numerators_layout().piece
+CPU_TILES = 8 << 20  # bytes that the torch head's tiles take on a CPU
 KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
 
 
@@ -137,6 +142,18 @@ def backward_bytes(run: Run, sequences: int) -> float:
     return (passing + again) * run.tokens * sequences
 
 
+def head_buffers(run: Run) -> int:
+    """What the head uses at once beside [N, H] tensors, at most.
+
+    On a GPU, a chunk of softmax numerators with its statistics; where the head trains, later a
+    chunk of d loss / d logits and, as large, its rows of the weight's gradient in float32.
+    """
+    if run.device == "cpu":
+        return CPU_TILES
+    forward = SOFT_BYTES + STATISTICS_BYTES
+    return max(forward, 2 * DLOGITS_BYTES) if run.lora_rank == 0 else forward
+
+
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     """Of policy and reference log-probs and the gradient of the hidden states.
 
@@ -148,7 +165,8 @@ def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     packed = n * h * (3 * run.width)
     if fused:
         kept = min(LARGEST_BYTES, 4 * v * h, n * v * run.width) if run.lora_rank == 0 else 0
-        return packed + n * h * 4 + min(HEAD_BUDGET[run.device], n * v * (4 + run.width)) + kept
+        kept *= 1 + 4 / (PIECE * run.width)  # a float32 factor for every so many numerators
+        return packed + n * h * 4 + min(head_buffers(run), n * v * (4 + run.width)) + kept
     return packed + n * v * (run.width + 4 + 4)
 
 

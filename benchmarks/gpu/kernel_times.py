@@ -90,7 +90,7 @@ class Chunks:
         return self.weight.element_size()
 
     def rows(self, models: int, want_direction: bool) -> int:
-        chunk = backend_triton._forward_rows(
+        chunk = backend_triton.forward_rows(
             self.operands(len(self.inputs.hidden)), models, want_direction, self.config
         )
         return min(chunk, len(self.inputs.hidden))
@@ -175,7 +175,7 @@ def _dlogits(chunks: Chunks) -> Work:
     """One chunk of the vocabulary of a head that trains."""
     hidden, targets = chunks.inputs.hidden.detach(), chunks.inputs.targets
     num_n, num_h = hidden.shape
-    columns_ = _backward_columns(chunks, num_n)
+    columns_ = backend_triton.backward_columns(hidden, chunks.weight, True, chunks.config)
     weight = chunks.weight[:columns_]
     out = hidden.new_empty((num_n, columns_))
     grad, lse = torch.ones(2, num_n, device=chunks.device).unbind()
@@ -193,19 +193,14 @@ def _dlogits(chunks: Chunks) -> Work:
     )
 
 
-def _backward_columns(chunks: Chunks, num_n: int) -> int:
-    sizes = (num_n, len(chunks.weight), chunks.item, chunks.config)
-    return backend_triton._chunk_columns(config.DLOGITS_BYTES, *sizes)
-
-
 def _kept_dlogits(chunks: Chunks) -> Work:
     """d loss / d logits of the rows whose numerators a trained head keeps."""
     hidden = chunks.inputs.hidden.detach()
     layout = backend_triton.numerators_layout(chunks.device)
     numerators = new_numerators(hidden, chunks.weight, layout, True)
     numerators.factors.fill_(1.0), numerators.values.fill_(0.5), numerators.own.fill_(0.5)
-    rows, num_n = numerators.rows, len(hidden)
-    columns_ = _backward_columns(chunks, num_n)
+    rows = numerators.rows
+    columns_ = backend_triton.backward_columns(hidden, chunks.weight, True, chunks.config)
     out = hidden.new_empty((rows, columns_))
     grad = torch.ones(rows, device=chunks.device)
     active = torch.ones(rows, dtype=torch.bool, device=chunks.device)

@@ -7,7 +7,15 @@ import torch
 
 from powerflow_fast import backend_triton
 from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, make_head, poison, statistics
+from tests.kernels.truth import (
+    DTYPES,
+    Head,
+    make_head,
+    poison,
+    rows_of_block,
+    statistics,
+    tokens,
+)
 from tests.numerics import gradient_tolerance, relative_error
 
 ALL = (True, True, True)
@@ -47,15 +55,16 @@ def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "n,h,v",
+    "size,h,v",
     [
-        (1, 8, 2),
-        (17, 33, 130),  # odd H: pointer loads; one row in the second block
-        (5, 40, 257),  # descriptor loads, one column in the last tile
+        ((0, 1), 8, 2),
+        ((1, 1), 33, 130),  # odd H: pointer loads; one row in the second block
+        ((0, 5), 40, 257),  # descriptor loads, one column in the last tile
     ],
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_against_float64(dtype, n, h, v, with_entropy, device):
+def test_against_float64(dtype, size, h, v, with_entropy, device):
+    n = tokens(size, device, dtype)
     head = make_head(n, h, v, dtype, device, bias=True)
     targets = torch.randint(v, (n,), device=device)
     grad_logps = torch.randn(n, device=device)
@@ -112,11 +121,14 @@ def test_frozen_weight_allocates_no_buffer_of_its_size(device, monkeypatch):
 
 
 def test_rows_without_gradient_contribute_nothing(device):
-    head = make_head(20, 16, 70, torch.float32, device, bias=True)
-    targets = torch.randint(70, (20,), device=device)
-    grad_logps, grad_entropy = torch.randn(2, 20, device=device)
-    idle = torch.zeros(20, dtype=torch.bool, device=device)
-    idle[[0, 7, 16, 17, 18, 19]] = True  # 16 to 19 are a whole block of rows
+    block = rows_of_block(device, torch.float32)
+    n = 2 * block + 4
+    head = make_head(n, 16, 70, torch.float32, device, bias=True)
+    targets = torch.randint(70, (n,), device=device)
+    grad_logps, grad_entropy = torch.randn(2, n, device=device)
+    idle = torch.zeros(n, dtype=torch.bool, device=device)
+    idle[[0, 7]] = True
+    idle[block : 2 * block] = True
     grad_logps[idle] = 0
     grad_entropy[idle] = 0
     kept = Head(head.hidden[~idle], head.weight, head.bias)

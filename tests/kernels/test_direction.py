@@ -5,7 +5,7 @@ import torch
 
 from powerflow_fast import backend_triton
 from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, direction, make_head, poison
+from tests.kernels.truth import DTYPES, Head, direction, make_head, poison, tokens
 from tests.numerics import relative_error
 
 # Float32 sums; softmax numerators are rounded once to the inputs' dtype.
@@ -28,14 +28,15 @@ def run(head: Head, targets, options=HeadOptions(), ref=None):  # noqa: B008 (fr
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "n,h,v",
+    "size,h,v",
     [
-        (1, 8, 2),  # fewer columns than one step of the sum
-        (3, 33, 257),  # odd everywhere: pointer loads, a ragged last step
-        (17, 40, 130),  # descriptor loads, ragged in all three axes
+        ((0, 1), 8, 2),  # fewer columns than one step of the sum
+        ((0, 3), 33, 257),  # odd everywhere: pointer loads, a ragged last step
+        ((1, 1), 40, 130),  # descriptor loads, ragged in all three axes
     ],
 )
-def test_against_float64(dtype, n, h, v, device):
+def test_against_float64(dtype, size, h, v, device):
+    n = tokens(size, device, dtype)
     head = make_head(n, h, v, dtype, device, spread=2.0)
     targets = torch.randint(v, (n,), device=device)
     expected = direction(head, targets, HeadOptions())
@@ -96,8 +97,8 @@ def test_flat_distribution_below_a_peak_in_float16(v, device):
     head.bias[0] = 0
     targets = torch.tensor([0], device=device)
     expected = direction(head, targets, HeadOptions())
-    # 1 - p = 3e-5 (v = 32) is known to 1e-7, the rounding of a float32 log-prob.
-    assert relative_error(run(head, targets), expected) < 5e-3
+    # 1 - p = 3e-5 (v = 32) is known to a few roundings of numbers near 1, 6e-8 each.
+    assert relative_error(run(head, targets), expected) < 1e-2
 
 
 def test_rounded_logits_pass_gradients_straight_through(device):

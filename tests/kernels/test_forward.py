@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from powerflow_fast import backend_triton
+from powerflow_fast.kernels.config import config_for
 from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, close, make_head, poison, statistics
+from tests.kernels.truth import (
+    DTYPES,
+    Head,
+    close,
+    make_head,
+    poison,
+    rows_of_block,
+    statistics,
+    tokens,
+)
 from tests.numerics import EPS32, logps_error_bound
 
 PLAIN = HeadOptions()
@@ -36,15 +46,16 @@ def bound(head: Head, options: HeadOptions = PLAIN) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "n,h,v",
+    "size,h,v",
     [
-        (1, 8, 1),  # one token, one column
-        (3, 33, 257),  # odd everywhere: pointer loads, one column in the last tile
-        (17, 40, 130),  # one row in the second block; 16-byte rows: descriptor loads
-        (5, 16, 64),  # exactly one tile
+        ((0, 1), 8, 1),  # one token, one column
+        ((0, 3), 33, 257),  # odd everywhere: pointer loads, one column in the last tile
+        ((1, 1), 40, 130),  # one row in the second block; 16-byte rows: descriptor loads
+        ((0, 5), 16, 256),  # whole tiles
     ],
 )
-def test_two_models(dtype, n, h, v, device):
+def test_two_models(dtype, size, h, v, device):
+    n = tokens(size, device, dtype)
     policy, reference = (make_head(n, h, v, dtype, device) for _ in range(2))
     targets = torch.randint(v, (n,), device=device)
     options = HeadOptions(entropy=True)
@@ -135,10 +146,12 @@ def test_masked_vocabulary(device):
 
 
 def test_ignored_rows(device):
-    head = make_head(40, 16, 70, torch.float32, device)
-    targets = torch.randint(70, (40,), device=device)
+    block = rows_of_block(device, torch.float32)
+    n = 2 * block + 8
+    head = make_head(n, 16, 70, torch.float32, device)
+    targets = torch.randint(70, (n,), device=device)
     targets[3] = -100
-    targets[16:32] = -100  # a whole block of rows
+    targets[block : 2 * block] = -100
     head.hidden[targets == -100] = float("nan")
     options = HeadOptions(entropy=True)
     out = run(head, targets, head, options, want_direction=True)
@@ -229,12 +242,40 @@ def test_row_chunks_do_not_change_results(device, monkeypatch):
         assert torch.equal(getattr(whole, name), getattr(chunked, name))
 
 
-def test_a_persistent_program_takes_every_tile(device):
-    from powerflow_fast.kernels.config import config_for
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_blocks_change_nothing_else(dtype, persistent, device):
+    """Every other block of rows is ignored, the first and the last among them, or none is."""
+    block = rows_of_block(device, dtype)
+    n = 4 * block + 3
+    head, reference = (make_head(n, 24, 200, dtype, device) for _ in range(2))
+    whole = torch.randint(200, (n,), device=device)
+    targets = whole.clone()
+    for first in range(0, n, 2 * block):
+        targets[first : first + block] = -100
+    config = config_for(device, dtype)
+    config = replace(config, statistics=replace(config.statistics, persistent=persistent))
+    pair = (reference.hidden, reference.weight, None)
+    options = HeadOptions(entropy=True)
+    some, every = (
+        backend_triton.forward(
+            head.hidden, head.weight, None, chosen, pair, options, True, config=config
+        )
+        for chosen in (targets, whole)
+    )
+    counted = targets != -100
+    assert 0 < counted.sum() < n
+    for name in ("logps", "lse", "entropy", "direction", "ref_logps"):
+        assert torch.equal(getattr(some, name)[counted], getattr(every, name)[counted]), name
+    for name in ("logps", "lse", "entropy", "direction", "ref_logps"):
+        assert (getattr(some, name)[~counted] == 0).all(), name
 
-    head, reference = (make_head(40, 24, 200, torch.float16, device) for _ in range(2))
-    targets = torch.randint(200, (40,), device=device)
-    targets[3:30] = -100  # a block of 16 rows that is skipped between two that are not
+
+def test_a_persistent_program_takes_every_tile(device):
+    block = rows_of_block(device, torch.float16)
+    n = 2 * block + 8
+    head, reference = (make_head(n, 24, 600, torch.float16, device) for _ in range(2))
+    targets = torch.randint(600, (n,), device=device)
     plain = config_for(device, torch.float16)
     results = []
     for persistent in (False, True):
@@ -242,10 +283,8 @@ def test_a_persistent_program_takes_every_tile(device):
         heads = (head.hidden, head.weight, None, targets)
         pair = (reference.hidden, reference.weight, None)
         results.append(backend_triton.forward(*heads, pair, PLAIN, True, config=config))
-    counted = targets != -100
     for name in ("logps", "lse", "direction", "ref_logps"):
-        one_each, walked = (getattr(out, name)[counted] for out in results)
-        assert torch.equal(one_each, walked), name
+        assert torch.equal(*(getattr(out, name) for out in results)), name
 
 
 def test_two_runs_are_equal_bit_by_bit(device):

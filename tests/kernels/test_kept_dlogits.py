@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from powerflow_fast import backend_triton
-from powerflow_fast.kernels import config, dlogits
+from powerflow_fast.kernels import config, dlogits, kept_dlogits
 from powerflow_fast.numerators import new_numerators
 from powerflow_fast.options import HeadOptions
 from tests.kernels.test_backward import ALL, expected_gradients
-from tests.kernels.truth import DTYPES, Head, make_head, poison
+from tests.kernels.truth import DTYPES, Head, make_head, poison, rows_of_block, tokens
 from tests.numerics import gradient_tolerance, relative_error
 
 
@@ -32,15 +32,16 @@ def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # n
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "n,rows,h,v",
+    "size,kept,h,v",
     [
-        (1, 1, 8, 2),
-        (17, 17, 33, 130),  # odd H: pointer loads; one row in the second block
-        (37, 18, 40, 257),  # kept rows end within a block; one column in the last tile
-        (5, 0, 40, 70),
+        ((0, 1), (0, 1), 8, 2),
+        ((1, 1), (1, 1), 33, 130),  # odd H: pointer loads; one row in the second block
+        ((2, 5), (1, 2), 40, 257),  # kept rows end within a block; one column in the last tile
+        ((0, 5), (0, 0), 40, 70),
     ],
 )
-def test_against_float64(dtype, n, rows, h, v, device):
+def test_against_float64(dtype, size, kept, h, v, device):
+    n, rows = (tokens(part, device, dtype) for part in (size, kept))
     head = make_head(n, h, v, dtype, device, bias=True)
     targets = torch.randint(v, (n,), device=device)
     grad_logps = torch.randn(n, device=device)
@@ -81,18 +82,21 @@ def test_kept_rows_are_not_recomputed(device, monkeypatch):
 
 
 def test_rows_without_gradient_contribute_nothing(device):
-    head = make_head(20, 16, 70, torch.float32, device, bias=True)
-    targets = torch.randint(70, (20,), device=device)
-    grad_logps = torch.randn(20, device=device)
-    idle = torch.zeros(20, dtype=torch.bool, device=device)
-    idle[[0, 7, 16, 17, 18, 19]] = True  # 16 to 19 are a whole block of rows
+    block = max(kept_dlogits.BLOCK, rows_of_block(device, torch.float32))
+    n = block + 4
+    head = make_head(n, 16, 70, torch.float32, device, bias=True)
+    targets = torch.randint(70, (n,), device=device)
+    grad_logps = torch.randn(n, device=device)
+    idle = torch.zeros(n, dtype=torch.bool, device=device)
+    idle[[0, 7]] = True
+    idle[block:] = True  # a whole block of rows
     grad_logps[idle] = 0
     counted = Head(head.hidden[~idle], head.weight, head.bias)
     expected = expected_gradients(counted, targets[~idle], grad_logps[~idle], None, HeadOptions())
     targets[7] = -100
     for poisoned in (float("nan"), float("inf")):
         head.hidden[idle] = poisoned
-        grads = run(head, targets, grad_logps, 20)
+        grads = run(head, targets, grad_logps, n)
         assert (grads[0][idle] == 0).all()
         assert relative_error(grads[0][~idle], expected[0]) < gradient_tolerance(torch.float32)
         for got, want in zip(grads[1:], expected[1:], strict=True):
@@ -109,17 +113,11 @@ def test_float16_does_not_underflow_inside(device):
     assert relative_error(grad_hidden, expected) < gradient_tolerance(torch.float16)
 
 
-@pytest.mark.parametrize("interpreted", ["0", "1"])
-def test_every_tile_fits_the_layout(interpreted, monkeypatch):
+def test_every_tile_fits_the_layout():
     """The sizes of what is kept must not depend on the tiles that a device gets."""
-    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     piece, multiple = config.numerators_layout()
-    names = {name for name in config.TABLE if (name == "interpreter") == (interpreted == "1")}
-    tiles = [
-        tile
-        for name in names
-        for tile in (config.TABLE[name].statistics, config.TABLE[name].dlogits)
-    ]
-    for tile in (*tiles, *(() if interpreted == "1" else config.CANDIDATES)):
+    rows = config.TABLE.values()
+    tiles = [*(row.statistics for row in rows), *(row.dlogits for row in rows)]
+    for tile in (*tiles, *config.CANDIDATES):
         assert tile.part % piece == 0 and multiple % tile.columns == 0
         assert tile.columns % piece == 0  # a chunk of the backward pass begins with a tile

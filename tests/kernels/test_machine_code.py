@@ -67,6 +67,21 @@ def test_products_copy_by_tma_where_the_chip_can(facts):
         assert (row["tma"] > 0) == (row["chip"] in COPIES_BY_TMA and not gathers), row
 
 
+def test_a_persistent_programs_loop_over_tiles_is_one_loop(tmp_path):
+    """Only so can the next tile's operands be on their way while this one is finished."""
+    code = """if True:
+        from powerflow_fast.kernel_facts import Variant, facts_of
+        for stored in (False, True):
+            variant = Variant("statistics", models=2, soft=stored, persistent=True)
+            print(facts_of(variant, "sm_90").loops)
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"], done.stderr[-2000:]
+
+
 def test_shared_memory_fits(facts):
     assert [row for row in facts if row["shared"] > CHIPS[row["chip"]].shared] == []
 
@@ -77,6 +92,6 @@ def test_every_kernel_is_launched_as_on_a_gpu(chip, tmp_path):
     command = [sys.executable, "-m", "tests.kernels.launch_run", chip]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = ["choose_columns", "combine", "direction", "dlogits", "kept_dlogits"]
+    kernels = ["active_blocks", "choose_columns", "combine", "direction", "dlogits", "kept_dlogits"]
     kernels += ["kept_probabilities", "residual_gradient", "residual", "statistics"]
     assert done.stdout.split() == [f"{kernel}_kernel" for kernel in kernels]

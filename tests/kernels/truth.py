@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels.config import config_for
 from powerflow_fast.options import HeadOptions
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +48,17 @@ def make_head(
     weight = torch.randn(v, h, device=device) * (spread / h**0.5)
     vector = torch.randn(v, device=device).to(dtype) if bias else None
     return Head(hidden.to(dtype), weight.to(dtype), vector)
+
+
+def rows_of_block(device: torch.device, dtype: torch.dtype) -> int:
+    """Of the tiles in use here."""
+    return config_for(device, dtype).statistics.rows
+
+
+def tokens(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> int:
+    """`size`: whole blocks of rows, and rows beside."""
+    blocks, rows = size
+    return blocks * rows_of_block(device, dtype) + rows
 
 
 def statistics(head: Head, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
