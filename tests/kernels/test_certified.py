@@ -178,13 +178,32 @@ def test_a_trained_head_with_any_number_of_tokens(rows, device):
     head, _ = sharp_head(n, 16, 200, torch.bfloat16, device, sharpness=60.0)
     head.hidden = head.hidden[:1] + head.hidden / 8  # alike, so that blocks share their columns
     targets = torch.distributions.Categorical(logits=head.logits(HeadOptions())).sample()
-    weight = head.weight.requires_grad_()
+    leaves = head.hidden.requires_grad_(), head.weight.requires_grad_()
     gradients = []
     for tolerance in (0.0, 1e-2):
-        options = dict(backend="triton", grad_tolerance=tolerance)
-        logps = linear_logprobs(head.hidden, weight, targets, **options)
-        gradients += torch.autograd.grad(logps.sum(), weight)
-    assert relative_error(gradients[1], gradients[0]) < 5e-2
+        logps = linear_logprobs(*leaves, targets, backend="triton", grad_tolerance=tolerance)
+        gradients.append(torch.autograd.grad(logps.sum(), leaves))
+    for exact, cut in zip(*gradients, strict=True):
+        assert relative_error(cut, exact) < 5e-2
+
+
+def test_a_block_that_is_all_ignored_keeps_nothing(device):
+    block = max(certified.BLOCK, rows_of_block(device, torch.bfloat16))
+    head, targets = sharp_head(3 * block, 16, 200, torch.bfloat16, device, sharpness=60.0)
+    targets[block : 2 * block] = -100
+    out = backend_triton.forward(
+        head.hidden,
+        head.weight,
+        None,
+        targets,
+        None,
+        HeadOptions(grad_tolerance=1e-2),
+        want_direction=True,
+        want_kept=True,
+    )
+    each = block // certified.BLOCK
+    columns = out.kept.sum(1)
+    assert (columns[each : 2 * each] <= 1).all() and (columns[:each] > 1).all()
 
 
 def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):

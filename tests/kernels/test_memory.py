@@ -157,8 +157,9 @@ def test_a_trained_head_has_no_second_gradient_of_the_weight(n, no_kernels, devi
     found = counted_step(device, n, True)
     gradient, hidden = 2 * V * H, 4 * n * H  # of the weight; of hidden, in float32
     beside = found["step"] - gradient
-    kept = min(1 << 30, 2 * n * V)
-    assert beside < kept + 3 * hidden + 2 * config.DLOGITS_BYTES + 2e8
+    kept = min(1 << 30, 2 * n * V) * 33 / 32  # with factors
+    columns = min(config.DLOGITS_BYTES // max(2 * n, 4 * H), V)
+    assert beside < 1.01 * (kept + 2.5 * hidden + columns * (2 * n + 4 * H))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
