@@ -2,9 +2,12 @@
 
 The eager code it replaces:
 
-    lse = torch.logsumexp(logits, 1)                                          # 0 where ignored
+    lse = torch.logsumexp(logits, 1)                                          # [rows]
     logps = logits.gather(1, targets) - lse                                   # 0 where ignored
     entropy = lse - (torch.softmax(logits, 1) * logits).sum(1)                # 0 where ignored
+
+Nothing is read of a row that is ignored, as the statistics may leave it unwritten: its lse and
+shift are 0, its total is 1.
 
 logps is (target_logit - shift) - log(total), not target_logit - lse: under a large common offset
 the first difference is small and exact, the second loses the digits lse has spent on the offset.
@@ -45,7 +48,6 @@ def combine_kernel(
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_p = tl.arange(0, BLOCK_P)
     mask_r = offs_r < num_rows
-    # Of ignored rows nothing is read: nothing may have been written.
     offs_n = offs_r % num_n
     counted = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index) != ignore_index
     # Running maxima start at -inf, and so count parts that do not exist.
@@ -57,7 +59,7 @@ def combine_kernel(
         highest = tl.maximum(
             highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
         )
-    row_shift = tl.max(highest, 0)
+    row_shift = tl.where(counted, tl.max(highest, 0), 0.0)
     base = tl.where(row_shift == float("-inf"), 0.0, row_shift)
 
     totals = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
@@ -74,8 +76,8 @@ def combine_kernel(
             spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
             spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
     row_total = tl.where(counted, tl.sum(totals, 0), 1.0)
-    row_shift = tl.where(counted, row_shift, 0.0)
-    target_logit = tl.load(target_logit_ptr + offs_r, mask=counted, other=0.0)
+
+    target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
     log_total = tl.log2(row_total)
     logps = (above_shift(target_logit, base) - log_total) * LN2
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
@@ -96,10 +98,7 @@ def combine(
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> shift and total of every row [rows], to which the exact route refers its numerators.
-
-    0 and 1 where ignored.
-    """
+    """-> shift and total of every row [rows], to which the exact route refers its numerators."""
     num_parts, num_rows = statistics.tile_shift.shape
     row_shift = torch.empty_like(statistics.target_logit)
     row_total = torch.empty_like(row_shift)

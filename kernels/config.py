@@ -100,9 +100,9 @@ TABLE = {
     ),
     # Triton's interpreter: small enough that small tests have several tiles and ragged ends.
     "interpreter": Config(
-        statistics=Tile(16, 128, 32, num_warps=4, num_stages=1, parts=2),
+        statistics=Tile(16, 64, 32, num_warps=4, num_stages=1),
         direction=Tile(16, 32, 16, num_warps=4, num_stages=1),
-        dlogits=Tile(16, 128, 32, num_warps=4, num_stages=1, parts=2),
+        dlogits=Tile(16, 64, 32, num_warps=4, num_stages=1),
         tma=True,
     ),
 }

@@ -32,6 +32,8 @@ from powerflow_fast.kernels.tiles import (
     logit_form,
     round_to,
     split_columns,
+    walk_in_groups,
+    write_zeros,
 )
 
 GROUP = 16
@@ -71,8 +73,8 @@ def direction_kernel(
     weight,  # [V, H] likewise
     weight_ptr,  # [V, H] the rows of the targets are gathered from here
     targets_ptr,  # [N]
-    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
-    count_ptr,  # [1] int32
+    blocks_ptr,  # [row blocks] int32, the active ones first
+    count_ptr,  # [1] int32 of the active ones
     tile_shift_ptr,  # [parts, rows], or None: `soft` is relative to the row's total already
     row_shift_ptr,  # [N], likewise
     row_total_ptr,  # [N], likewise
@@ -104,31 +106,24 @@ def direction_kernel(
 ):
     # Groups of row blocks share each column block of the weight through L2.
     program = tl.program_id(0)
-    num_blocks = tl.cdiv(num_n, BLOCK_N)
+    num_blocks = tl.load(count_ptr)
     num_columns = tl.cdiv(num_h, BLOCK_H)
-    first = program // (GROUP * num_columns) * GROUP
-    width = min(num_blocks - first, GROUP)
-    within = program % (GROUP * num_columns)
-    place = first + within % width
-    block = tl.load(blocks_ptr + place)
-    start_n = block * BLOCK_N
-    start_h = within // width * BLOCK_H
+    if program >= num_blocks * num_columns:
+        idle = program - num_blocks * num_columns
+        block = tl.load(blocks_ptr + num_blocks + idle // num_columns)
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
+        write_zeros(rows_out, offs_n < num_n, idle % num_columns * BLOCK_H, num_h, BLOCK_H)
+        return
+    position, column = walk_in_groups(program, num_blocks, num_columns, GROUP)
+    start_n = tl.load(blocks_ptr + position) * BLOCK_N
+    start_h = column * BLOCK_H
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_h = start_h + tl.arange(0, BLOCK_H)
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < num_n
     mask_h = offs_h < num_h
-    # int64 before the product: N x H can pass 2^31.
-    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
-    if place >= tl.load(count_ptr):  # every row is ignored
-        tl.store(
-            rows_out[:, None] + offs_h[None, :],
-            tl.zeros([BLOCK_N, BLOCK_H], direction_ptr.dtype.element_ty),
-            mask=mask_n[:, None] & mask_h[None, :],
-        )
-        return
-    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
     if tile_shift_ptr is not None:
         row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
         total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
@@ -136,8 +131,8 @@ def direction_kernel(
         total = tl.full([BLOCK_N], 1.0, tl.float32)
     num_kept = num_v
     if columns_ptr is not None:
-        num_kept = tl.load(counts_ptr + block)
-        columns_ptr += block.to(tl.int64) * most
+        num_kept = tl.load(counts_ptr + start_n // BLOCK_N)
+        columns_ptr += (start_n // BLOCK_N).to(tl.int64) * most
 
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for step in range(tl.cdiv(num_kept, BLOCK_V)):
@@ -165,6 +160,7 @@ def direction_kernel(
             tile_s *= tl.exp2(shift - row_shift).to(tile_s.dtype)[:, None]
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
     logp = tl.load(logps_ptr + offs_n, mask=mask_n, other=0.0)
     slope = 1.0 - tl.exp2(logp * LOG2E)
     if SOFTCAP:
@@ -173,6 +169,7 @@ def direction_kernel(
     # Of a target outside the vocabulary logps is NaN, hence its row: nothing is read for it.
     inside = mask_n & (target >= 0) & (target < num_v)
     rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
+    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
     WIDTH: tl.constexpr = BLOCK_H // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
@@ -228,7 +225,7 @@ def write_directions(
     assert kept is None or tile.rows == config.statistics.rows
     use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
     form = logit_form(options)
-    blocks, count = active_blocks(targets, options.ignore_index, tile.rows)
+    active = active_blocks(targets, options.ignore_index, tile.rows)
     grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
     with torch.cuda.device_of(soft):
         direction_kernel[grid](
@@ -236,8 +233,8 @@ def write_directions(
             weight=describe(weight, tile.depth, tile.columns, use_tma),
             weight_ptr=weight,
             targets_ptr=targets,
-            blocks_ptr=blocks,
-            count_ptr=count,
+            blocks_ptr=active.blocks,
+            count_ptr=active.count,
             tile_shift_ptr=shifts and shifts.tile_shift,
             row_shift_ptr=shifts and shifts.row_shift,
             row_total_ptr=shifts and shifts.row_total,

@@ -28,6 +28,8 @@ from powerflow_fast.kernels.tiles import (
     round_to,
     split_columns,
     triton_dtype,
+    walk_in_groups,
+    write_zeros,
 )
 
 GROUP = 16
@@ -82,8 +84,8 @@ def dlogits_kernel(
     lse_ptr,  # [N]
     entropy_ptr,  # [N] or None
     active_ptr,  # [N]
-    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
-    count_ptr,  # [1] int32
+    blocks_ptr,  # [row blocks] int32, the active ones first
+    count_ptr,  # [1] int32 of the active ones
     out_scale_ptr,  # [1]
     dlogits_ptr,  # [N, V]
     num_n,
@@ -107,27 +109,21 @@ def dlogits_kernel(
     PARTS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    num_blocks = tl.cdiv(num_n, BLOCK_N)
+    num_blocks = tl.load(count_ptr)
     num_tiles = tl.cdiv(num_v, BLOCK_V)
-    first = program // (GROUP * num_tiles) * GROUP
-    width = min(num_blocks - first, GROUP)
-    within = program % (GROUP * num_tiles)
-    place = first + within % width
-    start_n = tl.load(blocks_ptr + place) * BLOCK_N
-    start_v = within // width * BLOCK_V
+    if program >= num_blocks * num_tiles:
+        idle = program - num_blocks * num_tiles
+        block = tl.load(blocks_ptr + num_blocks + idle // num_tiles)
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
+        write_zeros(rows_out, offs_n < num_n, idle % num_tiles * BLOCK_V, num_v, BLOCK_V)
+        return
+    position, tile_v = walk_in_groups(program, num_blocks, num_tiles, GROUP)
+    start_n = tl.load(blocks_ptr + position) * BLOCK_N
+    start_v = tile_v * BLOCK_V
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_n
-    rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
-    if place >= tl.load(count_ptr):  # no row is active
-        offs_v = start_v + tl.arange(0, BLOCK_V)
-        tl.store(
-            rows_out[:, None] + offs_v[None, :],
-            tl.zeros([BLOCK_N, BLOCK_V], dlogits_ptr.dtype.element_ty),
-            mask=mask_n[:, None] & (offs_v < num_v)[None, :],
-        )
-        return
-    active = tl.load(active_ptr + offs_n, mask=mask_n, other=0) != 0
     offs_v = start_v + tl.arange(0, BLOCK_V)
     acc = multiply_transposed(
         hidden,
@@ -142,12 +138,12 @@ def dlogits_kernel(
         stride_hh,
         stride_wv,
         stride_wh,
-        tl.cdiv(num_h, BLOCK_H),
         USE_TMA,
         BLOCK_N,
         BLOCK_V,
         BLOCK_H,
     )
+    active = tl.load(active_ptr + offs_n, mask=mask_n, other=0) != 0
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     factor = derivative * tl.load(out_scale_ptr)
@@ -158,6 +154,7 @@ def dlogits_kernel(
     if HAS_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + offs_n, mask=mask_n, other=0.0) * factor
         entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+    rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
     PART: tl.constexpr = BLOCK_V // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
@@ -190,7 +187,7 @@ def write_dlogits_chunk(
     grad_entropy: torch.Tensor | None,  # [N] likewise
     lse: torch.Tensor,  # [N] likewise
     entropy: torch.Tensor | None,  # [N] likewise
-    active: torch.Tensor,  # [N] bool
+    active: torch.Tensor,  # [N] contiguous bool
     out_scale: torch.Tensor,  # [1] float32
     dlogits: torch.Tensor,  # [N, columns of the chunk] to be filled, unit stride along the columns
     options,
@@ -202,7 +199,7 @@ def write_dlogits_chunk(
     num_v = weight.shape[0]
     use_tma = use_tma and can_describe(hidden) and can_describe(weight)
     form = logit_form(options)
-    blocks, count = active_blocks(active, 0, tile.rows)
+    listed = active_blocks(active, 0, tile.rows)
     grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_v, tile.columns),)
     with torch.cuda.device_of(hidden):
         dlogits_kernel[grid](
@@ -215,8 +212,8 @@ def write_dlogits_chunk(
             lse_ptr=lse,
             entropy_ptr=entropy,
             active_ptr=active,
-            blocks_ptr=blocks,
-            count_ptr=count,
+            blocks_ptr=listed.blocks,
+            count_ptr=listed.count,
             out_scale_ptr=out_scale,
             dlogits_ptr=dlogits,
             num_n=num_n,

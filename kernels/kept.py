@@ -121,7 +121,6 @@ def kept_probabilities_kernel(
         stride_hh,
         stride_wv,
         stride_wh,
-        tl.cdiv(num_h, BLOCK_H),
         False,
         BLOCK_N,
         BLOCK_V,

@@ -11,8 +11,7 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
 The shift is an integer, so bringing tiles to a common shift multiplies by a power of two: exact.
 Every vocabulary tile is a unit of its own: few tokens still fill the chip, and nothing is carried
 from tile to tile, which at this tile size would spill registers. A program takes one tile, or, with
-a persistent tile shape, every so many-th. Blocks of rows that are all ignored get nothing: their
-results are not written.
+a persistent tile shape, every so many-th.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from powerflow_fast.kernels.tiles import (
     round_to,
     split_columns,
     triton_dtype,
+    walk_in_groups,
 )
 
 # Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
@@ -114,8 +114,8 @@ def statistics_kernel(
     ref_weight,  # [V, H]
     ref_bias_ptr,  # [V] or None, as bias
     targets_ptr,  # [N]
-    blocks_ptr,  # [row blocks] int32, as active_blocks.py says
-    count_ptr,  # [1] int32
+    blocks_ptr,  # [row blocks] int32, the active ones first
+    count_ptr,  # [1] int32 of the active ones
     tile_shift_ptr,  # [parts, MODELS * N] row r = model * N + n
     tile_total_ptr,  # [parts, MODELS * N]
     tile_spread_ptr,  # [parts, MODELS * N] or None
@@ -160,11 +160,8 @@ def statistics_kernel(
     for program in tl.range(first, stop, step, flatten=PERSISTENT):
         # A group of row blocks walks the vocabulary; policy and reference of one block are
         # neighbours, so that a shared weight tile is read from memory once.
-        first_unit = program // (GROUP * num_tiles) * GROUP
-        width = min(num_units - first_unit, GROUP)
-        within = program % (GROUP * num_tiles)
-        unit = first_unit + within % width
-        start_v = within // width * BLOCK_V
+        unit, tile_v = walk_in_groups(program, num_units, num_tiles, GROUP)
+        start_v = tile_v * BLOCK_V
         model = unit % MODELS
         start_n = tl.load(blocks_ptr + unit // MODELS) * BLOCK_N
 
@@ -198,7 +195,6 @@ def statistics_kernel(
             own_hh,
             own_wv,
             own_wh,
-            tl.cdiv(num_h, BLOCK_H),
             USE_TMA,
             BLOCK_N,
             BLOCK_V,
@@ -249,7 +245,7 @@ def statistics_kernel(
 class Statistics(NamedTuple):
     """What the kernel leaves for `combine`; a row is one token of one model.
 
-    Of blocks of rows that are all ignored it leaves nothing in the first three.
+    Nothing is written for a block of rows of which none counts.
     """
 
     tile_shift: torch.Tensor  # [parts, rows]
@@ -282,7 +278,7 @@ def logit_statistics(
     options,
     tile: Tile,
     use_tma: bool,
-    search=None,  # certified_triton.Search, of whose peaks [row blocks, V] are to be filled
+    search=None,  # certified_triton.Search, whose peaks [row blocks, V] are to be filled
 ) -> Statistics:
     """One launch over both models, whose shapes and dtypes must agree."""
     hidden, weight, _ = policy
@@ -293,7 +289,7 @@ def logit_statistics(
     out = _allocate(num_tiles * tile.parts, models * num_n, options.entropy, hidden.device)
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     form = logit_form(options)
-    blocks, count = active_blocks(targets, options.ignore_index, tile.rows)
+    active = active_blocks(targets, options.ignore_index, tile.rows)
     programs = triton.cdiv(num_n, tile.rows) * models * num_tiles
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
@@ -306,8 +302,8 @@ def logit_statistics(
             ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
             ref_bias_ptr=ref_bias,
             targets_ptr=targets,
-            blocks_ptr=blocks,
-            count_ptr=count,
+            blocks_ptr=active.blocks,
+            count_ptr=active.count,
             tile_shift_ptr=out.tile_shift,
             tile_total_ptr=out.tile_total,
             tile_spread_ptr=out.tile_spread,

@@ -45,6 +45,15 @@ def round_to(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def walk_in_groups(program, num_units, num_tiles, GROUP: tl.constexpr):
+    """-> unit and tile of a program: GROUP units walk the tiles together and share them in L2."""
+    first = program // (GROUP * num_tiles) * GROUP
+    width = min(num_units - first, GROUP)
+    within = program % (GROUP * num_tiles)
+    return first + within % width, within // width
+
+
+@triton.jit
 def multiply_transposed(
     hidden,  # [N, H] pointer, or tensor descriptor if USE_TMA
     weight,  # [V, H] likewise
@@ -58,14 +67,15 @@ def multiply_transposed(
     stride_hh,
     stride_wv,
     stride_wh,
-    num_steps,
     USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One tile of hidden @ weight.T in float32; `num_steps` = 0 skips the work and gives zeros."""
+    """One tile of hidden @ weight.T in float32."""
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    # Of no other number: persistent programs fuse this loop with the one over tiles.
+    num_steps = tl.cdiv(num_h, BLOCK_H)
     if USE_TMA:
         for step in range(num_steps):
             tile_h = hidden.load([start_n, step * BLOCK_H])
@@ -94,6 +104,20 @@ def multiply_transposed(
             )
             acc = tl.dot(as_factor(tile_h), as_factor(tile_w), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def write_zeros(
+    rows_out,  # [rows] pointers to rows
+    mask_n,  # [rows]
+    start,
+    num_columns,
+    WIDTH: tl.constexpr,
+):
+    offs = start + tl.arange(0, WIDTH)
+    mask = mask_n[:, None] & (offs < num_columns)[None, :]
+    zeros = tl.zeros(mask.shape, rows_out.dtype.element_ty)
+    tl.store(rows_out[:, None] + offs[None, :], zeros, mask=mask)
 
 
 @triton.jit

@@ -273,7 +273,7 @@ def _spans(start: int, stop: int, rows: int) -> Iterator[slice]:
 def forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
     """Rows of one chunk: its statistics and softmax numerators stay within their budgets.
 
-    For log-probs alone, whole groups of row blocks where one fits: each reads the weight once.
+    Where the rows are scored alone, whole groups of row blocks: the weight is read once for each.
     """
     from powerflow_fast.kernels import config as table
     from powerflow_fast.kernels.statistics import GROUP, padded_columns
@@ -284,7 +284,7 @@ def forward_rows(policy: Operands, models: int, want_direction: bool, config: Co
     limit = table.STATISTICS_BYTES // (columns // tile.part * models * 3 * 4)
     if not want_direction:
         blocks, group = max(limit // tile.rows, 1), GROUP // models
-        return (blocks - blocks % group if blocks > group else blocks) * tile.rows
+        return (blocks - blocks % group if blocks >= group else blocks) * tile.rows
     limit = min(limit, table.SOFT_BYTES // (columns * policy.hidden.element_size()))
     return table.balanced_rows(
         num_n,
@@ -365,18 +365,16 @@ def _finish_numerators(
 def backward_columns(hidden: Tensor, weight: Tensor, need_weight: bool, config: Config) -> int:
     """Columns of one backward chunk: whole tiles within the budget, at least one tile.
 
-    The budget is for d loss / d logits of the chunk and, apart, for its rows of the weight's
-    gradient in float32, which are the larger of the two where there are few tokens.
+    Within it are the chunk's dlogits and, in float32, its rows of the weight's gradient.
     """
     from powerflow_fast.kernels.config import DLOGITS_BYTES
 
-    (num_n, num_h), num_v = hidden.shape, len(weight)
-    a_column = max(num_n, 1) * hidden.element_size()
+    (num_n, num_h), block = hidden.shape, config.dlogits.columns
+    column_bytes = max(num_n, 1) * hidden.element_size()
     if need_weight:
-        a_column = max(a_column, 4 * num_h)
-    block = config.dlogits.columns
-    tiles = max(1, DLOGITS_BYTES // (a_column * block))
-    return min(tiles * block, math.ceil(num_v / block) * block)
+        column_bytes = max(column_bytes, 4 * num_h)
+    tiles = max(1, DLOGITS_BYTES // (column_bytes * block))
+    return min(tiles, math.ceil(len(weight) / block)) * block
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.certified import BLOCK, LARGEST_SHARE, PROBE, SparseDirection
+from powerflow_fast.certified import BLOCK, LARGEST_SHARE, PROBE, SparseDirection, num_blocks
 from powerflow_fast.gradient_sums import product
 from powerflow_fast.options import HeadOptions
 from powerflow_fast.tiled_head import target_columns
@@ -79,7 +79,9 @@ class Search(NamedTuple):
     """What the pass over the whole vocabulary needs to find candidate columns."""
 
     guess: Tensor  # [N] rough log-sum-exp
-    peaks: Tensor  # [row blocks, V] float16 to be filled: largest log2 p by the guess
+    # [row blocks, V] float16 to be filled: largest log2 p by the guess. -inf to begin with, as
+    # blocks of which no row counts are passed by.
+    peaks: Tensor
 
     def of_rows(self, rows: slice, block: int) -> Search:
         """`rows` starts at a multiple of `block`."""
@@ -98,8 +100,8 @@ def start_search(
 
 def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Search:
     blocks = -(-len(targets) // config.statistics.rows)
-    # Blocks that are all ignored are not visited: they keep nothing.
-    peaks = policy.hidden.new_full((blocks, len(policy.weight)), -torch.inf, dtype=torch.float16)
+    shape = (blocks, len(policy.weight))
+    peaks = policy.hidden.new_full(shape, -torch.inf, dtype=torch.float16)
     return Search(guess_lse(policy, targets, options, config), peaks)
 
 
@@ -168,15 +170,15 @@ def sparse_direction(
     if want_kept:
         kept = ~(peaks < done.lowest[::block, None])  # not `>=`: a NaN's column is kept
         kept[block_of_row, targets.clamp(0, len(policy.weight) - 1)] = True
-        kept = _per_block(kept, block, BLOCK)[: -(-len(targets) // BLOCK)]  # the last is cut
+        kept = _per_block(kept, block, len(targets))
     return SparseDirection(done.direction, certificate, kept), rows
 
 
-def _per_block(kept: Tensor, rows: int, block: int) -> Tensor:
-    """[blocks, V] for blocks of `block` rows, from those of `rows`, one a multiple of the other."""
-    if rows >= block:
-        return kept.repeat_interleave(rows // block, 0)
-    several = block // rows
+def _per_block(kept: Tensor, rows: int, num_n: int) -> Tensor:
+    """[blocks, V] for blocks of BLOCK rows, from those of `rows`, one a multiple of the other."""
+    if rows >= BLOCK:  # of the last `rows`, some blocks may lie past the last row
+        return kept.repeat_interleave(rows // BLOCK, 0)[: num_blocks(num_n)]
+    several = BLOCK // rows
     padding = (0, 0, 0, -len(kept) % several)
     return torch.nn.functional.pad(kept, padding).view(-1, several, kept.shape[1]).any(1)
 

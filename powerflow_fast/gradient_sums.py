@@ -64,13 +64,12 @@ class GradientSums:
     def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
         if self.grad_hidden is not None:
             self.grad_hidden += product(dlogits, self.weight[start:stop])
-        # Cast as they are written: no second float32 copy.
         if self.grad_weight is not None:
-            rows = product(dlogits.T, self.hidden)
-            torch.mul(rows, self.unscale, out=self.grad_weight[start:stop])
+            sums = product(dlogits.T, self.hidden)
+            torch.mul(sums, self.unscale, out=self.grad_weight[start:stop])  # cast as written
         if self.grad_bias is not None:
-            rows = dlogits.sum(0, dtype=torch.float32)
-            torch.mul(rows, self.unscale, out=self.grad_bias[start:stop])
+            sums = dlogits.sum(0, dtype=torch.float32)
+            torch.mul(sums, self.unscale, out=self.grad_bias[start:stop])
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_hidden = self.grad_hidden

@@ -38,6 +38,7 @@ CHIPS = {
 }
 TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
+PRODUCT = r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b"  # in Triton's IR
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
 
 
@@ -68,7 +69,7 @@ class Facts:
     matrix: int
     fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
     tma: int
-    loops: int  # NVIDIA: of loops within loops, the most; a flattened loop over tiles counts 1
+    loops: int  # around a product: one, or two where a program's tiles do not overlap
     in_flight: int  # sm_90: groups of products that a main loop's step leaves running
     seconds: float
 
@@ -82,9 +83,9 @@ DEFAULT = (
     Variant("direction", certified=True),
     Variant("dlogits"),
     Variant("kept_dlogits"),
-    Variant("active_blocks"),
     Variant("combine", models=2, entropy=True),
     Variant("columns"),
+    Variant("active_blocks"),
     Variant("residual"),
     Variant("residual_gradient"),
 )
@@ -92,7 +93,6 @@ EVERY = DEFAULT + (
     Variant("statistics", models=2, soft=True, entropy=True, softcap=True, bias=True),
     Variant("statistics", models=1, soft=True),
     Variant("statistics", models=2, soft=True, tma=False),
-    Variant("statistics", models=2, persistent=True),
     Variant("statistics", models=2, soft=True, persistent=True),
     Variant("direction", softcap=True),
     Variant("direction", tma=False),
@@ -102,7 +102,7 @@ EVERY = DEFAULT + (
 )
 
 _FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale", "budget"}
-_INT64 = {"targets_ptr", "values_ptr"}
+_INT64 = {"targets_ptr", "rows_ptr"}
 _INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr", "columns_ptr", "counts_ptr"}
 _INT32_POINTERS |= {"blocks_ptr", "count_ptr"}
 
@@ -170,10 +170,10 @@ def _source(variant: Variant, chip: str):
             "SOFT_EXPONENT": 0,
         }
         return kept.kept_probabilities_kernel, {"hidden": [], "weight": []}, constants, tile, False
-    return *_elementwise_source(variant), None, False
+    return *_elementwise_source(variant, config.statistics.rows), None, False
 
 
-def _elementwise_source(variant: Variant):
+def _elementwise_source(variant: Variant, rows: int):
     """-> (jit function, no descriptors, constants) of the kernels without a product."""
     from powerflow_fast.kernels import (  # type: ignore[attr-defined]
         active_blocks,
@@ -184,12 +184,12 @@ def _elementwise_source(variant: Variant):
         residual,
     )
 
-    if variant.kernel == "active_blocks":
-        constants = {"ROWS": 128, "AT_ONCE": active_blocks.AT_ONCE}
-        return active_blocks.active_blocks_kernel, {}, constants
     if variant.kernel == "columns":
         constants = {"LOWEST": columns.LOWEST, "STEPS": columns.STEPS, "BLOCK": columns.BLOCK}
         return columns.choose_columns_kernel, {}, constants
+    if variant.kernel == "active_blocks":
+        constants = {"BLOCK_N": rows, "CHUNK": active_blocks.CHUNK}
+        return active_blocks.active_blocks_kernel, {}, constants
     if variant.kernel == "kept_dlogits":
         constants = {"PIECE": config.numerators_layout().piece, "BLOCK_N": kept_dlogits.BLOCK}
         return kept_dlogits.kept_dlogits_kernel, {}, constants
@@ -275,24 +275,24 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         matrix=len(re.findall(CHIPS[chip].matrix, code)),
         fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
-        loops=_deepest_loops(compiled.asm["ttgir"]),
+        loops=_loops_around_products(compiled.asm["ttgir"]),
         in_flight=max((int(count, 16) for count in re.findall(WAIT, code)), default=0),
         seconds=seconds,
     )
 
 
-def _deepest_loops(code: str) -> int:
-    """How many loops lie in one another, of code that is indented as it is nested."""
-    deepest = 0
-    around: list[int] = []  # columns of the loops around a line
+def _loops_around_products(code: str) -> int:
+    """The largest number of loops that enclose a product, by the indentation of Triton's IR."""
+    most = 0
+    loops: list[int] = []  # indentations of those that are open
     for line in code.splitlines():
-        column = len(line) - len(line.lstrip())
-        while around and column <= around[-1] and line.strip():
-            around.pop()
+        indent = len(line) - len(line.lstrip())
+        loops = [loop for loop in loops if loop < indent]
         if re.search(r"\bscf\.(for|while)\b", line):
-            around.append(column)
-            deepest = max(deepest, len(around))
-    return deepest
+            loops.append(indent)
+        elif re.search(PRODUCT, line):
+            most = max(most, len(loops))
+    return most
 
 
 def _number(pattern: str, text: str) -> int:

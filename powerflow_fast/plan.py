@@ -20,8 +20,7 @@ from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
-PIECE = numerators_layout().piece
-CPU_TILES = 8 << 20  # bytes that the torch head's tiles take on a CPU
+CPU_TILES = 8 << 20  # what the torch head's tiles take
 KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
 
 
@@ -142,32 +141,30 @@ def backward_bytes(run: Run, sequences: int) -> float:
     return (passing + again) * run.tokens * sequences
 
 
-def head_buffers(run: Run) -> int:
-    """What the head uses at once beside [N, H] tensors, at most.
-
-    On a GPU, a chunk of softmax numerators with its statistics; where the head trains, later a
-    chunk of d loss / d logits and, as large, its rows of the weight's gradient in float32.
-    """
-    if run.device == "cpu":
-        return CPU_TILES
-    forward = SOFT_BYTES + STATISTICS_BYTES
-    return max(forward, 2 * DLOGITS_BYTES) if run.lora_rank == 0 else forward
-
-
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     """Of policy and reference log-probs and the gradient of the hidden states.
 
-    Fused: packed states of both models, gradient and its direction in float32, bounded buffers, and
-    what a trained head keeps for backward.
+    Fused: packed states of both models, and the larger of the two passes. Frozen: the direction in
+    float32, with a chunk's numerators and statistics, then with the gradient. Trained: what is kept
+    for backward, with a chunk's statistics, then with a second copy of the states, their gradient
+    in float32, a chunk's dlogits, and one of its two float32 products at a time.
     Else: logits in the run's width, in float32, and their gradient (the reference's pass is over).
     """
     n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
-    packed = n * h * (3 * run.width)
-    if fused:
-        kept = min(LARGEST_BYTES, 4 * v * h, n * v * run.width) if run.lora_rank == 0 else 0
-        kept *= 1 + 4 / (PIECE * run.width)  # a float32 factor for every so many numerators
-        return packed + n * h * 4 + min(head_buffers(run), n * v * (4 + run.width)) + kept
-    return packed + n * v * (run.width + 4 + 4)
+    width, on_cpu = run.width, run.device == "cpu"
+    packed = n * h * (2 * width) + 64 * n  # and a few [N] vectors
+    if not fused:
+        return packed + n * h * width + n * v * (width + 4 + 4)
+    statistics = CPU_TILES if on_cpu else STATISTICS_BYTES
+    if run.lora_rank > 0:
+        buffers = min(statistics + (0 if on_cpu else SOFT_BYTES), n * v * (4 + width))
+        return packed + n * h * 4 + max(buffers, n * h * width)
+    values = min(LARGEST_BYTES, 4 * v * h, n * v * width)
+    kept = values + values / width / numerators_layout().piece * 4  # a float32 factor a piece
+    chunk = CPU_TILES if on_cpu else DLOGITS_BYTES
+    products = max(n * h * 4, min(chunk, 4 * v * h))
+    backward = n * h * (width + 4) + min(chunk, n * v * width) + products
+    return packed + kept + max(min(statistics, n * v * 4), backward)
 
 
 def plan(run: Run, sequences: int, fused: bool = True) -> Memory:

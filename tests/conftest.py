@@ -9,9 +9,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from powerflow_fast.kernels import config  # noqa: E402
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Interpreted kernels take a GPU's tiles, too, which lead into other branches.
+TILES = ("interpreter", "sm_90") if DEVICE == "cpu" else ("device",)
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +19,17 @@ def _seed():
     torch.manual_seed(0)
 
 
-# Triton's interpreter has small tiles of its own, so that small tests have several. What it runs
-# must be right with those of a GPU too: float32's of 64 rows, and Hopper's of 128.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+def use_tiles(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if chip != "device":
+        from powerflow_fast.kernels import config
+
+        monkeypatch.setattr(config, "chip_name", lambda device: chip)
 
 
-@pytest.fixture(params=["interpreter", "sm_90"] if INTERPRETED else ["device"])
-def tiles(request, monkeypatch):
-    """Runs a test with every set of tiles that can be tried here."""
-    if request.param == "sm_90":
-        monkeypatch.setattr(config, "chip_name", lambda device: "sm_90")
+@pytest.fixture(params=TILES)
+def tiles(request, monkeypatch) -> None:
+    """For tests of kernels: they run once for each of TILES."""
+    use_tiles(request.param, monkeypatch)
 
 
 @pytest.fixture

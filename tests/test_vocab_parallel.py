@@ -48,7 +48,10 @@ def spawn(worker, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = mp.Manager().dict()
-    mp.spawn(worker, (port, results, *arguments), nprocs=WORLD)
+    # The processes talk through gloo, so their tensors are on the CPU: kernels are interpreted.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        mp.spawn(worker, (port, results, *arguments), nprocs=WORLD)
     return dict(results)
 
 
@@ -198,10 +201,11 @@ def test_a_dtensor_is_gathered_and_its_gradient_is_the_mean_over_ranks(trained):
         assert results[f"error {rank}"].startswith("weight: expected a plain tensor, or a DTensor")
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("backend", [backend_torch, backend_triton], ids=["torch", "triton"])
-def test_what_is_summed_over_ranks_has_not_been_rounded_yet(backend):
+def test_what_is_summed_over_ranks_has_not_been_rounded_yet(backend, device):
     """A bf16 summand of a gradient that cancels over the ranks would lose its digits."""
-    hidden, _, weight, _, targets = make_inputs()
+    hidden, _, weight, _, targets = (x.to(device) for x in make_inputs())
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     lse = (hidden.float() @ weight.float().T).logsumexp(1)
     ones = (targets >= 0).float()

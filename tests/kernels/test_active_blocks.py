@@ -1,10 +1,30 @@
-"""The list of row blocks with work in them."""
+"""Blocks of rows that count come first, and the others cost and change nothing."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from powerflow_fast.kernels.active_blocks import AT_ONCE, active_blocks
-from tests.kernels.truth import poison
+from powerflow_fast import backend_triton, certified_triton
+from powerflow_fast.kernels import active_blocks, dlogits
+from powerflow_fast.kernels import statistics as statistics_kernel
+from powerflow_fast.kernels.config import config_for
+from powerflow_fast.kernels.statistics import logit_statistics
+from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.options import HeadOptions
+from tests.kernels.truth import (
+    DTYPES,
+    close,
+    logps_bound,
+    make_head,
+    poison,
+    statistics,
+    tile_sizes,
+)
+
+pytestmark = pytest.mark.usefixtures("tiles")
+
+OPTIONS = HeadOptions(entropy=True)
 
 
 @pytest.fixture(autouse=True)
@@ -12,17 +32,122 @@ def _poisoned(monkeypatch):
     poison(monkeypatch)
 
 
-@pytest.mark.parametrize("rows", [16, 128])
-@pytest.mark.parametrize("blocks", [1, 5, AT_ONCE, 2 * AT_ONCE + 3])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0], ids=lambda share: f"{share:.0%}")
-def test_blocks_with_work_come_first(rows, blocks, share, device):
-    n = blocks * rows - rows // 3  # the last block is cut
-    works = torch.rand(blocks, device=device) < share
-    targets = torch.full((blocks, rows), -100, device=device)
-    targets[works, torch.randint(rows - rows // 3, (1,)).item()] = 0  # one row of each
-    targets = targets.flatten()[:n]
-    for values, idle in ((targets, -100), (targets != -100, 0)):
-        found, count = active_blocks(values.contiguous(), idle, rows)
-        assert found.dtype == count.dtype == torch.int32 and count.tolist() == [works.sum()]
-        first, others = works.nonzero()[:, 0], (~works).nonzero()[:, 0].flip(0)
-        assert found.tolist() == [*first.tolist(), *others.tolist()]
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 600, 8 * active_blocks.CHUNK + 3])
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["targets", "mask"])
+def test_the_list(n, share, kind, device):
+    counted = torch.rand(n, device=device) < share
+    rows, idle = counted, 0
+    if kind == "targets":
+        rows, idle = torch.randint(9, (n,), device=device).where(counted, -100), -100
+    blocks, count = active_blocks.active_blocks(rows, idle, 8)
+    padded = torch.nn.functional.pad(counted, (0, -n % 8)).view(-1, 8).any(1)
+    assert blocks.dtype == count.dtype == torch.int32 and count.tolist() == [padded.sum()]
+    assert blocks.tolist() == (~padded).int().sort(stable=True).indices.tolist()
+
+
+def spread_out(values, block, filling):
+    """Every block of rows followed by one of `filling`, the last one by none."""
+    pieces = []
+    for piece in values.split(block):
+        pieces += [piece, torch.full_like(values[:1], filling).expand(block, *values.shape[1:])]
+    return torch.cat(pieces[:-1])
+
+
+def case(dtype, device):
+    """Two models' heads and targets; the same with an ignored block within; the others' rows."""
+    block = config_for(device, dtype).statistics.rows
+    n = block + 3
+    _, columns = tile_sizes(device, dtype)
+    v = columns + 40
+    policy, reference = (make_head(n, 24, v, dtype, device) for _ in range(2))
+    targets = torch.randint(v, (n,), device=device)
+    targets[1] = -100
+    sparse = [
+        replace(head, hidden=spread_out(head.hidden, block, float("nan")))
+        for head in (policy, reference)
+    ]
+    rows = torch.arange(3 * block, device=device).view(-1, block)[::2].flatten()[:n]
+    return (policy, reference, targets), (*sparse, spread_out(targets, block, -100)), rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "persistent"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "persistent"],
+)
+def test_ignored_blocks_change_no_bit_of_the_others(dtype, persistent, device, monkeypatch):
+    monkeypatch.setattr(statistics_kernel, "num_processors", lambda device: 2)
+    dense, sparse, rows = case(dtype, device)
+    config = config_for(device, dtype)
+    config = replace(config, statistics=replace(config.statistics, persistent=persistent))
+    results = []
+    for policy, reference, targets in (dense, sparse):
+        pair = (reference.hidden, reference.weight, None)
+        out = backend_triton.forward(
+            policy.hidden, policy.weight, None, targets, pair, OPTIONS, True, config=config
+        )
+        results.append(out)
+    ignored = sparse[2] == -100
+    for name in ("logps", "lse", "entropy", "direction", "ref_logps"):
+        alone, among = (getattr(out, name) for out in results)
+        assert torch.equal(alone, among[rows]), name
+        assert (among[ignored] == 0).all(), name
+    policy, reference, targets = dense
+    counted = targets != -100
+    for head, logps in ((policy, results[0].logps), (reference, results[0].ref_logps)):
+        expected = statistics(head, targets.clamp(min=0), OPTIONS)[0]
+        close(logps[counted], expected[counted], logps_bound(head, OPTIONS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, device):
+    dense, sparse, rows = case(dtype, device)
+    config, written = config_for(device, dtype), []
+    for policy, _, targets in (dense, sparse):
+        n, v = len(targets), len(policy.weight)
+        ones = torch.ones(n, device=device)
+        out = torch.full((n, v), float("nan"), dtype=dtype, device=device)
+        dlogits.write_dlogits_chunk(
+            Operands(policy.hidden, policy.weight, None),
+            targets,
+            ones,
+            None,
+            6 * ones,
+            None,
+            targets != -100,
+            ones[:1],
+            out,
+            HeadOptions(),
+            config.dlogits,
+            config.tma,
+        )
+        written.append(out)
+    alone, among = written
+    assert torch.equal(alone, among[rows]) and alone.isfinite().all()
+    assert (among[sparse[2] == -100] == 0).all()
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["plain", "persistent"])
+def test_no_product_is_formed_for_an_ignored_block(persistent, device):
+    _, (policy, _, targets), rows = case(torch.float32, device)
+    config = config_for(device, torch.float32)
+    tile = replace(config.statistics, persistent=persistent)
+    operands = Operands(policy.hidden, policy.weight, None)
+    out = logit_statistics(operands, None, targets, None, OPTIONS, tile, config.tma)
+    written = torch.zeros_like(targets, dtype=torch.bool)
+    written[rows] = True
+    for values in (out.tile_shift, out.tile_total, out.tile_spread):
+        assert torch.equal(~values.isnan(), written.expand_as(values))
+
+
+def test_peaks_of_an_ignored_block_are_lower_than_any(device):
+    """The certified route keeps none of its columns, and does not take it for a flat one."""
+    _, (policy, _, targets), _ = case(torch.float32, device)
+    config, plain = config_for(device, torch.float32), HeadOptions()
+    operands = Operands(policy.hidden, policy.weight, None)
+    search = certified_triton._search(operands, targets, plain, config)
+    tiles = (config.statistics, config.tma)
+    logit_statistics(operands, None, targets, None, plain, *tiles, search)
+    assert (search.peaks[1::2] == float("-inf")).all()
+    assert search.peaks[::2].isfinite().all()

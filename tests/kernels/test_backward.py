@@ -7,16 +7,10 @@ import torch
 
 from powerflow_fast import backend_triton
 from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import (
-    DTYPES,
-    Head,
-    make_head,
-    poison,
-    rows_of_block,
-    statistics,
-    tokens,
-)
+from tests.kernels.truth import DTYPES, Head, make_head, poison, statistics, tile_sizes
 from tests.numerics import gradient_tolerance, relative_error
+
+pytestmark = pytest.mark.usefixtures("tiles")
 
 ALL = (True, True, True)
 
@@ -55,16 +49,18 @@ def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "size,h,v",
+    "shape",
     [
-        ((0, 1), 8, 2),
-        ((1, 1), 33, 130),  # odd H: pointer loads; one row in the second block
-        ((0, 5), 40, 257),  # descriptor loads, one column in the last tile
+        lambda rows, columns: (1, 8, 2),
+        # odd H: pointer loads; one row in the second block
+        lambda rows, columns: (rows + 1, 33, 2 * columns + 2),
+        lambda rows, columns: (5, 40, columns + 1),  # descriptor loads, one column in the last tile
     ],
+    ids=["small", "odd", "descriptors"],
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_against_float64(dtype, size, h, v, with_entropy, device):
-    n = tokens(size, device, dtype)
+def test_against_float64(dtype, shape, with_entropy, device):
+    n, h, v = shape(*tile_sizes(device, dtype))
     head = make_head(n, h, v, dtype, device, bias=True)
     targets = torch.randint(v, (n,), device=device)
     grad_logps = torch.randn(n, device=device)
@@ -121,14 +117,13 @@ def test_frozen_weight_allocates_no_buffer_of_its_size(device, monkeypatch):
 
 
 def test_rows_without_gradient_contribute_nothing(device):
-    block = rows_of_block(device, torch.float32)
-    n = 2 * block + 4
+    block, _ = tile_sizes(device, torch.float32)
+    n = block + 4
     head = make_head(n, 16, 70, torch.float32, device, bias=True)
     targets = torch.randint(70, (n,), device=device)
     grad_logps, grad_entropy = torch.randn(2, n, device=device)
     idle = torch.zeros(n, dtype=torch.bool, device=device)
-    idle[[0, 7]] = True
-    idle[block : 2 * block] = True
+    idle[[0, 7]] = idle[block:] = True  # a whole block of rows among them
     grad_logps[idle] = 0
     grad_entropy[idle] = 0
     kept = Head(head.hidden[~idle], head.weight, head.bias)

@@ -3,18 +3,14 @@
 import pytest
 import torch
 
-from powerflow_fast import (
-    backend_triton,
-    certified,
-    certified_triton,
-    linear_logprobs,
-    reference,
-)
+from powerflow_fast import backend_triton, certified_triton, linear_logprobs, reference
 from powerflow_fast.kernels import config, dlogits
 from powerflow_fast.kernels.columns import LOWEST, STEPS, choose_columns
 from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, direction, poison, rows_of_block
+from tests.kernels.truth import DTYPES, Head, close, direction, logps_bound, poison, statistics
 from tests.numerics import gradient_tolerance, relative_error
+
+pytestmark = pytest.mark.usefixtures("tiles")
 
 TRANSFORMS = [{}, {"softcap": 90.0, "temperature": 0.7, "logit_scale": 1.3}]
 
@@ -54,9 +50,9 @@ def check_rows(out, head, targets, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_within_the_tolerance_and_sparse(dtype, transform, bias, device):
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap and bias"])
+def test_within_the_tolerance_and_sparse(dtype, transform, device):
+    bias = bool(transform)
     head, targets = sharp_head(24, 16, 200, dtype, device, sharpness=40.0, bias=bias)
     targets[[0, 17, 23]] = -100
     options = HeadOptions(grad_tolerance=1e-2, **transform)
@@ -65,8 +61,8 @@ def test_within_the_tolerance_and_sparse(dtype, transform, bias, device):
     columns, skipped, _ = out.certificate.tolist()
     assert 0 < columns < 0.9 and 0 < skipped <= 1e-2
     exact = run(head, targets, HeadOptions(**transform))
-    counted = targets != -100
-    assert torch.equal(out.logps[counted], exact.logps[counted])
+    expected, _, _ = statistics(head, targets.clamp(min=0), options)
+    close(out.logps, expected.where(targets != -100, 0.0), logps_bound(head, options))
     # Half the memory where the range allows it; without a tolerance the gradient is cast once.
     kept_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     assert out.direction.dtype == kept_dtype and exact.direction.dtype == torch.float32
@@ -74,23 +70,25 @@ def test_within_the_tolerance_and_sparse(dtype, transform, bias, device):
 
 def test_blocks_that_fail_are_done_exactly(device):
     """A few flat rows among sharp ones: their blocks alone take the exact route."""
-    block = rows_of_block(device, torch.float32)
-    head, _ = sharp_head(3 * block, 16, 200, torch.float32, device, sharpness=60.0)
-    head.hidden = head.hidden[:1] + head.hidden / 8  # alike, so that blocks share their columns
+    block = rows_of_a_block(device)
+    head, targets = sharp_head(3 * block, 16, 1000, torch.float32, device, sharpness=60.0)
     head.hidden[block + 4 : block + 6] *= 0.01
-    targets = torch.distributions.Categorical(logits=head.logits(HeadOptions())).sample()
     options = HeadOptions(grad_tolerance=1e-3)
     out = run(head, targets, options)
     check_rows(out, head, targets, options)
     columns, skipped, dense = out.certificate.tolist()
     assert skipped <= 1e-3 and dense == 1 and columns < 0.6
-    exact = run(head, targets, HeadOptions())
-    rows = slice(block, 2 * block)
-    torch.testing.assert_close(out.direction[rows], exact.direction[rows], rtol=1e-5, atol=1e-6)
+    expected = direction(head, targets, options)[block : 2 * block]
+    error = relative_error(out.direction[block : 2 * block], expected)
+    assert error <= gradient_tolerance(torch.float32)
+
+
+def rows_of_a_block(device):
+    return config.config_for(device, torch.float32).statistics.rows
 
 
 def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
-    block = rows_of_block(device, torch.float32)
+    block = rows_of_a_block(device)
     head, targets = sharp_head(4 * block, 16, 130, torch.float32, device, sharpness=0.3)
     monkeypatch.setattr(certified_triton, "sparse_direction", None)  # would fail if called
     out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
@@ -113,7 +111,8 @@ def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
         left[chosen] = False
         if count > 4000:
             continue
-        assert peaks[block, left].float().exp2().sum() <= 0.05
+        # Sums of 5000 numbers in another order, of powers of two that a GPU knows to 2^-22.
+        assert peaks[block, left].float().exp2().sum() <= 0.05 * (1 + 1e-4)
         # One step of the threshold further, it would have left out too much.
         more = peaks[block].float() < peaks[block, left].float().max() + 2 * step
         assert count == 0 or peaks[block, more].float().exp2().sum() > 0.05
@@ -132,8 +131,11 @@ def test_every_row_ignored(device):
     assert (out.direction == 0).all() and out.certificate[1:].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    ("dtype", "transform"),
+    [(dtype, TRANSFORMS[dtype == torch.bfloat16]) for dtype in DTYPES],
+    ids=["float32", "float16", "bfloat16, softcap"],
+)
 def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, monkeypatch):
     """|dW_v - exact| <= sum over rows of |g_n| skipped_n |h_n|; likewise for the bias."""
     formed = []
@@ -171,39 +173,19 @@ def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, m
         assert relative_error(leaf.grad, wanted.grad) <= 10 * tolerance
 
 
-@pytest.mark.parametrize("rows", [1, certified.BLOCK, certified.BLOCK + 1])
-def test_a_trained_head_with_any_number_of_tokens(rows, device):
-    """What is kept is by blocks of BLOCK rows, whatever the tiles' own: the last may be cut."""
-    n = 2 * rows_of_block(device, torch.bfloat16) + rows
-    head, _ = sharp_head(n, 16, 200, torch.bfloat16, device, sharpness=60.0)
-    head.hidden = head.hidden[:1] + head.hidden / 8  # alike, so that blocks share their columns
-    targets = torch.distributions.Categorical(logits=head.logits(HeadOptions())).sample()
-    leaves = head.hidden.requires_grad_(), head.weight.requires_grad_()
-    gradients = []
-    for tolerance in (0.0, 1e-2):
-        logps = linear_logprobs(*leaves, targets, backend="triton", grad_tolerance=tolerance)
-        gradients.append(torch.autograd.grad(logps.sum(), leaves))
-    for exact, cut in zip(*gradients, strict=True):
-        assert relative_error(cut, exact) < 5e-2
-
-
-def test_a_block_that_is_all_ignored_keeps_nothing(device):
-    block = max(certified.BLOCK, rows_of_block(device, torch.bfloat16))
-    head, targets = sharp_head(3 * block, 16, 200, torch.bfloat16, device, sharpness=60.0)
-    targets[block : 2 * block] = -100
-    out = backend_triton.forward(
-        head.hidden,
-        head.weight,
-        None,
-        targets,
-        None,
-        HeadOptions(grad_tolerance=1e-2),
-        want_direction=True,
-        want_kept=True,
-    )
-    each = block // certified.BLOCK
-    columns = out.kept.sum(1)
-    assert (columns[each : 2 * each] <= 1).all() and (columns[:each] > 1).all()
+@pytest.mark.parametrize("rest", [1, certified_triton.BLOCK + 1])
+def test_a_trained_head_whose_last_tile_of_rows_is_not_full(rest, device):
+    """A tile of 128 rows makes two blocks of kept columns, of which the last may have no row."""
+    n = config.config_for(device, torch.bfloat16).statistics.rows + rest
+    head, targets = sharp_head(n, 16, 200, torch.bfloat16, device, sharpness=60.0)
+    truth, weight = head.double(), head.weight.requires_grad_()
+    head.hidden.requires_grad_()  # or the pass forward would look for no columns
+    logps = linear_logprobs(head.hidden, weight, targets, backend="triton", grad_tolerance=1e-2)
+    logps.sum().backward()
+    reference.linear_logprobs(truth.hidden, truth.weight, targets)[0].sum().backward()
+    skipped = 1e-2 * head.hidden.detach().double().norm(dim=1).sum()
+    rounding = gradient_tolerance(torch.bfloat16) * truth.weight.grad.abs().max()
+    assert (weight.grad.double() - truth.weight.grad).abs().max() <= skipped + rounding
 
 
 def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
@@ -217,7 +199,7 @@ def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
         (gradient,) = torch.autograd.grad(logps.sum(), weight)
         if tolerance == 0:
             exact = gradient
-    torch.testing.assert_close(gradient, exact)
+    assert relative_error(gradient, exact) <= 2 * gradient_tolerance(torch.float32)
 
 
 def test_opcheck(device):

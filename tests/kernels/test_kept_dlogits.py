@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from powerflow_fast import backend_triton
-from powerflow_fast.kernels import config, dlogits, kept_dlogits
+from powerflow_fast.kernels import config, dlogits
 from powerflow_fast.numerators import new_numerators
 from powerflow_fast.options import HeadOptions
 from tests.kernels.test_backward import ALL, expected_gradients
-from tests.kernels.truth import DTYPES, Head, make_head, poison, rows_of_block, tokens
+from tests.kernels.truth import DTYPES, Head, make_head, poison, tile_sizes
 from tests.numerics import gradient_tolerance, relative_error
+
+pytestmark = pytest.mark.usefixtures("tiles")
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +34,19 @@ def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # n
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "size,kept,h,v",
+    "shape",
     [
-        ((0, 1), (0, 1), 8, 2),
-        ((1, 1), (1, 1), 33, 130),  # odd H: pointer loads; one row in the second block
-        ((2, 5), (1, 2), 40, 257),  # kept rows end within a block; one column in the last tile
-        ((0, 5), (0, 0), 40, 70),
+        lambda block, columns: (1, 1, 8, 2),
+        # odd H: pointer loads; one row in the second block
+        lambda block, columns: (block + 1, block + 1, 33, 2 * columns + 2),
+        # kept rows end within a block; one column in the last tile
+        lambda block, columns: (block + 5, block // 2 + 2, 40, columns + 1),
+        lambda block, columns: (5, 0, 40, 70),
     ],
+    ids=["small", "odd", "some", "none"],
 )
-def test_against_float64(dtype, size, kept, h, v, device):
-    n, rows = (tokens(part, device, dtype) for part in (size, kept))
+def test_against_float64(dtype, shape, device):
+    n, rows, h, v = shape(*tile_sizes(device, dtype))
     head = make_head(n, h, v, dtype, device, bias=True)
     targets = torch.randint(v, (n,), device=device)
     grad_logps = torch.randn(n, device=device)
@@ -54,11 +59,13 @@ def test_against_float64(dtype, size, kept, h, v, device):
 def test_chunks_of_rows_and_columns(device, monkeypatch):
     monkeypatch.setattr(config, "STATISTICS_BYTES", 1)  # one block of rows at a time
     monkeypatch.setattr(config, "DLOGITS_BYTES", 1)  # one tile of columns at a time
-    head = make_head(50, 24, 200, torch.float32, device)
-    targets = torch.randint(200, (50,), device=device)
-    grad_logps = torch.ones((), device=device).expand(50)  # stride 0
+    block, columns = tile_sizes(device, torch.float32)
+    n, v = 3 * block + 2, 3 * columns + 8
+    head = make_head(n, 24, v, torch.float32, device)
+    targets = torch.randint(v, (n,), device=device)
+    grad_logps = torch.ones((), device=device).expand(n)  # stride 0
     expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())
-    first, second = (run(head, targets, grad_logps, 24) for _ in range(2))
+    first, second = (run(head, targets, grad_logps, block + 8) for _ in range(2))
     for got, again, want in zip(first[:2], second[:2], expected[:2], strict=True):
         assert torch.equal(got, again)
         assert relative_error(got, want) < gradient_tolerance(torch.float32)
@@ -82,14 +89,13 @@ def test_kept_rows_are_not_recomputed(device, monkeypatch):
 
 
 def test_rows_without_gradient_contribute_nothing(device):
-    block = max(kept_dlogits.BLOCK, rows_of_block(device, torch.float32))
+    block, _ = tile_sizes(device, torch.float32)
     n = block + 4
     head = make_head(n, 16, 70, torch.float32, device, bias=True)
     targets = torch.randint(70, (n,), device=device)
     grad_logps = torch.randn(n, device=device)
     idle = torch.zeros(n, dtype=torch.bool, device=device)
-    idle[[0, 7]] = True
-    idle[block:] = True  # a whole block of rows
+    idle[[0, 7]] = idle[block:] = True  # a whole block of rows among them
     grad_logps[idle] = 0
     counted = Head(head.hidden[~idle], head.weight, head.bias)
     expected = expected_gradients(counted, targets[~idle], grad_logps[~idle], None, HeadOptions())
@@ -116,8 +122,8 @@ def test_float16_does_not_underflow_inside(device):
 def test_every_tile_fits_the_layout():
     """The sizes of what is kept must not depend on the tiles that a device gets."""
     piece, multiple = config.numerators_layout()
-    rows = config.TABLE.values()
-    tiles = [*(row.statistics for row in rows), *(row.dlogits for row in rows)]
-    for tile in (*tiles, *config.CANDIDATES):
+    table = config.TABLE.values()
+    for tile in (*config.CANDIDATES, *(row.statistics for row in table)):
         assert tile.part % piece == 0 and multiple % tile.columns == 0
+    for tile in (*config.CANDIDATES, *(row.dlogits for row in table)):
         assert tile.columns % piece == 0  # a chunk of the backward pass begins with a tile

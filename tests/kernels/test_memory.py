@@ -1,7 +1,6 @@
 """Memory of a step on a large GPU, counted: allocations of fake tensors, the kernels left out."""
 
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from powerflow_fast import backend_triton, certified_triton, gradient_sums, plan
+from powerflow_fast import backend_triton, certified_triton, gradient_sums
 from powerflow_fast.kernels import (
     active_blocks,
     columns,
@@ -20,15 +19,18 @@ from powerflow_fast.kernels import (
     kept,
     kept_dlogits,
     statistics,
-    tiles,
 )
+from powerflow_fast.kernels.tiles import Operands
 from powerflow_fast.model_shapes import ModelShape
 from powerflow_fast.numerators import new_numerators
 from powerflow_fast.options import HeadOptions
+from powerflow_fast.plan import Run, head_bytes
+from tests.conftest import DEVICE
 
 N, H, V = 16384, 4096, 131072
 KEPT = V // 8  # more columns than a block keeps of a policy that was sharpened twofold
 PROCESSORS = 132
+TILES = config.TABLE["sm_90"]
 
 
 class Allocations(TorchDispatchMode):
@@ -65,32 +67,22 @@ class NoKernel:
         return lambda **arguments: None
 
 
-def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.new_empty((left.shape[0], right.shape[1]), dtype=torch.float32)
+def float32_product(left, right):
+    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    for module in (
-        active_blocks,
-        columns,
-        combine,
-        direction,
-        dlogits,
-        kept,
-        kept_dlogits,
-        statistics,
-    ):
+    """No kernel is launched, and products make what they make on a GPU."""
+    monkeypatch.setattr(gradient_sums, "product", float32_product)
+    modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits, statistics)
+    for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
     for module in (direction, dlogits, statistics):
         monkeypatch.setattr(module, "can_describe", lambda matrix: False)
     for module in (config, statistics):
         monkeypatch.setattr(module, "num_processors", lambda device: PROCESSORS)
-    # As on a GPU, which has a product of 16-bit operands with a float32 result.
-    for module in (gradient_sums, certified_triton):
-        monkeypatch.setattr(module, "product", wide_product)
-    monkeypatch.setattr(backend_triton, "_check_inputs", lambda *inputs: None)
     # What the host reads: every block keeps KEPT columns, and none fails.
     monkeypatch.setattr(certified_triton, "_looks_sharp", lambda *arguments: True)
     monkeypatch.setattr(FakeTensor, "tolist", lambda counts: [KEPT] * len(counts))
@@ -98,91 +90,88 @@ def no_kernels(monkeypatch):
         certified_triton,
         "_failed",
         lambda skipped, tolerance, block_of_row, blocks: (
-            torch.zeros(blocks, dtype=torch.bool, device=skipped.device),
-            torch.empty(0, dtype=torch.int64, device=skipped.device),
+            torch.zeros(blocks, dtype=torch.bool, device=DEVICE),
+            torch.empty(0, dtype=torch.int64, device=DEVICE),
         ),
     )
 
 
-def counted_step(device, n: int, trained: bool, grad_tolerance: float = 0.0) -> dict[str, int]:
-    """Bytes beside the inputs: at the forward pass's peak, after it, and at the step's peak.
+def inputs(n):
+    """hidden, weight, targets and the reference's hidden, of which only shapes exist."""
+    rows = (n, V, n)
+    hidden, weight, ref_hidden = (
+        torch.empty(r, H, dtype=torch.bfloat16, device=DEVICE) for r in rows
+    )
+    return hidden, weight, torch.empty(n, dtype=torch.int64, device=DEVICE), ref_hidden
 
-    The gradient of hidden is of the inputs' type when the step ends, as autograd makes it.
-    """
-    options = HeadOptions(grad_tolerance=grad_tolerance)
-    table = config.TABLE["sm_90"]
-    with FakeTensorMode():
-        make = partial(torch.empty, device=device)
-        hidden, ref_hidden = (make(n, H, dtype=torch.bfloat16) for _ in range(2))
-        weight = make(V, H, dtype=torch.bfloat16)
-        targets, upstream = make(n, dtype=torch.int64), make(n)
-        with Allocations(hidden, ref_hidden, weight, targets, upstream) as memory:
-            numerators = None
-            if trained:
-                layout = backend_triton.numerators_layout(device)
-                numerators = new_numerators(hidden, weight, layout, True)
-            arguments = (hidden, weight, None, targets, (ref_hidden, weight, None), options)
-            out = backend_triton.forward(
-                *arguments, not trained, numerators, want_kept=False, config=table
-            )
-            found = {"forward": memory.peak, "between": memory.now}
-            if trained:
-                needs = (True, True, False)
-                head = (hidden, weight, None, targets)
-                grads = backend_triton.backward(
-                    upstream, None, *head, out.lse, None, options, needs, None, numerators, table
-                )
-                del numerators
-                gradient = grads[0].to(hidden.dtype)
-            else:
-                gradient = (upstream[:, None] * out.direction).to(hidden.dtype)
-            found |= {"step": memory.peak, "direction": getattr(out.direction, "nbytes", 0)}
-            found["gradient"] = gradient.nbytes
-    return found
+
+def forward(hidden, weight, targets, ref_hidden, options, want_direction, numerators=None):
+    arguments = (hidden, weight, None, targets, (ref_hidden, weight, None), options)
+    return backend_triton.forward(*arguments, want_direction, numerators, config=TILES)
+
+
+def backward(hidden, weight, targets, lse, numerators=None):
+    """Gradients of hidden and weight."""
+    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, None)
+    needs = (True, True, False)
+    return backend_triton.backward(
+        *arguments, HeadOptions(), needs, None, numerators, config=TILES
+    )[:2]
 
 
 @pytest.mark.parametrize(("grad_tolerance", "most"), [(0.0, 600e6), (1e-3, 150e6)])
-def test_a_frozen_head_at_a_large_shape(grad_tolerance, most, no_kernels, device):
+def test_a_frozen_head_at_a_large_shape(grad_tolerance, most):
     """Beside inputs and gradient, of a forward and backward pass for policy and reference."""
-    found = counted_step(device, N, False, grad_tolerance)
-    forward = found["forward"] - found["gradient"]  # which is not there yet
-    assert found["direction"] < found["between"] < found["direction"] + 1e6
-    assert N * H < forward <= most
-    assert found["direction"] <= most  # backward needs it beside the gradient
+    options = HeadOptions(grad_tolerance=grad_tolerance)
+    with FakeTensorMode():
+        arguments = inputs(N)
+        hidden = arguments[0]
+        with Allocations(*arguments) as memory:
+            out = forward(*arguments, options, True)
+            peak = memory.peak - hidden.nbytes  # the gradient is not there yet
+            assert out.direction.nbytes < memory.now < out.direction.nbytes + 1e6
+    assert N * H < peak <= most
+    assert out.direction.nbytes <= most  # backward needs it beside the gradient
 
 
-@pytest.mark.parametrize("n", [256, 1024, N])
-def test_a_trained_head_has_no_second_gradient_of_the_weight(n, no_kernels, device):
-    """Not even with few tokens, of which a chunk of the logits could cover the vocabulary."""
-    found = counted_step(device, n, True)
-    gradient, hidden = 2 * V * H, 4 * n * H  # of the weight; of hidden, in float32
-    beside = found["step"] - gradient
-    kept = min(1 << 30, 2 * n * V) * 33 / 32  # with factors
-    columns = min(config.DLOGITS_BYTES // max(2 * n, 4 * H), V)
-    assert beside < 1.01 * (kept + 2.5 * hidden + columns * (2 * n + 4 * H))
+@pytest.mark.parametrize("n", [256, 1024])
+def test_few_rows_of_a_trained_head_need_no_copy_of_the_weight(n):
+    """A chunk's columns are bounded by the float32 product [columns, H], too."""
+    with FakeTensorMode():
+        hidden, weight, targets, _ = inputs(n)
+        lse = torch.empty(n, device=DEVICE)
+        with Allocations(hidden, weight, targets, lse) as memory:
+            backward(hidden, weight, targets, lse)
+    assert memory.peak - weight.nbytes <= config.DLOGITS_BYTES + 100e6  # one product and dlogits
+
+
+def test_rows_that_are_scored_alone_go_by_whole_groups():
+    with FakeTensorMode():
+        hidden, weight, _, _ = inputs(N)
+        policy = Operands(hidden, weight, None)
+        for models in (1, 2):
+            rows = backend_triton.forward_rows(policy, models, False, TILES)
+            units, rest = divmod(rows * models, TILES.statistics.rows)
+            assert rest == 0 and units > 0 and units % statistics.GROUP == 0
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_what_plan_counts(trained, no_kernels, device):
-    """At most a quarter more than a step takes, and no less."""
-    shape = ModelShape("llama", H, V, 1, 1, 1, H, H)
-    run = plan.Run(shape, lora_rank=0 if trained else 16, tokens=N)
-    states = 2 * (2 * N * H)  # packed, of both models
-    found = counted_step(device, N, trained)
-    counted = states + found["step"] - (2 * V * H if trained else 0)
-    # Vectors of one number a token are left out.
-    assert 0.999 * counted <= plan.head_bytes(run, 1) <= 1.25 * counted
-
-
-@pytest.mark.parametrize("models", [1, 2])
-def test_chunks_of_log_probs_alone_are_whole_groups(models, no_kernels, device):
-    """Of row blocks that read the weight together: a part of a group would read it once more."""
-    table = config.TABLE["sm_90"]
+def test_plan_counts_the_head_at_a_large_shape(trained):
+    """What `plan` counts is enough, and at most a quarter too much."""
     with FakeTensorMode():
-        hidden, weight = torch.empty(N, H, device=device), torch.empty(V, H, device=device)
-        policy = tiles.Operands(hidden, weight, None)
-        rows = backend_triton.forward_rows(policy, models, False, table)
-        few = backend_triton.forward_rows(policy._replace(weight=weight[:1]), models, False, table)
-    for found in (rows, few):
-        assert found > 0 and found * models % (statistics.GROUP * table.statistics.rows) == 0
-    assert 8 * models * rows * V // table.statistics.part <= config.STATISTICS_BYTES
+        arguments = inputs(N)
+        hidden, weight, targets, ref_hidden = arguments
+        with Allocations(*arguments) as memory:
+            layout = backend_triton.numerators_layout(hidden.device)
+            numerators = new_numerators(hidden, weight, layout, True) if trained else None
+            out = forward(*arguments, HeadOptions(), not trained, numerators)
+            if trained:
+                gradients = backward(hidden, weight, targets, out.lse, numerators)
+                gradients[0].to(hidden.dtype)
+            else:
+                out.direction.to(hidden.dtype)
+    weights_gradient = weight.nbytes if trained else 0  # not the head's, in a plan
+    counted = memory.peak - weights_gradient + hidden.nbytes + ref_hidden.nbytes
+    shape = ModelShape("llama", H, V, 1, 32, 8, 128, 14336)
+    run = Run(shape, lora_rank=0 if trained else 16, tokens=N)
+    assert counted <= head_bytes(run, 1) <= 1.25 * counted

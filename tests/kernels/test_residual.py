@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from powerflow_fast import backend_triton
+from powerflow_fast.kernels import residual
 from tests.kernels.truth import poison
 from tests.numerics import EPS32
 
@@ -46,13 +47,16 @@ def check(starts, ends, n, mask, balance, device):
     delta, l_pi, l_ref, lengths = backend_triton.sequence_residual_forward(*arguments)
     *expected, counts, jacobian = eager(*arguments)
     assert lengths.dtype == torch.int32 and lengths.tolist() == counts.tolist()
+    # A lane's sum of every BLOCK-th token, a tree over the lanes, a division and the residual.
+    steps = -(-int((ends - starts).max()) // residual.BLOCK) + 16
     largest = 1 + max(x.abs().max().item() for x in expected)
     for got, want in zip((delta, l_pi, l_ref), expected, strict=True):
-        assert (got.cpu().double() - want).abs().max() < 32 * EPS32 * largest
+        assert (got.cpu().double() - want).abs().max() < steps * EPS32 * largest
     back = (grad, lengths, starts, ends, mask, n, balance)
     got = backend_triton.sequence_residual_backward(*back)
     want = grad.cpu().double() @ jacobian
-    assert (got.cpu().double() - want).abs().max() < 4 * EPS32
+    # A GPU's quick division is off by up to two units in the last place.
+    assert ((got.cpu().double() - want).abs() <= 4 * EPS32 * want.abs()).all()
     assert (got.cpu()[jacobian.sum(0) == 0] == 0).all()
     assert torch.equal(delta, backend_triton.sequence_residual_forward(*arguments)[0])
     assert torch.equal(got, backend_triton.sequence_residual_backward(*back))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.options import HeadOptions
+from tests.numerics import EPS32, logps_error_bound
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,17 +51,6 @@ def make_head(
     return Head(hidden.to(dtype), weight.to(dtype), vector)
 
 
-def rows_of_block(device: torch.device, dtype: torch.dtype) -> int:
-    """Of the tiles in use here."""
-    return config_for(device, dtype).statistics.rows
-
-
-def tokens(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> int:
-    """`size`: whole blocks of rows, and rows beside."""
-    blocks, rows = size
-    return blocks * rows_of_block(device, dtype) + rows
-
-
 def statistics(head: Head, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     """logps, lse and entropy [N] of valid targets."""
     z = head.logits(options)
@@ -73,6 +63,19 @@ def direction(head: Head, targets: Tensor, options: HeadOptions) -> Tensor:  # [
     leaves = head.double()
     logps, _, _ = statistics(leaves, targets, options)
     return torch.autograd.grad(logps.sum(), leaves.hidden)[0]
+
+
+def tile_sizes(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of a tile in use: sizes that mean several tiles, or ragged ones, follow."""
+    tile = config_for(device, dtype).statistics
+    return tile.rows, tile.columns
+
+
+def logps_bound(head: Head, options: HeadOptions) -> float:
+    """Of logps and lse; powers of two are known to 2^-22 on a GPU."""
+    scale = abs(options.scale)
+    extra = 0.0 if head.bias is None else head.bias.double().abs().max().item() * scale
+    return logps_error_bound(head.hidden, head.weight, scale=scale) + 64 * EPS32 * (1 + extra)
 
 
 def close(actual: Tensor, expected: Tensor, bound: float) -> None:
