@@ -96,9 +96,8 @@ def tune(
         tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
         times: dict[Config, float] = {}
         for config in (best, *(replace(best, **{field: tile}) for tile in tiles)):
-            if config not in times:
-                times[config] = _time(call, config, seconds)
-                watch(field, getattr(config, field), times[config])
+            times[config] = _time(call, config, seconds)
+            watch(field, getattr(config, field), times[config])
         best = min(times, key=lambda config: times[config])
     return best
 
