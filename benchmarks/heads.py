@@ -57,3 +57,9 @@ def row(case: Case, setting: str, times: list[float], error: float, extra: int |
         "extra_bytes": extra,
         "error": error,
     }
+
+
+def label(row: dict) -> str:
+    """The peer of a row, and its setting, as tables have them."""
+    name = f"**{row['peer']}**" if row["peer"] == peers.OURS else row["peer"]
+    return f"{name} ({row['setting']})" if row.get("setting") else name

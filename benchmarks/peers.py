@@ -126,7 +126,7 @@ def linear_cross_entropy(device: torch.device) -> dict[str, Head]:
 
 def trl(device: torch.device) -> dict[str, Head]:
     """The chunked head that TRL's trainers call, with its own chunk size and a smaller one."""
-    _require("trl")
+    require("trl")
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -140,7 +140,7 @@ def trl(device: torch.device) -> dict[str, Head]:
 
 def liger_grpo(device: torch.device) -> dict[str, Head]:
     """The log-probs of `chunked_loss`'s GRPO loss; the loss itself has no trajectory balance."""
-    _require("liger_kernel")
+    require("liger_kernel")
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     forward = LigerFusedLinearPPOBase.chunk_forward
@@ -152,19 +152,19 @@ def liger_scaled(device: torch.device) -> dict[str, Head]:
 
     Without its check of the targets, which waits for the device.
     """
-    _require("liger_kernel")
+    require("liger_kernel")
     os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
-        _require("cutlass", "nvidia-cutlass-dsl, which Liger's CuTe kernel needs on SM90,")
+        require("cutlass", "nvidia-cutlass-dsl, which Liger's CuTe kernel needs on SM90,")
     apply = module.LigerFusedLinearScaledCrossEntropyFunction.apply
     return {"": lambda hidden, weight, targets: -apply(hidden, weight, targets)}
 
 
 def cce(device: torch.device, **options) -> dict[str, Head]:
     """cut-cross-entropy: Triton with its filter of small gradients or without, or compiled."""
-    _require("cut_cross_entropy")
+    require("cut_cross_entropy")
     if options["impl"] == "cce" and device.type != "cuda":
         raise Unavailable("its Triton kernels need a GPU")
     from cut_cross_entropy import linear_cross_entropy
@@ -176,7 +176,7 @@ def verl(device: torch.device) -> dict[str, Head]:
     """verl's Triton kernel; it forms the entropy and the weight's gradient whether asked or not."""
     if device.type != "cuda":
         raise Unavailable("its Triton kernel needs a GPU")
-    _require("verl")
+    require("verl")
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return {"": lambda x, w, t: linear_cross_entropy(x, w, t, 1.0, "none", None)[0]}
@@ -189,7 +189,7 @@ def quack(device: torch.device) -> dict[str, Head]:
     """
     if device.type != "cuda":
         raise Unavailable("its CuTe kernels need a GPU of SM90 or newer")
-    _require("quack", "quack-kernels")
+    require("quack", "quack-kernels")
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     return {"": lambda x, w, t: -linear_cross_entropy_func(x, w, None, t, reduction="none")}
@@ -204,7 +204,7 @@ def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
     """
     if device.type != "cuda":
         raise Unavailable("its CuTe kernels need a GPU of SM90 or newer")
-    _require("quack", "quack-kernels")
+    require("quack", "quack-kernels")
     from quack import linear_cross_entropy as module
 
     class Function(torch.autograd.Function):
@@ -243,7 +243,7 @@ def unsloth_zoo(device: torch.device) -> dict[str, Head]:
 
     The package itself wants unsloth and patches other libraries when it is imported.
     """
-    _require("unsloth_zoo", "unsloth-zoo")
+    require("unsloth_zoo", "unsloth-zoo")
     module = sys.modules.get("unsloth_zoo_fused_linear")
     if module is None:
         package = Path(next(iter(find_spec("unsloth_zoo").submodule_search_locations)))
@@ -256,7 +256,8 @@ def unsloth_zoo(device: torch.device) -> dict[str, Head]:
     return {"": module.fused_linear_logprobs}
 
 
-def _require(module: str, package: str | None = None) -> None:
+def require(module: str, package: str | None = None) -> None:
+    """Raises Unavailable where the module is not installed."""
     if find_spec(module) is None:
         raise Unavailable(f"{package or module} is not installed")
 

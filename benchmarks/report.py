@@ -15,6 +15,7 @@ from benchmarks import plots, results_file
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
 from benchmarks.gpu import page as gpu_page
+from benchmarks.heads import label
 from benchmarks.markdown import table
 from benchmarks.peers import OURS
 
@@ -109,13 +110,8 @@ def _step_table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: row["seconds"]):
         extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
         ratio, error = f"{row['ratio_to_floor']:.2f}x", f"{row['error']:.0e}"
-        lines.append((_label(row), _time(row), ratio, extra, error))
+        lines.append((label(row), _time(row), ratio, extra, error))
     return table((_inputs(rows[0]), "one step", floor, "extra memory", "gradient error"), lines)
-
-
-def _label(row: Row) -> str:
-    name = f"**{row['peer']}**" if row["peer"] == OURS else row["peer"]
-    return f"{name} ({row['setting']})" if row.get("setting") else name
 
 
 def _time(row: Row) -> str:
@@ -168,7 +164,7 @@ def _training_table(rows: list[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: row["seconds"]):
         rate, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 1e9:.2f} GB"
-        lines.append((_label(row), _time(row), rate, peak))
+        lines.append((label(row), _time(row), rate, peak))
     return table((what, "one step", "tokens/s", "peak memory"), lines)
 
 

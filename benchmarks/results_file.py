@@ -81,11 +81,15 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + ("+" if dirty.stdout.strip() else "")
 
 
+def slug(device: str) -> str:
+    """A device's name as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def write(measurement: str, content: dict[str, Any], folder: Path | None = None) -> Path:
     """Write `content` under the device's name, with date, commit and versions; returns the path."""
     folder = FOLDER if folder is None else folder
     device = device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     head = {
         "format": FORMAT,
         "device": device,
@@ -94,7 +98,7 @@ def write(measurement: str, content: dict[str, Any], folder: Path | None = None)
         "versions": versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{measurement}-{slug}.json"
+    path = folder / f"{measurement}-{slug(device)}.json"
     path.write_text(json.dumps({**head, **content}, indent=1) + "\n")
     return path
 

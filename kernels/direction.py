@@ -33,7 +33,7 @@ from powerflow_fast.kernels.tiles import (
     round_to,
     split_columns,
     walk_in_groups,
-    write_zeros,
+    write_idle_zeros,
 )
 
 GROUP = 16
@@ -108,12 +108,11 @@ def direction_kernel(
     program = tl.program_id(0)
     num_blocks = tl.load(count_ptr)
     num_columns = tl.cdiv(num_h, BLOCK_H)
-    if program >= num_blocks * num_columns:
-        idle = program - num_blocks * num_columns
-        block = tl.load(blocks_ptr + num_blocks + idle // num_columns)
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
-        write_zeros(rows_out, offs_n < num_n, idle % num_columns * BLOCK_H, num_h, BLOCK_H)
+    idle = program - num_blocks * num_columns
+    if idle >= 0:
+        write_idle_zeros(
+            direction_ptr, num_h, blocks_ptr, num_blocks, idle, num_n, num_h, BLOCK_N, BLOCK_H
+        )
         return
     position, column = walk_in_groups(program, num_blocks, num_columns, GROUP)
     start_n = tl.load(blocks_ptr + position) * BLOCK_N

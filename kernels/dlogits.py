@@ -29,7 +29,7 @@ from powerflow_fast.kernels.tiles import (
     split_columns,
     triton_dtype,
     walk_in_groups,
-    write_zeros,
+    write_idle_zeros,
 )
 
 GROUP = 16
@@ -111,12 +111,11 @@ def dlogits_kernel(
     program = tl.program_id(0)
     num_blocks = tl.load(count_ptr)
     num_tiles = tl.cdiv(num_v, BLOCK_V)
-    if program >= num_blocks * num_tiles:
-        idle = program - num_blocks * num_tiles
-        block = tl.load(blocks_ptr + num_blocks + idle // num_tiles)
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
-        write_zeros(rows_out, offs_n < num_n, idle % num_tiles * BLOCK_V, num_v, BLOCK_V)
+    idle = program - num_blocks * num_tiles
+    if idle >= 0:
+        write_idle_zeros(
+            dlogits_ptr, stride_dn, blocks_ptr, num_blocks, idle, num_n, num_v, BLOCK_N, BLOCK_V
+        )
         return
     position, tile_v = walk_in_groups(program, num_blocks, num_tiles, GROUP)
     start_n = tl.load(blocks_ptr + position) * BLOCK_N

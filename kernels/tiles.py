@@ -107,16 +107,25 @@ def multiply_transposed(
 
 
 @triton.jit
-def write_zeros(
-    rows_out,  # [rows] pointers to rows
-    mask_n,  # [rows]
-    start,
+def write_idle_zeros(
+    out_ptr,  # [N, num_columns]
+    stride,  # of its rows
+    blocks_ptr,  # [row blocks] int32, the active ones first
+    num_active,
+    idle,  # tiles of the other blocks are numbered from 0, block by block
+    num_n,
     num_columns,
+    BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    offs = start + tl.arange(0, WIDTH)
-    mask = mask_n[:, None] & (offs < num_columns)[None, :]
-    zeros = tl.zeros(mask.shape, rows_out.dtype.element_ty)
+    """The result's tile for a block of rows of which none counts."""
+    num_tiles = tl.cdiv(num_columns, WIDTH)
+    block = tl.load(blocks_ptr + num_active + idle // num_tiles)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs = idle % num_tiles * WIDTH + tl.arange(0, WIDTH)
+    mask = (offs_n < num_n)[:, None] & (offs < num_columns)[None, :]
+    rows_out = out_ptr + offs_n.to(tl.int64) * stride
+    zeros = tl.zeros(mask.shape, out_ptr.dtype.element_ty)
     tl.store(rows_out[:, None] + offs[None, :], zeros, mask=mask)
 
 

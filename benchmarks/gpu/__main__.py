@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 def arguments(argv: list[str] | None, stages: Sequence) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     names = [stage.name for stage in stages]
-    peers = list(dict.fromkeys(part.name for part in peer_parts(stages)))
+    parts = [part for stage in stages for part in stage.parts if is_peer(part)]
+    peers = list(dict.fromkeys(part.name for part in parts))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"gpu-{stamp}", metavar="FOLDER")
     parser.add_argument("--stages", type=listed(names), help=f"of: {', '.join(names)}")
@@ -103,20 +104,16 @@ def listed(known: list[str]):
     return parse
 
 
-def peer_parts(stages: Sequence) -> list:
-    """The parts that stand for a peer."""
-    return [part for stage in stages for part in stage.parts if ".steps:" in part.function]
+def is_peer(part) -> bool:
+    return ".steps:" in part.function
 
 
 def chosen(stages: Sequence, names: set[str] | None, peers: set[str] | None) -> list:
-    """The stages named, with the parts of the peers named."""
-    others = {part.name for part in peer_parts(stages)} - (peers or set()) if peers else set()
+    """The stages named; of their parts that stand for a peer, those of the peers named."""
     kept = []
     for stage in stages:
-        if names is not None and stage.name not in names:
-            continue
-        parts = [p for p in stage.parts if p not in peer_parts([stage]) or p.name not in others]
-        if parts:
+        parts = [p for p in stage.parts if peers is None or not is_peer(p) or p.name in peers]
+        if parts and (names is None or stage.name in names):
             kept.append(replace(stage, parts=tuple(parts)))
     return kept
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,6 @@ from benchmarks import results_file
 
 FORMAT = 1
 Line = dict[str, Any]
-
-
-def path_in(folder: Path, device: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return folder / f"gpu-{slug}.jsonl"
 
 
 def start(folder: Path, header: Line) -> Path:
@@ -32,7 +26,7 @@ def start(folder: Path, header: Line) -> Path:
             "name another folder or move the file"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path = path_in(folder, header["device"])
+    path = folder / f"gpu-{results_file.slug(header['device'])}.jsonl"
     append(path, {"format": FORMAT, **header})
     return path
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import llama_70b_step, method, training_step
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.worker import Run
-from benchmarks.peers import PowerflowFast, Unavailable
+from benchmarks.peers import PowerflowFast, Unavailable, require
 from powerflow_fast import plan
 
 SECONDS = 2.0  # of rounds
@@ -66,7 +66,7 @@ def _measure(case: training_step.StepCase, device: torch.device, budget: float) 
 def step_70b(run: Run) -> Iterator[None]:
     """All 80 layers in NF4 through `PowerFlowTrainer`, a line when the model stands and a step."""
     for package in ("trl", "peft", "bitsandbytes", "datasets"):
-        _require(package)
+        require(package)
     output = ["--output-dir", str(run.folder / "llama-70b-step")]
     sizes = [*TINY_70B, "--device", run.device.type] if run.tiny else FULL_70B
     options = llama_70b_step.arguments([*sizes, *output])
@@ -86,10 +86,3 @@ def step_70b(run: Run) -> Iterator[None]:
         return {}
 
     run.case("70B, NF4", train, needs)
-
-
-def _require(package: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed")

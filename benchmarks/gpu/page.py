@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from benchmarks import results_file
 from benchmarks.gpu import lines
 from benchmarks.gpu.lines import Line
+from benchmarks.heads import label
 from benchmarks.markdown import table
-from benchmarks.peers import OURS
+from benchmarks.method import Ceilings
 
 
 def tables() -> str:
@@ -105,7 +106,7 @@ def _steps(rows: list[Line], found: list[Line], shape: str) -> str:
         over = "-" if floor is None else f"{row['seconds'] / floor:.2f}x"
         both = "-" if pair is None else _seconds(pair["seconds"])
         error = f"{row['error']:.0e}"
-        cells.append((_label(row), both, _seconds(row["seconds"]), over, _extra(row), error))
+        cells.append((label(row), both, _seconds(row["seconds"]), over, _extra(row), error))
     size = steps[0]["shape"]
     where = f"{shape}: {steps[0]['dtype']}, N={size['n']}, H={size['h']}, V={size['v']}"
     bare = "over three bare products" + ("" if floor is None else f" ({_seconds(floor)})")
@@ -117,7 +118,7 @@ def _trained(rows: list[Line], found: list[Line]) -> list[str]:
     for row in sorted(rows, key=lambda row: (row["shape_name"], row["seconds"])):
         floor = _floor(row, found)
         over = "-" if floor is None else f"{row['seconds'] / floor:.2f}x"
-        where = (row["shape_name"], _label(row), _seconds(row["seconds"]))
+        where = (row["shape_name"], label(row), _seconds(row["seconds"]))
         cells.append((*where, over, _extra(row), f"{row['error']:.0e}"))
     head = ("trained head", "", "LA-TB step", "over four bare products")
     return [table((*head, "extra memory", "gradient error"), cells)]
@@ -184,12 +185,7 @@ def _floor(row: Line, found: list[Line]) -> float | None:
     bandwidth = max((line["bandwidth"] for line in ceilings if "bandwidth" in line), default=0)
     if not flops or not bandwidth:
         return None
-    return max(row["floor_flops"] / flops, row["floor_bytes"] / bandwidth)
-
-
-def _label(row: Line) -> str:
-    name = f"**{row['peer']}**" if row["peer"] == OURS else row["peer"]
-    return f"{name} ({row['setting']})" if row.get("setting") else name
+    return Ceilings(flops, bandwidth).seconds(row["floor_flops"], row["floor_bytes"])[0]
 
 
 def _extra(row: Line) -> str:

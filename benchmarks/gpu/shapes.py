@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cases import model_head
+from benchmarks.cases import ANCHOR, model_head
 from benchmarks.inputs import Shape
 
-# The first is the one that other projects publish times for; the others have a small hidden size,
-# where the product over the vocabulary has few tiles.
+# The others have a small hidden size, where the product over the vocabulary has few tiles.
 SHAPES = {
-    "anchor": Shape(16384, 4096, 131072, length=512),
+    "anchor": ANCHOR,
     "Qwen2.5-1.5B": model_head("Qwen2.5-1.5B", n=16384, length=512),
     "Qwen2.5-7B": model_head("Qwen2.5-7B", n=16384, length=512),
 }
@@ -21,6 +20,10 @@ ODD_TINY = ((1, 33, 257), (20, 40, 130), (17, 24, 70))
 
 def shapes(tiny: bool) -> dict[str, Shape]:
     return TINY if tiny else SHAPES
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dtype_of(device: torch.device) -> torch.dtype:

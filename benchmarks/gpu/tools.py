@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.kernel_times import CASES, Chunks
 from benchmarks.gpu.lines import Line
-from benchmarks.gpu.shapes import dtype_of, shapes
+from benchmarks.gpu.shapes import device_here, dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Shape, draw
 from benchmarks.peers import PowerflowFast, Unavailable
@@ -116,7 +116,7 @@ def _run(command: list[str], count: str | None = None) -> Line:
 
 def launch_kernels(tiny: bool) -> None:
     """Each kernel once, seen by a profiler that starts when told to."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     shape = next(iter(shapes(tiny).values()))
     chunks = Chunks.draw(shape, dtype_of(device), device)
     for name, case in CASES.items():
@@ -133,7 +133,7 @@ def launch_kernels(tiny: bool) -> None:
 
 def run_steps(tiny: bool) -> None:
     """A step with the head frozen, trained, and with the certified gradient of a sharp policy."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     shape = SMALL_TINY if tiny else SMALL
     for trained, options, sharpening in ((False, {}, 1), (True, {}, 1), (True, CERTIFIED, 8)):
         inputs = draw("random", shape, dtype_of(device), device, train_head=trained)

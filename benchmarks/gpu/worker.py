@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import lines
+from benchmarks.gpu.shapes import device_here
 from benchmarks.method import free_bytes
 from benchmarks.peers import Unavailable
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_here()
 
     def budget(self, seconds: float) -> float:
         """Seconds of rounds for a case: 0 in a dry run."""
