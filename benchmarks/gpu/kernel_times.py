@@ -240,7 +240,7 @@ def _kept(chunks: Chunks) -> Work:
         lambda: kept.kept_probabilities(
             policy, targets, shift, total, found, width, PLAIN, chunks.config.statistics
         ),
-        chunks.item * (rows * num_h + rows * width) + found.columns.shape[0] * width * num_h,
+        chunks.item * (rows * (num_h + width) + found.columns.shape[0] * width * num_h),
         2 * rows * num_h * width,
         rows=rows,
     )
