@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     try:
         path = lines.start(args.out, header)
-    except FileExistsError as error:
-        print(error)
+    except OSError as error:  # it holds a run, is no folder, or cannot be written to
+        print(f"--out: {error}")
         return 2
     show_limits(stages)
     began = time.monotonic()
@@ -84,7 +84,10 @@ def arguments(argv: list[str] | None, stages: Sequence) -> argparse.Namespace:
 
 
 def positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
     return value

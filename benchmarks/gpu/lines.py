@@ -22,7 +22,7 @@ def start(folder: Path, header: Line) -> Path:
     """A new file in `folder` with its first line; FileExistsError if a run is there already."""
     if found := sorted(folder.glob("gpu-*.jsonl")):
         raise FileExistsError(
-            f"--out: expected a folder without a run, {folder} holds {found[0].name}; "
+            f"expected a folder without a run, {folder} holds {found[0].name}; "
             "name another folder or move the file"
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,7 @@ def test_what_goes_wrong_in_a_case_is_its_line(tmp_path):
         (("--peers", "powerflow-fast,vllm"), "--peers: expected some of powerflow-fast, quack"),
         (("--peers", "powerflow-fast,vllm"), "got vllm"),
         (("--patience", "0"), "--patience: expected a number > 0, got 0"),
+        (("--patience", "long"), "--patience: expected a number > 0, got long"),
     ],
 )
 def test_unknown_names_are_refused(options, said, capsys):
@@ -214,6 +215,8 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"--out: expected a folder without a run, {tmp_path} holds gpu-a-gpu.jsonl" in said
     assert path.read_text() == before
+    assert command.main(["--dry-run", "--out", str(path)]) == 2  # a file
+    assert re.search(f"^--out: .*{path}", capsys.readouterr().out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
