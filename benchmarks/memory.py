@@ -7,9 +7,8 @@ second run, less the resident size just before it (Linux resets the peak through
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
-import multiprocessing.forkserver
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from benchmarks.cases import GROUPS, Case, Group
 from benchmarks.inputs import Inputs, draw
 
 CPU = torch.device("cpu")
+M_MMAP_THRESHOLD = -3  # malloc.h
 # Imported once; every child is a fork of the process that did.
 PRELOAD = ["benchmarks.memory", "trl.trainer.utils", "liger_kernel.chunked_loss"]
 
@@ -55,14 +55,19 @@ def in_child(function: Callable[..., int], *arguments: object) -> int:
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    # glibc raises this threshold as blocks are freed, and then keeps freed blocks: they would be
-    # resident before the measurement and not count. It is read when the server starts.
-    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
     return context
+
+
+def return_freed_blocks() -> None:
+    """From now on the C library gives every freed block of 64 KiB or more back to the system.
+
+    glibc keeps such blocks once it has seen a few: they would be resident before the measurement
+    and not count. Other libraries give them back anyway.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
 
 
 def resident(field: str) -> int:
@@ -77,6 +82,7 @@ def reset_resident_peak() -> None:
 
 def _measure(case: Case, setting: str) -> int:
     """The child's part."""
+    return_freed_blocks()
     group = GROUPS[case.group]
     method = peers.methods(case.peer, CPU)[setting]
     inputs = draw("random", case.shape, case.dtype, CPU, train_head=group.train_head)

@@ -1,5 +1,7 @@
 """The measuring itself: rounds, spread, ceilings, slopes, peak memory."""
 
+import multiprocessing.forkserver
+
 import torch
 
 from benchmarks import memory, method, peers, results_file
@@ -95,6 +97,7 @@ def _allocate(size: int) -> int:
 
 
 def test_peak_memory_of_a_child_process():
+    multiprocessing.forkserver.ensure_running()  # as after a test that needed one of its own
     assert 64e6 <= memory.in_child(_allocate, 64_000_000) <= 72e6
     shape = Shape(128, 32, 16384, length=32)
     peaks = {
