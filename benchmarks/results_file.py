@@ -32,6 +32,9 @@ PACKAGES = (
     "cut-cross-entropy",
     "verl",
     "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "unsloth-zoo",
+    "bitsandbytes",
     "pytest-benchmark",
 )
 FIGURES = {  # of a row, as the end of a run shows them

@@ -2,7 +2,7 @@
 
 The first line says what ran: device, date, commit, versions, stages. Every other line has a `stage`
 and a `part`, and either a `case` with its figures, or with `skipped` or `failed` and the reason; or
-`ended`, which says how the part's process ended.
+`compiled`, how many kernels Triton compiled meanwhile; or `ended`, how the part's process ended.
 """
 
 from __future__ import annotations

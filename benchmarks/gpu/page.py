@@ -33,12 +33,12 @@ def _one(header: Line, found: list[Line]) -> str:
     for stage, write in TABLES.items():
         if rows := _stage(found, stage):
             blocks += write(rows, found)
-    return "\n\n".join([*blocks, *_missing(found)])
+    return "\n\n".join([*blocks, *_compiled(found), *_missing(found)])
 
 
 def _stage(found: Iterable[Line], stage: str) -> list[Line]:
     """Lines of a stage that hold figures."""
-    without = ("skipped", "failed", "ended")
+    without = ("skipped", "failed", "ended", "compiled")
     return [
         line for line in found if line["stage"] == stage and not any(k in line for k in without)
     ]
@@ -165,6 +165,16 @@ def _lora(rows: list[Line], found: list[Line]) -> list[str]:
             cells.append((name, _seconds(row["seconds"]), rate, peak, planned))
     head = ("training step, LoRA", "one step", "tokens/s", "peak memory", "`plan` says")
     return [table(head, cells)]
+
+
+def _compiled(found: list[Line]) -> list[str]:
+    """Time that went into compiling, and not into measuring."""
+    said = [
+        f"{line['stage']}, {line['part']}: {line['compiled']} in {line['compile_seconds']:.0f} s"
+        for line in found
+        if "compiled" in line
+    ]
+    return [f"Kernels compiled while it ran: {'; '.join(said)}."] if said else []
 
 
 def _missing(found: list[Line]) -> list[str]:

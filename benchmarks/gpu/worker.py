@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from triton import knobs
 
 from benchmarks.gpu import lines
 from benchmarks.gpu.shapes import device_here
@@ -92,6 +93,7 @@ def work(run: Run, function: str, log: Path) -> None:
     os.setsid()  # so that a kill takes the programs that it starts along
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _log_to(log, f"\n== {run.stage}: {run.part}\n")
+    compiled = Compiled()
     try:
         module, _, name = function.partition(":")
         measure = getattr(importlib.import_module(module), name)(run)
@@ -102,6 +104,23 @@ def work(run: Run, function: str, log: Path) -> None:
             pass
     except Unavailable as reason:
         run.write({"stage": run.stage, "part": run.part, "skipped": str(reason)})
+    finally:
+        if compiled.compiled:
+            lines.append(run.path, {"stage": run.stage, "part": run.part, **vars(compiled)})
+
+
+class Compiled:
+    """Counts what Triton compiles in this process, a peer's kernels too; not what was cached."""
+
+    def __init__(self) -> None:
+        self.compiled, self.compile_seconds = 0, 0.0
+        knobs.compilation.listener = self._count
+
+    def _count(self, *, src, times, cache_hit: bool, **_) -> None:
+        if not cache_hit:
+            print(f"Triton compiled {src.name} in {times.total / 1e6:.1f} s")
+            self.compiled += 1
+            self.compile_seconds += times.total / 1e6
 
 
 def _log_to(path: Path, title: str) -> None:

@@ -57,6 +57,7 @@ LINES = [
     | {"case": "certified x2, anchor", "group": "certified"}
     | {"exact_seconds": 0.0836, "columns_kept": 0.05, "skipped_mass": 9e-4},
     {"stage": "heads", "part": "CCE exact", "skipped": "cut_cross_entropy is not installed"},
+    {"stage": "heads", "part": OURS, "compiled": 12, "compile_seconds": 34.4},
     step(OURS, "tb-trained", 0.11),
     {"stage": "tuner", "part": "ours", "case": "statistics 128 x 256 x 64", "seconds": 0.05}
     | {"tile": {}},
@@ -124,6 +125,7 @@ def test_every_table(folder):
         "compute-sanitizer on small steps: memcheck: 0 errors.",
         "| Llama-3-8B shape | 700 ms | 5851 | 22.4 GB | 23.1 GB |",
         "| NF4, step 1 | 20.00 s | 400 | 51.0 GB | 50.0 GB |",
+        "Kernels compiled while it ran: heads, powerflow-fast: 12 in 34 s.",
         "* heads, CCE exact: cut_cross_entropy is not installed",
         "* correct, cuda, second device: needs a second GPU",
         "* lora, NF4: stopped after 40 s of measuring",

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton import knobs
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import lines, runner, tools
+from benchmarks.gpu import lines, runner, tools, worker
 from benchmarks.gpu.runner import Part, Stage
 from benchmarks.gpu.stages import STAGES
 
@@ -251,6 +253,17 @@ def test_lines_are_read_back(tmp_path):
     path.write_text('{"format": 0}\n')
     with pytest.raises(ValueError, match="expected lines of format 1, got 0"):
         lines.read(path)
+
+
+def test_what_triton_compiles_is_counted_and_what_was_cached_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    compiled = worker.Compiled()
+    kernel, times = SimpleNamespace(name="statistics_kernel"), SimpleNamespace(total=1_500_000)
+    for cache_hit in (False, True, False):
+        arguments = dict(metadata={}, metadata_group={}, times=times, cache_hit=cache_hit)
+        knobs.compilation.listener(src=kernel, **arguments)
+    assert vars(compiled) == {"compiled": 2, "compile_seconds": 3.0}
+    assert "statistics_kernel in 1.5 s" in capsys.readouterr().out
 
 
 def test_counters_of_nsight_compute():

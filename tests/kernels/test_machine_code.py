@@ -90,10 +90,12 @@ def test_shared_memory_fits(facts):
     assert [row for row in facts if row["shared"] > CHIPS[row["chip"]].shared] == []
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_every_kernel_is_launched_as_on_a_gpu(chip, tmp_path):
+@pytest.mark.parametrize(
+    ("chip", "dtype"), [("sm_80", "bfloat16"), ("sm_80", "float32"), ("sm_90", "float16")]
+)
+def test_every_kernel_is_launched_as_on_a_gpu(chip, dtype, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.kernels.launch_run", chip]
+    command = [sys.executable, "-m", "tests.kernels.launch_run", chip, dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = ["active_blocks", "choose_columns", "combine", "direction", "dlogits", "kept_dlogits"]

@@ -1,0 +1,151 @@
+"""A GPU that is not there: Triton binds, specialises and compiles every launch; none runs.
+
+Import this module before any of the kernels' in a process of its own. The back end then takes
+tensors of a CPU or of no storage ("meta"): a launch only asks a tensor for type and alignment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from powerflow_fast import backend_triton, certified_triton  # noqa: E402
+from powerflow_fast.kernel_facts import CHIPS  # noqa: E402
+from powerflow_fast.kernels import columns, config  # noqa: E402
+from powerflow_fast.kernels.residual import BALANCES  # noqa: E402
+from powerflow_fast.numerators import new_numerators  # noqa: E402
+from powerflow_fast.options import HeadOptions  # noqa: E402
+
+Watch = Callable[[object, object], None]  # of a launcher's source and metadata
+
+
+class AbsentGpu:
+    """The part of Triton's driver that compiling and launching need."""
+
+    def __init__(self, chip: str, watch: Watch) -> None:
+        self.chip, self.watch = chip, watch
+
+    @property
+    def utils(self):
+        return self
+
+    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+        """Triton asks for one of each compiled kernel, before its first launch."""
+        self.watch(source, metadata)
+        return lambda *_: None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.chip[3:]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_device_properties(self, device) -> dict[str, int]:
+        shared = CHIPS[self.chip].shared
+        return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32}
+
+    def load_binary(self, name, kernel, shared, device):
+        return object(), 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module) -> None:
+        pass
+
+
+def use(chip: str, watch: Watch, machine_code: bool = True) -> None:
+    """From now on kernels are launched for `chip`; `watch` sees each one that was compiled.
+
+    Without `machine_code` they are compiled down to PTX, which takes a fifth less.
+    """
+    if not machine_code:
+        CUDABackend.make_cubin = lambda *_: b""
+    # What a kernel that did not run leaves is NaN, every time: every block of rows fails its check.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    driver.set_active(AbsentGpu(chip, watch))
+    backend_triton._check_inputs = lambda *_: None  # type: ignore[assignment]
+    certified_triton._looks_sharp = lambda *_: True  # type: ignore[assignment]
+    row = CHIPS[chip].row
+    config.config_for = lambda _, dtype: config.TABLE["float32" if dtype == torch.float32 else row]
+    columns.choose_columns = few_columns
+
+
+def few_columns(*arguments):
+    """Every block of rows keeps three columns."""
+    kept = choose_columns(*arguments)
+    kept.counts.fill_(3)
+    kept.columns.zero_()
+    return kept
+
+
+choose_columns = columns.choose_columns
+
+
+def launch_head(
+    n: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    *,
+    models: int = 2,
+    bias: bool = False,
+    strided: bool = False,
+    device: str = "cpu",
+    **options,
+) -> None:
+    """The launches of a step with the head frozen, and trained.
+
+    Scores alone too, and the trained head's with and without stored numerators. With a gradient
+    tolerance, those of the certified route.
+    """
+    hidden = torch.zeros(n, h, dtype=dtype, device=device)
+    weight = torch.zeros(v, h, dtype=dtype, device=device)
+    if strided:
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
+    targets = torch.zeros(n, dtype=torch.int64, device=device)
+    added = torch.zeros(v, dtype=dtype, device=device) if bias else None
+    reference = (hidden, weight, added) if models == 2 else None
+    head = (hidden, weight, added, targets)
+    head_options = HeadOptions(**options)
+    certified = head_options.grad_tolerance > 0
+    out = backend_triton.forward(*head, reference, head_options, True, want_kept=certified)
+    ones = torch.ones(n, device=device)
+    grad_entropy = ones if head_options.entropy else None
+    needs = (True, True, bias)
+    backward = (ones, grad_entropy, *head, ones, grad_entropy, head_options, needs)
+    if certified:
+        for number in (
+            3,
+            16,
+        ):  # of gathered columns: one that is a multiple of 16 and one that is not
+            few = torch.zeros_like(out.kept)
+            few[:, :number] = True
+            backend_triton.backward(*backward, few)
+        return
+    backend_triton.backward(*backward)
+    backend_triton.forward(*head, reference, head_options, False)
+    if not head_options.entropy:
+        layout = backend_triton.numerators_layout(hidden.device)
+        numerators = new_numerators(hidden, weight, layout, True)
+        backend_triton.forward(*head, reference, head_options, False, numerators)
+        backend_triton.backward(*backward, None, numerators)
+
+
+def launch_residual(tokens: int, sequences: int, masked: bool = False) -> None:
+    """The launches of the residual and its gradient."""
+    logps = torch.zeros(tokens)
+    mask = torch.ones(tokens, dtype=torch.bool) if masked else None
+    starts = torch.zeros(sequences, dtype=torch.int32)
+    ones = torch.ones(sequences)
+    for balance in BALANCES:
+        rows = (starts, starts, mask)
+        backend_triton.sequence_residual_forward(logps, logps, *rows, ones, ones, balance)
+        backend_triton.sequence_residual_backward(ones, starts, *rows, tokens, balance)
