@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from powerflow_fast.model_head import last_hidden_state
+from powerflow_fast.sampling import sample
+
 CACHE = Path(__file__).parent / ".cache"
 LENGTH = 64  # tokens of each completion
 
@@ -55,18 +58,16 @@ def _write(completions: int, temperature: float, seed: int) -> RealText:
     ]
     torch.manual_seed(seed)
     inputs = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-    text = model.generate(
-        **inputs,
-        do_sample=True,
+    drawn = sample(
+        model,
+        inputs["input_ids"],
+        inputs["attention_mask"],
         temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=LENGTH,
         max_new_tokens=LENGTH,
+        end_token_ids=(),
     )
-    mask = torch.cat([inputs["attention_mask"], torch.ones(completions, LENGTH).long()], 1)
-    positions = mask.cumsum(1).sub(1).clamp_min(0)
-    hidden = model.base_model(text, attention_mask=mask, position_ids=positions).last_hidden_state
+    text = drawn.input_ids
+    hidden = last_hidden_state(model, text, drawn.attention_mask)
     head = model.get_output_embeddings().weight
     return RealText(
         hidden[:, -LENGTH - 1 : -1].reshape(-1, hidden.shape[-1]).contiguous(),

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from powerflow_fast import tb_loss
+from powerflow_fast import sample, tb_loss
 from powerflow_fast.integrations.transformers import patch_head
 
 
@@ -22,15 +22,9 @@ def train(name, prompts, steps=100, group=8, max_new_tokens=64, lr=1e-4):
     own = prompts[accelerator.process_index :: accelerator.num_processes]
     for _ in range(steps):
         prompt = tokenizer(own, padding=True, return_tensors="pt").to(accelerator.device)
-        sampling = dict(do_sample=True, top_k=0, num_return_sequences=group)
-        ids = policy.generate(**prompt, **sampling, max_new_tokens=max_new_tokens)
-        completion = ids[:, prompt.input_ids.shape[1] :]
-        ended = completion == tokenizer.eos_token_id
-        kept = ended.cumsum(1) - ended.long() == 0  # up to the first end-of-sequence token
-        mask = torch.cat([prompt.attention_mask.repeat_interleave(group, 0), kept], 1)
-        labels = ids.where(mask.bool(), -100)
-        labels[:, : prompt.input_ids.shape[1]] = -100
-        batch = dict(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        sizes = dict(num_return_sequences=group, max_new_tokens=max_new_tokens)
+        drawn = sample(policy, prompt.input_ids, prompt.attention_mask, **sizes)
+        batch = dict(drawn._asdict(), fused_lm_head=True)
         with torch.no_grad(), policy.disable_adapter():
             reference = model(**batch).log_probs
         scored = model(**batch)

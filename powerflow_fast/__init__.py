@@ -1,7 +1,7 @@
 """PowerFlow's length-aware Trajectory-Balance loss, fused with the language-model head.
 
 The public names are `linear_logprobs`, `paired_linear_logprobs`, `tb_loss`, `fused_linear_tb_loss`,
-`FusedLinearTBLoss` and `LogZHead`, and with the extra `train` also `PowerFlowTrainer` and
+`FusedLinearTBLoss`, `LogZHead` and `sample`, and with the extra `train` also `PowerFlowTrainer` and
 `PowerFlowConfig`. All are loaded on first use, so importing the package imports nothing heavy.
 """
 
@@ -20,6 +20,7 @@ __all__ = [
     "fused_linear_tb_loss",
     "linear_logprobs",
     "paired_linear_logprobs",
+    "sample",
     "tb_loss",
 ]
 
@@ -31,6 +32,7 @@ _HOME = {
     "FusedLinearTBLoss": "loss",
     "TBOutput": "loss",
     "LogZHead": "log_z",
+    "sample": "sampling",
     "PowerFlowTrainer": "trainer",
     "PowerFlowConfig": "config",
 }
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from powerflow_fast.head import linear_logprobs, paired_linear_logprobs
     from powerflow_fast.log_z import LogZHead
     from powerflow_fast.loss import FusedLinearTBLoss, TBOutput, fused_linear_tb_loss, tb_loss
+    from powerflow_fast.sampling import sample
     from powerflow_fast.trainer import PowerFlowTrainer
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
-from powerflow_fast.model_head import last_hidden_state, read_head
+from powerflow_fast.model_head import base_model, last_hidden_state, read_head
+from powerflow_fast.sampling import Sample, end_tokens, sample
 
 if TYPE_CHECKING:
     from powerflow_fast.prompts import Question
@@ -116,11 +117,19 @@ def complete(
                     padding_side="left",
                     add_special_tokens=False,
                 ).to(model.device)
-                ids, mask = _generate(model, tokenizer, inputs, sampling, greedy)
+                drawn = sample(
+                    model,
+                    inputs["input_ids"],
+                    inputs["attention_mask"],
+                    max_new_tokens=sampling.max_new_tokens,
+                    greedy=greedy,
+                    end_token_ids=end_tokens(model, tokenizer),
+                )
+                ids, mask = drawn.completion(inputs["input_ids"].shape[1])
                 for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
                     texts[i] = text
                 if likelihood:
-                    logps = _base_logps(model, inputs, ids, mask)
+                    logps = _base_logps(model, drawn)
                     of_each = torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
                     base_logps[batch] = of_each.sum(1).cpu()
                 lengths[batch] = mask.sum(1).float().cpu()
@@ -163,38 +172,19 @@ def _batches(order: list[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _generate(model, tokenizer, inputs, sampling: Sampling, greedy: bool):
-    """Completion ids [B, T] and the mask [B, T] of counted tokens, the first end token included."""
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    out = model.generate(
-        **inputs,
-        **({"do_sample": False} if greedy else sampled),
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = out[:, inputs["input_ids"].shape[1] :]
-    ended = torch.isin(ids, torch.tensor(sorted(ends), device=ids.device))
-    mask = (ended.cumsum(1) - ended.long()) == 0
-    return ids, mask
-
-
 def _decode(tokenizer, ids, mask) -> list[str]:
     kept = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
-def _base_logps(model, inputs, ids, mask) -> Tensor:
+def _base_logps(model, drawn: Sample) -> Tensor:
     """[N] log-probs of the counted tokens under the model without its adapter, if it has one."""
     adapted = hasattr(model, "peft_config")
     with model.disable_adapter() if adapted else nullcontext():
-        base = model.get_base_model() if adapted else model
-        attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
-        hidden = last_hidden_state(base, torch.cat([inputs["input_ids"], ids], 1), attention)
-        head = read_head(base)
-        hidden = hidden[:, -ids.shape[1] - 1 : -1][mask]
-        logps = linear_logprobs(hidden, head.weight, ids[mask], bias=head.bias, **head.transform)
+        base = base_model(model)
+        hidden = last_hidden_state(base, drawn.input_ids, drawn.attention_mask)
+        head, counted = read_head(base), drawn.labels[:, 1:] != -100
+        rows, targets = hidden[:, :-1][counted], drawn.input_ids[:, 1:][counted]
+        logps = linear_logprobs(rows, head.weight, targets, bias=head.bias, **head.transform)
     assert isinstance(logps, Tensor)  # a pair only where entropy is asked for
     return logps

@@ -7,8 +7,10 @@ quantised, or does anything else first is refused: the loss would silently be an
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -213,7 +215,35 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no decoder apart from its head")
 
 
+def positions(attention_mask: Tensor) -> Tensor:
+    """[B, L] place of every token among the real ones of its row; 0 before the first."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def with_positions(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of a forward pass, with the position ids that follow from the mask.
+
+    Most models count from the first column unless told: on a left-padded row that is another model
+    wherever positions are learned or set the scale of rotations. Those given are kept, and a model
+    that takes none gets none.
+    """
+    mask = inputs.get("attention_mask")
+    known = inputs.get("position_ids") is not None or inputs.get("past_key_values") is not None
+    if known or mask is None or mask.ndim != 2 or not _takes_positions(type(inner)):
+        return inputs
+    return inputs | {"position_ids": positions(mask)}
+
+
+@cache
+def _takes_positions(kind: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, L, H] final hidden states of the backbone; the head is not run."""
-    out = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return out.last_hidden_state
+    """[B, L, H] final hidden states of the backbone; the head is not run.
+
+    Rows [B, L] may be padded on either side, where `attention_mask` [B, L] is 0.
+    """
+    inner = backbone(model)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    return inner(**with_positions(inner, inputs)).last_hidden_state

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from powerflow_fast.model_head import backbone, positions
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,9 +20,8 @@ if TYPE_CHECKING:
 def packed_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """[B, L, H] final hidden states of ids [B, L]; 0 where mask [B, L] is 0."""
     real = mask.bool()
-    positions = real.cumsum(1) - 1
-    inputs = {"input_ids": ids[real][None], "position_ids": positions[real][None]}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    inputs = {"input_ids": ids[real][None], "position_ids": positions(mask)[real][None]}
+    hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
     real = real.to(hidden.device)
     return hidden.new_zeros(*real.shape, hidden.shape[-1]).masked_scatter(real[..., None], hidden)
 

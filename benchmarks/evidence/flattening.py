@@ -13,12 +13,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import powerflow_fast
 from benchmarks.evidence import Run, language, texts
 from benchmarks.markdown import table
 from powerflow_fast.demo import chat_prompt
 from powerflow_fast.evaluation import distinct_ngrams
 from powerflow_fast.health import distinct_ngrams as distinct_within
 from powerflow_fast.prompts import OPEN_PROMPTS, Question, read_questions
+from powerflow_fast.sampling import end_tokens
 
 TITLE = "Quality against semantic diversity: PowerFlow with alpha < 1, and temperature"
 SEEDS = (0, 1)
@@ -78,18 +80,23 @@ def sample(
     import torch
 
     inputs = tokenizer([chat_prompt(p) for p in prompts], return_tensors="pt", padding=True)
-    limit, end = TRAINING["max_new_tokens"], tokenizer.eos_token_id
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    model.eval()  # nothing trains on it afterwards
-    with torch.random.fork_rng(), torch.no_grad():
+    ends = end_tokens(model, tokenizer)
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = model.generate(
-            **inputs, **sampling, num_return_sequences=SAMPLES, max_new_tokens=limit
+        drawn = powerflow_fast.sample(
+            model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            temperature=temperature,
+            num_return_sequences=SAMPLES,
+            max_new_tokens=TRAINING["max_new_tokens"],
+            end_token_ids=ends,
         )
     completions = []
-    for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
-        ended = end in ids
-        kept = ids[: ids.index(end)] if ended else ids
+    for row, counted in zip(*drawn.completion(inputs["input_ids"].shape[1]), strict=True):
+        ids = row[counted].tolist()
+        ended = ids[-1] in ends
+        kept = ids[:-1] if ended else ids
         completions.append((tokenizer.decode(kept, skip_special_tokens=True), kept, ended))
     return completions
 

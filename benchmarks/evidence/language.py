@@ -21,7 +21,9 @@ import torch
 
 from powerflow_fast.evaluation import distinct_ngrams, is_correct, words
 from powerflow_fast.forecast import power_weights
+from powerflow_fast.model_head import positions
 from powerflow_fast.prompts import Question
+from powerflow_fast.sampling import end_tokens
 
 ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
 
@@ -242,7 +244,7 @@ def sample(
     """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     mask, rows = inputs["attention_mask"], samples + 1
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    places = positions(mask)
     training = model.training
     model.eval()
     with torch.random.fork_rng():
@@ -266,7 +268,7 @@ def sample(
             logits = model(input_ids=token, **step, use_cache=True).logits[:, -1]
     model.train(training)
     ids = torch.cat(tokens, 1)
-    ended = ids == tokenizer.eos_token_id
+    ended = torch.isin(ids, torch.tensor(end_tokens(model, tokenizer)))
     kept = (ended.cumsum(1) - ended.long()) == 0  # the first end token is counted, as in training
     texts = tokenizer.batch_decode(
         [row[keep] for row, keep in zip(ids, kept, strict=True)], skip_special_tokens=True

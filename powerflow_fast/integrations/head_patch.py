@@ -23,6 +23,7 @@ from powerflow_fast.model_head import (
     check_head,
     read_head,
     through_head,
+    with_positions,
 )
 from powerflow_fast.options import HeadOptions
 
@@ -121,7 +122,8 @@ def score(
     inputs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    out = backbone(model)(*args, **inputs)
+    inner = backbone(model)
+    out = inner(*args, **with_positions(inner, inputs))
     hidden = out.last_hidden_state
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
