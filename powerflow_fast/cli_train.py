@@ -79,7 +79,7 @@ def _prepare_training(argv: list[str]):
     from trl import TrlParser
 
     from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
-    from powerflow_fast.config import check_lengths
+    from powerflow_fast.checks import check_lengths
     from powerflow_fast.prompts import read_prompts
     from powerflow_fast.rewards import missing_boxed
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 from trl import GRPOConfig
-
-from powerflow_fast.model_head import base_model, check_head
-from powerflow_fast.packing import check_packing
 
 # Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
 # than the default would be silently ignored; it is refused instead.
@@ -140,93 +135,3 @@ class PowerFlowConfig(GRPOConfig):
         if step >= self.alpha_warmup_steps:
             return self.alpha
         return self.alpha_start + (self.alpha - self.alpha_start) * step / self.alpha_warmup_steps
-
-
-def check_data(dataset) -> None:
-    """ValueError unless `dataset` has prompts to train on."""
-    columns = getattr(dataset, "column_names", None)
-    if dataset is None or (columns is not None and "prompt" not in columns):
-        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError("train_dataset: it is empty")
-
-
-def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
-    """ValueError where a prompt and its completion do not fit into the context of `model`.
-
-    `model` may be a path or name, of which only configuration and tokenizer are read, if needed.
-    """
-    source = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model, **source) if isinstance(model, str) else model.config
-    limits = (getattr(config.get_text_config(), "max_position_embeddings", None),)
-    context = min((n for n in (*limits, args.vllm_max_model_length) if n), default=None)
-    if context is None or not hasattr(dataset, "__getitem__"):
-        return
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
-        if isinstance(prompts[0], str):
-            rows = tokenizer(prompts)["input_ids"]
-        else:
-            rows = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
-        for i, row in enumerate(rows, start=start):
-            if len(row) + args.max_completion_length > context:
-                raise ValueError(
-                    f"train_dataset: prompt {i} has {len(row)} tokens, which with "
-                    f"max_completion_length={args.max_completion_length} is beyond the context of "
-                    f"{context}; drop it, or lower max_completion_length"
-                )
-
-
-def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
-    """ValueError where the reference would not be the model as it was given."""
-    given_adapter = hasattr(model, "get_base_model")  # a PeftModel
-    if args.offload_reference and (given_adapter or peft_config is not None):
-        raise ValueError(
-            "offload_reference: with an adapter there is no second copy to move, the reference is "
-            "the base under it; leave it off"
-        )
-    if isinstance(model, str) or given_adapter:
-        return
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"model: {name} carries an adapter, but the model is no PeftModel, so the base "
-                "cannot be told from it; pass the PeftModel, or the model without it"
-            )
-    if peft_config is None and not getattr(model.config, "_name_or_path", ""):
-        raise ValueError(
-            "model: full fine-tuning loads the reference from the model's path, and this model has "
-            "none; save it and pass the path, or pass peft_config="
-        )
-
-
-def check_policy(trainer, policy) -> None:
-    """ValueError where the built `trainer` cannot train `policy`, its model unwrapped."""
-    if trainer._is_vlm:
-        raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
-    if trainer.aux_loss_enabled:
-        raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
-    if not any(p.requires_grad for p in policy.parameters()):
-        raise ValueError(
-            "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
-            "the adapter with is_trainable=True"
-        )
-    base = base_model(policy)
-    check_head(base)
-    if trainer.args.padding_free:
-        check_packing(base)
-    devices = set(getattr(trainer.ref_model, "hf_device_map", {}).values())
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or len(devices) > 1
-    if trainer.args.offload_reference and sharded:
-        raise ValueError(
-            "offload_reference: expected a whole copy on one device (one process, or DDP); "
-            "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
-        )
-    if trainer.top_p < 1 or trainer.top_k or trainer.min_p or trainer.repetition_penalty != 1:
-        warnings.warn(
-            "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
-            "LA-TB does not correct: they no longer come from the policy",
-            stacklevel=3,
-        )

@@ -39,10 +39,29 @@ METRICS = {  # of TBOutput -> name in the logs
 SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
 PATIENCE = 3  # bad rollouts in a row
+START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
+NEAR_KL = 1e-3  # likewise, above which it warns
 
 
 class TrainingStopped(RuntimeError):
     """The run ended itself; the message says what happened and what to change."""
+
+
+def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
+    """Whether the policy starts at the reference; `kl` [nats/token] is the first batch's.
+
+    Raises:
+        TrainingStopped: above `limit`, with the likely cause.
+    """
+    if not kl > NEAR_KL:
+        return
+    cause = "the reference was loaded from other weights than the model's own"
+    if adapted:
+        cause = "the adapter does not start at zero, or changes the base (PiSSA, OLoRA)"
+    text = f"policy and reference differ before the first step (KL {kl:.3g} nats/token): {cause}"
+    if kl > limit:
+        raise TrainingStopped(f"{text}; expected 0, and at most {limit:g}")
+    warnings.warn(text, stacklevel=3)
 
 
 class Health(TrainerCallback):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,16 +171,24 @@ def base_model(policy):
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
-def disable_dropout(model) -> None:
-    """Set every dropout to 0: modules, and the numbers attention layers keep for themselves."""
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Module, attribute and value of every dropout: layers, and numbers that modules keep.
+
+    A model that reads its configuration in the forward pass (Falcon) has more of them.
+    """
     from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name, value in list(vars(module).items()):
+            is_rate = "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
+            if is_rate and isinstance(value, float):
+                yield module, name, value
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set all of `dropouts` to 0."""
+    for module, name, _ in dropouts(model):
+        setattr(module, name, 0.0)
 
 
 def keep_gradient(model) -> None:
@@ -235,7 +243,7 @@ def with_positions(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _takes_positions(kind: type[nn.Module]) -> bool:
+def _takes_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 

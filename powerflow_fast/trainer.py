@@ -8,7 +8,6 @@ GRPO's loss listed in `config.NOT_HONOURED`.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,15 +18,16 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
-from powerflow_fast.config import (
-    PowerFlowConfig,
+from powerflow_fast.checks import (
     check_data,
     check_lengths,
     check_policy,
     check_reference,
+    given_back,
 )
+from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import METRICS, Health
+from powerflow_fast.health import METRICS, START_KL, Health, check_start
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.model_head import (
@@ -75,6 +75,7 @@ class PowerFlowTrainer(WholeCheckpoints):
 
     args: PowerFlowConfig  # type: ignore[assignment]
     ref_model: Any  # the second copy, for full fine-tuning
+    start_kl = START_KL  # nats/token: a run that starts further from its reference ends at once
     _tag_names = ["trl", "powerflow"]
     _name = "PowerFlow"
     _paper = {
@@ -101,16 +102,33 @@ class PowerFlowTrainer(WholeCheckpoints):
         check_data(train_dataset)
         check_reference(model, peft_config, args)
         check_lengths(train_dataset, model, kwargs.get("processing_class"), args)
+        with given_back(model):
+            self._build(
+                psi_funcs=psi_funcs,
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        if args.offload_reference:
+            self.ref_model.to("cpu")
+        if args.log_z == "learned":
+            size = base_model(self._policy()).config.get_text_config().hidden_size
+            self.log_z = LearnedLogZ(size, args, self.accelerator)
+            self.add_callback(self.log_z)
+        self.health = Health(args)
+        self.add_callback(self.health)
+        engine = "FSDP" if self.is_fsdp_enabled else "none"
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
+        self._made_for = describe(self._policy()) | {"log_z": args.log_z, "engine": engine}
+
+    def _build(self, *, psi_funcs, model, args: PowerFlowConfig, **kwargs: Any) -> None:
+        """TRL's trainer around the model, and what is refused once it is there."""
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         given = {n: p.data for n, p in _trained(model)} if isinstance(model, PeftModel) else {}
-        super().__init__(
-            model=model,
-            reward_funcs=no_psi if psi_funcs is None else psi_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        reward_funcs = no_psi if psi_funcs is None else psi_funcs
+        super().__init__(model=model, args=args, reward_funcs=reward_funcs, **kwargs)
         args.beta = self.beta = 0.0
         if getattr(self.model, "is_quantized", False):
             keep_gradient(self.model)
@@ -121,22 +139,18 @@ class PowerFlowTrainer(WholeCheckpoints):
         if self.use_vllm and hasattr(self.model, "merge_adapter"):
             keep_base_exact(self.model)
         self._redirect = _ForwardRedirection()
-        policy = self.accelerator.unwrap_model(self.model)
-        check_policy(self, policy)
-        for part in (policy, self.ref_model):
+        for part in (self._policy(), self.ref_model):
             if part is not None:
                 disable_dropout(part)
-        if args.offload_reference:
-            self.ref_model.to("cpu")
-        if args.log_z == "learned":
-            size = base_model(policy).config.get_text_config().hidden_size
-            self.log_z = LearnedLogZ(size, args, self.accelerator)
-            self.add_callback(self.log_z)
-        self.health = Health(args)
-        self.add_callback(self.health)
-        engine = "FSDP" if self.is_fsdp_enabled else "none"
-        engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
-        self._made_for = describe(policy) | {"log_z": args.log_z, "engine": engine}
+        check_policy(self, self._policy())
+
+    def _policy(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    @staticmethod
+    def as_reference(policy: PeftModel):
+        """The context in which `policy` is the reference: a frozen copy of its adapter, or none."""
+        return use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
 
     def _prepare_inputs(self, generation_batch):
         """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""
@@ -336,7 +350,7 @@ class PowerFlowTrainer(WholeCheckpoints):
                 head = read_head(base)
             else:
                 base = base_model(policy)
-                with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                with self.as_reference(policy):
                     hidden = self._hidden(base, inputs)
                     head = read_head(base)
         keywords = {"ref_hidden": counted(hidden, mask, head)}
@@ -369,13 +383,9 @@ class PowerFlowTrainer(WholeCheckpoints):
             self._metrics[mode][METRICS[name]].append(value)
         if mode == "train":
             self.health.check_loss(self.state.global_step, figures)
-            if self._step == 0 and figures["kl"] > 1e-3:
-                warnings.warn(
-                    "policy and reference differ before the first step (KL "
-                    f"{figures['kl']:.3g} nats/token): the adapter does not start at zero, or "
-                    "changes the base (PiSSA, OLoRA)",
-                    stacklevel=2,
-                )
+            if self._step == 0:
+                adapted = hasattr(self._policy(), "peft_config")
+                check_start(figures["kl"], adapted, self.start_kl)
 
     def training_step(self, *args: Any, **kwargs: Any):
         with self.health.phase("policy"):

@@ -8,7 +8,7 @@ pytest.importorskip("trl")
 from peft import get_peft_model  # noqa: E402
 
 from powerflow_fast import trainer as trainer_module  # noqa: E402
-from powerflow_fast.config import check_policy  # noqa: E402
+from powerflow_fast.checks import check_policy  # noqa: E402
 from powerflow_fast.packing import check_packing, packed_hidden_state  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
@@ -99,6 +99,7 @@ def test_an_offloaded_reference_comes_once_per_rollout_and_changes_nothing(tmp_p
         )
         with torch.no_grad():  # so that policy and reference differ
             trainer.model.model.embed_tokens.weight.mul_(1.1)
+        trainer.start_kl = float("inf")
         if offload:
             move = trainer.ref_model.to
             trainer.ref_model.to = lambda device, f=move: events.append(str(device)) or f(device)

@@ -1,6 +1,7 @@
 """PowerFlowTrainer on a random model small enough to recompute everything naively."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset  # noqa: E402
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model  # noqa: E402
 
 from powerflow_fast import PowerFlowConfig, PowerFlowTrainer  # noqa: E402
+from powerflow_fast.health import TrainingStopped  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -34,7 +36,8 @@ def make(folder, *, model=None, peft=True, rollout=tiny.rollout, psi=None, data=
 
 
 def start_from_nonzero_adapter(trainer):
-    """LoRA starts at zero; move it, so that policy and reference differ."""
+    """LoRA starts at zero; move it, so that policy and reference differ, which runs refuse."""
+    trainer.start_kl = math.inf
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -324,11 +327,15 @@ def test_truncated_sampling_warns(tmp_path):
         make(tmp_path, top_p=0.9)
 
 
-def test_an_adapter_that_does_not_start_at_zero_warns(tmp_path):
-    trainer, _ = make(tmp_path)
+def test_an_adapter_that_does_not_start_at_zero_ends_the_run(tmp_path):
+    trainer, seen = make(tmp_path)
     start_from_nonzero_adapter(trainer)
-    with pytest.warns(UserWarning, match="before the first step"):
+    trainer.start_kl = type(trainer).start_kl
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(TrainingStopped, match="before the first step .KL 2.*PiSSA, OLoRA.*at most"):
         trainer.train()
+    assert not seen.steps
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
 
 def test_conversational_prompts_and_psi_on_messages(tmp_path):

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from powerflow_fast.checks import check_pair, given_back, trial_ids
 from powerflow_fast.integrations.head_patch import patch_head
 from powerflow_fast.loss import TBOutput, tb_loss
-from powerflow_fast.model_head import disable_dropout, keep_gradient
+from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
+from powerflow_fast.sampling import end_tokens
 
 LOGGED = ("residual_mean", "residual_std", "policy_logp", "ref_logp", "log_z", "clipped_share")
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel) -> Tensor:
+    """[1, T] log-probs of a few tokens, as training scores them."""
+    ids = trial_ids(base_model(model))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return model(**inputs, fused_lm_head=True).log_probs
 
 
 class LATBTrainer(Trainer):
@@ -30,7 +41,8 @@ class LATBTrainer(Trainer):
         train_dataset, eval_dataset: rows with `prompt` and `completion` (text, or token ids), and
             optionally `old_logps` (one log-prob [nats] per completion token, from the policy that
             sampled; they give clipped importance weights) and `psi` (format term, nats/token).
-            To a completion given as text the end-of-sequence token is added.
+            A completion given as text gets the tokenizer's end-of-sequence token, unless it ends
+            with one of the model's already.
         processing_class: the tokenizer.
         ref_model: the frozen reference where it is not the base of `model`.
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
@@ -61,21 +73,28 @@ class LATBTrainer(Trainer):
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model: nothing to train, every parameter is frozen")
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
-        for part in (model, ref_model):
-            if part is not None:
-                patch_head(part, temperature)
-                disable_dropout(part)
-                keep_gradient(part)
+        ends = end_tokens(model, processing_class)
+        train_items = self._encode(train_dataset, processing_class, ends)
+        eval_items = None
+        if eval_dataset is not None:
+            eval_items = self._encode(eval_dataset, processing_class, ends)
         args.remove_unused_columns = False
-        super().__init__(
-            model,
-            args,
-            self._collate,
-            self._encode(train_dataset, processing_class),
-            None if eval_dataset is None else self._encode(eval_dataset, processing_class),
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with given_back(model), given_back(ref_model):
+            for part in (model, ref_model):
+                if part is not None:
+                    patch_head(part, temperature)
+                    disable_dropout(part)
+                    keep_gradient(part)
+                    check_pair(part, trial=partial(_scores, part))
+            super().__init__(
+                model,
+                args,
+                self._collate,
+                train_items,
+                eval_items,
+                processing_class=processing_class,
+                **kwargs,
+            )
         self.loss_is_scaled_for_ga = True
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
         self.ref_model = None
@@ -85,7 +104,9 @@ class LATBTrainer(Trainer):
             )
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
 
-    def _encode(self, rows: Iterable[Mapping[str, Any]], tokenizer) -> list[list[dict[str, Any]]]:
+    def _encode(
+        self, rows: Iterable[Mapping[str, Any]], tokenizer, ends: list[int]
+    ) -> list[list[dict[str, Any]]]:
         """Rows as token ids, those of one prompt together."""
         groups: dict[tuple[int, ...], list[dict[str, Any]]] = defaultdict(list)
         for place, row in enumerate(rows):
@@ -98,7 +119,8 @@ class LATBTrainer(Trainer):
                 prompt = tokenizer(prompt)["input_ids"]
             if isinstance(completion, str):
                 completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
-                completion = [*completion, tokenizer.eos_token_id]
+                if not completion or completion[-1] not in ends:
+                    completion = [*completion, tokenizer.eos_token_id]
             old = row.get("old_logps")
             if not len(prompt) or (old is not None and len(old) != len(completion)):
                 raise ValueError(

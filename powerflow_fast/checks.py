@@ -1,0 +1,323 @@
+"""What is refused before anything is trained: models, adapters and data that would go wrong.
+
+What an adapter or a layer does is tried on a few tokens where that can be tried, and not looked up
+in a list of names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.model_head import base_model, check_head, dropouts, last_hidden_state
+from powerflow_fast.packing import check_packing
+
+TOKENS = 8  # of a trial
+# Between passes that must agree: rounding, of which bf16 leaves 1 part in 256.
+ROUNDINGS = 32
+
+
+def check_data(dataset) -> None:
+    """ValueError unless `dataset` has prompts to train on."""
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or (columns is not None and "prompt" not in columns):
+        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("train_dataset: it is empty")
+
+
+def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
+    """ValueError where a prompt and its completion do not fit into the context of `model`.
+
+    `model` may be a path or name, of which only configuration and tokenizer are read, if needed.
+    """
+    source = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(model, **source) if isinstance(model, str) else model.config
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None),)
+    context = min((n for n in (*limits, args.vllm_max_model_length) if n), default=None)
+    if context is None or not hasattr(dataset, "__getitem__"):
+        return
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
+        if isinstance(prompts[0], str):
+            rows = tokenizer(prompts)["input_ids"]
+        else:
+            rows = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
+        for i, row in enumerate(rows, start=start):
+            if len(row) + args.max_completion_length > context:
+                raise ValueError(
+                    f"train_dataset: prompt {i} has {len(row)} tokens, which with "
+                    f"max_completion_length={args.max_completion_length} is beyond the context of "
+                    f"{context}; drop it, or lower max_completion_length"
+                )
+
+
+def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
+    """ValueError where the reference would not be the model as it was given."""
+    given_adapter = hasattr(model, "get_base_model")  # a PeftModel
+    if args.offload_reference and (given_adapter or peft_config is not None):
+        raise ValueError(
+            "offload_reference: with an adapter there is no second copy to move, the reference is "
+            "the base under it; leave it off"
+        )
+    given = dict(getattr(model, "peft_config", {})) if given_adapter else {"": peft_config}
+    for adapter in given.values():
+        check_adapter(adapter)
+    if isinstance(model, str) or given_adapter:
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"model: {name} carries an adapter, but the model is no PeftModel, so the base "
+                "cannot be told from it; pass the PeftModel, or the model without it"
+            )
+    if peft_config is None and not getattr(model.config, "_name_or_path", ""):
+        raise ValueError(
+            "model: full fine-tuning loads the reference from the model's path, and this model has "
+            "none; save it and pass the path, or pass peft_config="
+        )
+
+
+def check_adapter(config) -> None:
+    """ValueError for a kind of adapter that only PeftModel's own forward brings into effect."""
+    if config is None:
+        return
+    kind = type(config).__name__
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config: a {kind} adds tokens before the prompt, which the fused head does not "
+            "see: nothing would be trained; use an adapter of the layers, LoraConfig for one"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config: an activated LoRA (alora_invocation_tokens) acts behind its tokens "
+            "alone, which the fused head does not see: nothing would be trained; use plain LoRA"
+        )
+    if getattr(config, "bias", "none") not in ("none", None, False):
+        raise ValueError(
+            f"peft_config: bias={config.bias!r} trains biases of the base, so the reference would "
+            "move with the policy; use bias='none'"
+        )
+
+
+Trial = Callable[[], Tensor]  # what a model makes of a few tokens
+
+
+def check_pair(
+    policy: nn.Module,
+    reference: Callable[[], AbstractContextManager] | None = None,
+    trial: Trial | None = None,
+) -> None:
+    """Whether one model can be the policy and, without its adapter, the reference.
+
+    Passes in training and in evaluation mode must agree. With an adapter, every trainable parameter
+    is moved for a moment, which must show in the policy and not in the reference.
+
+    Args:
+        policy: the PeftModel, or a model that is trained whole.
+        reference: for a PeftModel, the context in which it is the reference; default: the base.
+        trial: a pass over a few tokens, without a gradient; default: to the last hidden states.
+
+    Raises:
+        ValueError: which says what was tried, what came of it, and the parameter it comes from.
+    """
+    if any(p.is_meta or p.numel() == 0 for p in policy.parameters()):  # sharded: not tried
+        return
+    trial = trial or partial(hidden_trial, base_model(policy))
+    _check_modes(policy, trial)
+    if not hasattr(policy, "peft_config"):
+        return
+    reference = reference or policy.disable_adapter
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    with reference():
+        fixed = trial()
+    start = trial()
+    with _moved(trained.values()):
+        moved = trial()
+        with reference():
+            after = trial()
+    if torch.equal(moved, start):
+        raise ValueError(
+            "model: none of its trainable parameters acts on what is scored (tried by moving all "
+            f"{len(trained)}), so nothing would be trained"
+        )
+    if not torch.equal(after, fixed):
+        raise ValueError(
+            f"model: {_culprit(trained, reference, trial, fixed)} is trained but is no part of the "
+            "adapter that the reference does without, so the reference would move with the policy; "
+            "freeze it, or name its layer in the adapter's modules_to_save"
+        )
+
+
+@torch.no_grad()
+def hidden_trial(base: PreTrainedModel) -> Tensor:  # [1, TOKENS, H]
+    ids = trial_ids(base)
+    return last_hidden_state(base, ids, torch.ones_like(ids))
+
+
+def trial_ids(base: PreTrainedModel) -> Tensor:  # [1, TOKENS]
+    size = base.config.get_text_config().vocab_size
+    return torch.arange(1, TOKENS + 1, device=base.device)[None] % size
+
+
+def _check_modes(model: nn.Module, trial: Trial) -> None:
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.train()
+            first, second = trial(), trial()
+            model.eval()
+            still = trial()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    for other, what in ((second, "two passes differ"), (still, "training and evaluation differ")):
+        error = (first.float() - other.float()).abs().max()
+        limit = ROUNDINGS * torch.finfo(first.dtype).eps * first.float().abs().max().clamp(min=1)
+        if not error <= limit:
+            raise ValueError(
+                f"model: {what} by {error:.2g} ({type(base_model(model)).__name__}, every dropout "
+                "that is a layer or a module's own number off): the policy would not start at the "
+                "reference, nor be trained on what it samples. Set to 0 what its configuration "
+                "names dropout, jitter or the like"
+            )
+
+
+@contextmanager
+def _moved(parameters) -> Iterator[None]:
+    """Every parameter a little off, for the time inside; bit by bit as it was afterwards."""
+    kept = [(p, p.detach().clone()) for p in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, _ in kept:
+                parameter.add_(0.5)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+def _culprit(trained: dict[str, nn.Parameter], reference, trial: Trial, fixed: Tensor) -> str:
+    """The name of a trained parameter that moves the reference."""
+    for name, parameter in trained.items():
+        with _moved([parameter]), reference():
+            if not torch.equal(trial(), fixed):
+                return name
+    return "one of its parameters"
+
+
+def check_copy(policy: nn.Module, copy: Any) -> None:
+    """ValueError where the reference that was loaded is not the model that was given."""
+    others = dict(copy.named_parameters())
+    for name, parameter in policy.named_parameters():
+        other = others.get(name)
+        if parameter.is_meta or not parameter.numel() or (other is not None and other.is_meta):
+            return  # sharded or offloaded: the first step's KL tells
+        same = other is not None and parameter.shape == other.shape
+        if not same or not torch.equal(parameter, other.to(parameter)):
+            raise ValueError(
+                f"model: its {name} is not that of {copy.config._name_or_path!r}, from where the "
+                "reference is loaded (an adapter merged in? a weight changed?): the reference "
+                "would be another model; save the model and pass the folder's path"
+            )
+
+
+@contextmanager
+def given_back(model: Any) -> Iterator[None]:
+    """Takes off again what was put on `model`, where an error comes out of the time inside.
+
+    A refusal costs no second loading: adapters that were added go, and parameters, modes and hooks
+    are as they were.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    adapters = set(getattr(model, "peft_config", {}))
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    checkpointing = getattr(base_model(model), "is_activation_checkpointing", False)
+    off = list(dropouts(model))
+    base = base_model(model)
+    forward, hooked = vars(base).get("forward"), hasattr(base, "_require_grads_hooks")
+    try:
+        yield
+    except BaseException:
+        _take_off(model, adapters)
+        vars(base).pop("forward", None)
+        if forward is not None:
+            base.forward = forward
+        if not hooked and hasattr(base, "_require_grads_hooks"):
+            base.disable_input_require_grads()
+        for module, name, value in off:
+            setattr(module, name, value)
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+        if not checkpointing and getattr(base, "is_activation_checkpointing", False):
+            base.activation_checkpointing_disable()
+        raise
+
+
+def _take_off(model: Any, adapters: set[str]) -> None:
+    """All adapters of `model` but those named, from its layers too where it is no PeftModel."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if hasattr(model, "get_base_model"):  # a PeftModel
+        for name in set(model.peft_config) - adapters:
+            model.delete_adapter(name)
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    if not adapters and "peft_config" in vars(model):
+        del model.peft_config
+
+
+def check_policy(trainer, policy) -> None:
+    """ValueError where the built `trainer` cannot train `policy`, its model unwrapped."""
+    if trainer._is_vlm:
+        raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
+    if trainer.aux_loss_enabled:
+        raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ValueError(
+            "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
+            "the adapter with is_trainable=True"
+        )
+    base = base_model(policy)
+    check_head(base)
+    if trainer.args.padding_free:
+        check_packing(base)
+    check_pair(policy, lambda: trainer.as_reference(policy))
+    if trainer.ref_model is not None:
+        check_copy(policy, trainer.ref_model)
+    devices = set(getattr(trainer.ref_model, "hf_device_map", {}).values())
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or len(devices) > 1
+    if trainer.args.offload_reference and sharded:
+        raise ValueError(
+            "offload_reference: expected a whole copy on one device (one process, or DDP); "
+            "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
+        )
+    if trainer.top_p < 1 or trainer.top_k or trainer.min_p or trainer.repetition_penalty != 1:
+        warnings.warn(
+            "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
+            "LA-TB does not correct: they no longer come from the policy",
+            stacklevel=3,
+        )
