@@ -115,15 +115,18 @@ def backward(
     needs: Sequence[bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
     numerators: Numerators | None = None,  # likewise, without grad_entropy
+    logps: Tensor | None = None,  # [N] likewise, over the whole vocabulary
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
 
-    Those of the kept columns alone, if given.
+    Those of the kept columns alone, if given. A confident target's 1 - p comes from `logps`: the
+    recomputed logits have lost its digits.
     """
     rows = _counted_rows(targets, options)
     if rows is not None:
         grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
         grad_entropy, entropy = _take(grad_entropy, rows), _take(entropy, rows)
+        logps = _take(logps, rows)
     head = Head(_take(hidden, rows), weight, bias, targets, options)
     if kept is not None:  # few columns of each block remain of a tile
         head.tile = (BLOCK, 4 * head.tile[1])
@@ -148,6 +151,7 @@ def backward(
                     None if grad_entropy is None else grad_entropy[r],
                     lse[r],
                     None if entropy is None else entropy[r],
+                    None if logps is None else logps[r],
                     target_columns(targets[r] - start, columns, stop - start),
                     options,
                 )
@@ -225,6 +229,7 @@ def _dlogits(
     grad_entropy: Tensor | None,  # [n]
     lse: Tensor,  # [n]
     entropy: Tensor | None,  # [n]
+    logps: Tensor | None,  # [n]
     target_columns: tuple[Tensor, Tensor],  # [n, 1] of the tile, and whether they lie in it
     options: HeadOptions,
 ) -> Tensor:  # [n, v]
@@ -239,7 +244,13 @@ def _dlogits(
     p = exp_(log_p)
     dlogits = p.mul_(coefficient)
     index, inside = target_columns
-    dlogits.scatter_add_(1, index, grad_logps[:, None].where(inside, 0.0))
+    if logps is None:
+        dlogits.scatter_add_(1, index, grad_logps[:, None].where(inside, 0.0))
+    else:
+        own = -grad_logps * logps.expm1()
+        if grad_entropy is not None:
+            own = own - grad_entropy * logps.exp() * (logps + entropy)
+        dlogits.scatter_(1, index, own[:, None].where(inside, dlogits.gather(1, index)))
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(options.scale)
@@ -281,34 +292,23 @@ def _take(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return values if values is None or rows is None else values[rows]
 
 
-class _Bf16MatmulPrecision:
-    """Scope of oneDNN's bf16 products; the setting is global, so concurrent scopes are counted."""
-
-    lock, depth, before = threading.Lock(), 0, ""
-
-    @classmethod
-    @contextmanager
-    def scope(cls) -> Iterator[None]:
-        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
-        with cls.lock:
-            if cls.depth == 0:
-                cls.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-            cls.depth += 1
-        try:
-            yield
-        finally:
-            with cls.lock:
-                cls.depth -= 1
-                if cls.depth == 0:
-                    matmul.fp32_precision = cls.before
+@contextmanager
+def _onednn_bf16() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set up at import
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
     """On CPUs with bf16 units, float32 copies of bf16 operands are multiplied at bf16 speed.
 
-    The operands hold bf16 values already, so their products stay exact; sums are float32.
+    The operands hold bf16 values already, so their products stay exact; sums are float32. oneDNN's
+    setting is the whole process's, so it is left alone where another thread might multiply.
     """
     bf16_copies = hidden.dtype == torch.bfloat16 and product_dtype == torch.float32
-    if bf16_copies and has_bf16_units(hidden.device):
-        return _Bf16MatmulPrecision.scope()
+    if bf16_copies and has_bf16_units(hidden.device) and threading.active_count() == 1:
+        return _onednn_bf16()
     return nullcontext()

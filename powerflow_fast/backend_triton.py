@@ -137,6 +137,7 @@ def backward(
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as `forward` left it, without grad_entropy
     numerators: Numerators | None = None,  # as `forward` left them, without grad_entropy
+    logps: Tensor | None = None,  # [N] as `forward` left them; 1 - p is formed from lse here
     config: Config | None = None,  # as in `forward`
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.

@@ -157,10 +157,10 @@ def head_outputs(
     """Check, flatten, choose the route and call the operator, for all public functions."""
     options = HeadOptions(
         entropy=_wants_entropy(return_entropy),
+        detach_entropy=return_entropy == "detached",
         group_name=None if process_group is None else process_group.group_name,
         **transform,
     )
-    detach_entropy = return_entropy == "detached"
     weight, bias = (
         plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
     )
@@ -199,7 +199,8 @@ def head_outputs(
     exact_head = trains_head and (options.grad_tolerance == 0 or not whole)
     gradients = torch.is_grad_enabled()
     want_direction = gradients and hidden.requires_grad and not exact_head
-    want_numerators = gradients and whole and exact_head and (detach_entropy or not options.entropy)
+    reads_entropy = options.detach_entropy or not options.entropy
+    want_numerators = gradients and whole and exact_head and reads_entropy
     logps, ref_logps, entropy, _, _, certificate, *_ = head_forward(
         *flat,
         targets.reshape(-1),
@@ -209,8 +210,6 @@ def head_outputs(
         want_direction and trains_head,
         want_numerators,
     )
-    if detach_entropy:
-        entropy = entropy.detach()
     return HeadOutputs(
         logps.reshape(targets.shape),
         None if ref is None else ref_logps.reshape(targets.shape),
@@ -222,8 +221,15 @@ def head_outputs(
 def _flat(
     model: Sequence[Tensor | None], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden [..., H] -> [N, H], weight [V, H] and bias [V], in the product's type."""
-    hidden, weight, bias = (x if x is None else x.to(dtype) for x in model)
+    """hidden [..., H] -> [N, H] and weight [V, H] in the product's type; bias [V] in its own.
+
+    A bias is added to a product in float32: a rounding to bf16 would move logits by up to 1 in 256.
+    """
+    hidden, weight, bias = model  # the weight is None where the reference shares the policy's
+    assert hidden is not None
+    hidden, weight = hidden.to(dtype), None if weight is None else weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype if dtype == torch.float64 else torch.float32)
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias
 
 

@@ -9,7 +9,7 @@ For a completion y of |y| counted tokens, with means over those tokens (arXiv 26
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +60,17 @@ def tb_loss(
     """LA-TB loss of token log-probs (arXiv 2603.18363, eq. 10).
 
     Args:
-        logps: policy log-probs [nats], padded [B, T] or packed [N].
+        logps: policy log-probs [nats], padded [B, T] or packed [N]. Half-precision ones are
+            summed in float32.
         ref_logps: log-probs of the frozen reference, same shape; gets no gradient.
         log_z: log Z' [nats/token]: a number or float32 [S] (it may require a gradient), or
             "group": the detached mean of alpha * (l_ref + psi) - l_pi over the completions of one
             prompt (VarGrad form), given by `group_size` or `group_ids`.
-        alpha: power of the reference to match, > 0; a number or [S].
+        alpha: power of the reference to match, > 0; a number or [S]; gets no gradient.
         cu_seqlens: [S + 1] int32 offsets of packed sequences, as flash-attn's. Padded: S = B.
         mask: same shape as logps, true or 1 where a token counts. Default: all.
-        psi: format term [nats/token] added to the reference's mean log-prob; a number or [S].
+        psi: format term [nats/token] added to the reference's mean log-prob; a number or [S]; gets
+            no gradient.
         old_logps: log-probs by the policy that sampled, same shape as logps. They give the detached
             weight w = exp(mean over tokens of logps - old_logps), clipped to 1 -+ clip_eps.
         balance: "length" (LA-TB); "trajectory": sums instead of means (plain TB); "token": a sum
@@ -89,6 +91,9 @@ def tb_loss(
     validation.check_choice("balance", balance, BALANCES)
     validation.check_choice("importance", importance, IMPORTANCES)
     validation.check_choice("backend", backend, BACKENDS)
+    logps, ref_logps = _wide("logps", logps), _wide("ref_logps", ref_logps)
+    old_logps = None if old_logps is None else _wide("old_logps", old_logps)
+    alpha, psi = _number(alpha), _number(psi)
     layout = Layout.of(logps, cu_seqlens, mask, validate)
     layout.check_tokens("ref_logps", ref_logps)
     sequences = layout.sequences
@@ -265,6 +270,18 @@ def _residual_without_log_z(
     if balance != "trajectory":
         ref_term = ref_term / length
     return policy_term - alpha * (ref_term + psi)
+
+
+def _wide(name: str, values: Tensor) -> Tensor:
+    """In float32 at least: a sum of thousands of log-probs has no digits left in a 16-bit type."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _number(value: Tensor | float | None) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:

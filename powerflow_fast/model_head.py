@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -237,14 +236,10 @@ def with_positions(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     mask = inputs.get("attention_mask")
     known = inputs.get("position_ids") is not None or inputs.get("past_key_values") is not None
-    if known or mask is None or mask.ndim != 2 or not _takes_positions(type(inner)):
+    takes = "position_ids" in inspect.signature(type(inner).forward).parameters
+    if known or mask is None or mask.ndim != 2 or not takes:
         return inputs
     return inputs | {"position_ids": positions(mask)}
-
-
-@cache
-def _takes_positions(kind: Any) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

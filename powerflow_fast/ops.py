@@ -181,6 +181,7 @@ def head_backward(
     values: Tensor | None,  # [rows, columns] of Numerators, as are the next two
     factors: Tensor | None,  # [pieces, rows]
     own: Tensor | None,  # [rows]
+    logps: Tensor,  # [N]
     options: str,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,9 +192,9 @@ def head_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
             numerators = None if values is None else Numerators(values, factors, own)
-            grads = backend.backward(*arguments, needs, kept, numerators)
+            grads = backend.backward(*arguments, needs, kept, numerators, logps)
         else:
-            grads = vocab_parallel.backward(backend, *arguments, needs)
+            grads = vocab_parallel.backward(backend, *arguments, needs, logps)
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
@@ -214,6 +215,7 @@ def _(
     values,
     factors,
     own,
+    logps,
     options,
     needs,
 ):
@@ -226,21 +228,40 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, targets, _, _, _, options, *wants = inputs
-    _, ref_logps, entropy, lse, direction, certificate, kept, *numerators = output
+    logps, ref_logps, entropy, lse, direction, certificate, kept, *numerators = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept, *numerators)
     ctx.options = options
     ctx.want_direction, ctx.want_kept, ctx.want_numerators = wants
     ctx.hidden_dtype = hidden.dtype
-    ctx.recomputes = ctx.want_kept or not ctx.want_direction or HeadOptions.decode(options).entropy
-    recompute = (hidden, weight, bias, lse, entropy, kept, *numerators) if ctx.recomputes else ()
-    ctx.save_for_backward(targets, direction, *recompute)
+    opts = HeadOptions.decode(options)
+    through_entropy = opts.entropy and not opts.detach_entropy
+    if opts.detach_entropy:
+        ctx.mark_non_differentiable(entropy)
+    ctx.recomputes = ctx.want_kept or not ctx.want_direction or through_entropy
+    recompute = (hidden, weight, bias, logps, lse, entropy, kept, *numerators)
+    ctx.save_for_backward(targets, direction, *(recompute if ctx.recomputes else ()))
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient of the head that is asked for with a graph: using that graph is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, grad_logps: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "linear_logprobs: expected one backward pass, got a second derivative, which the fused "
+            "head does not form; leave create_graph off, or use a head in plain PyTorch"
+        )
 
 
 def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     nothing = (None,) * 11
     options = HeadOptions.decode(ctx.options)
-    grad_entropy = grad_entropy if options.entropy else None
+    grad_entropy = grad_entropy if options.entropy and not options.detach_entropy else None
     if grad_logps is None and grad_entropy is None:
         return nothing
     targets, direction, *saved = ctx.saved_tensors
@@ -257,10 +278,12 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     grads = [None, None, None]
     if use_direction and needs[0]:
         grads[0], needs[0] = torch.empty_like(direction, dtype=ctx.hidden_dtype), False
-        # Cast as it is written; there is no second derivative to keep a graph for.
+        # Cast as it is written, which keeps no graph.
         torch.mul(direction, grad_logps.detach()[:, None], out=grads[0])
+        if torch.is_grad_enabled() and grad_logps.requires_grad:
+            grads[0] = _OnceDifferentiable.apply(grads[0], grad_logps)
     if any(needs):
-        hidden, weight, bias, lse, entropy, kept, *numerators = saved
+        hidden, weight, bias, logps, lse, entropy, kept, *numerators = saved
         if not ctx.want_numerators or grad_entropy is not None:
             numerators = (None, None, None)
         recomputed = head_backward(
@@ -274,6 +297,7 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
             entropy if options.entropy else None,
             kept if ctx.want_kept and use_direction else None,
             *numerators,
+            logps,
             ctx.options,
             needs,
         )

@@ -28,6 +28,7 @@ class HeadOptions:
     ignore_index: int = -100
     round_logits: bool = False
     entropy: bool = False
+    detach_entropy: bool = False  # it is only read: nothing is kept for its gradient
     grad_tolerance: float = 0.0
     backend: str = "auto"
     group_name: str | None = None

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 _CPU_TILE = (512, 2048)
 _GPU_TILE = (4096, 8192)
 # Kept numerators relative to the largest of their tile, and tiles relative to their row, are 0
-# below these: far below a rounding of the softmax, and their product with a gradient would be
-# subnormal, see `exp_`.
-_SMALLEST_NUMERATOR = 2.0**-64
-_SMALLEST_FACTOR = 2.0**-48
+# below these. The first is far below a rounding of the tile. A tile is as far below its row as the
+# target is confident, up to 50 nats. Together with a gradient they stay clear of subnormal numbers,
+# see `exp_`.
+_SMALLEST_NUMERATOR = 2.0**-40
+_SMALLEST_FACTOR = 2.0**-76
+_LARGEST_RISE = 50.0  # nats
 LOG2E = math.log2(math.e)
 _ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
@@ -156,7 +158,8 @@ class OnlineHead(Head):
         z = self.logits(r, weight_tile, self.bias_tile(start, stop))
         slope = softcap_slope(z, self.options) if self._wants_slope else None
         drop_targets(z, self.targets[r] - start, slice(None))
-        maximum = torch.maximum(self.maximum[r], z.amax(1))
+        tile_maximum = z.amax(1)
+        maximum = torch.maximum(self.maximum[r], tile_maximum)
         # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
         finite = maximum.where(maximum != -torch.inf, 0.0)
         shift = self.maximum[r] - finite
@@ -176,26 +179,33 @@ class OnlineHead(Head):
         if self.expected is not None:
             self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
         if self.numerators is not None:
-            self._keep(e, r, start, stop)
+            self._keep(e, finite - tile_maximum, r, start, stop)
 
     @property
     def _wants_slope(self) -> bool:
         wanted = self.expected is not None or self.numerators is not None
         return self.options.softcap is not None and wanted
 
-    def _keep(self, e: Tensor, r: slice, start: int, stop: int) -> None:
-        """Store numerators of rows r, relative to their running maximum; `e` is overwritten."""
+    def _keep(self, e: Tensor, below: Tensor, r: slice, start: int, stop: int) -> None:
+        """Store numerators of rows r, relative to their tile's largest; `e` is overwritten.
+
+        That is `below` [nats] the running maximum, to which `e` is relative. Beside a confident
+        target numerators relative to the maximum would have no place in a 16-bit type.
+        """
         values, factors, _ = self.numerators
         r = slice(r.start, min(r.stop, len(values)))
         if r.start >= r.stop:
             return
-        e = torch.threshold_(e[: r.stop - r.start], _SMALLEST_NUMERATOR, 0.0)
+        n = r.stop - r.start
+        up = below[:n].clamp(0.0, _LARGEST_RISE)
+        e = e[:n].mul_(up.exp()[:, None])
         exponent = soft_exponent(values.dtype)
+        e = torch.threshold_(e, _SMALLEST_NUMERATOR, 0.0)
         values[r, start:stop] = e.mul_(2.0**exponent) if exponent else e
-        factors[start // self.tile[1], r] = self.maximum[r]
+        factors[start // self.tile[1], r] = self.maximum[r] - up
 
     def finish_numerators(self) -> None:
-        """Once the sweep is over: maxima to factors, and what belongs to the targets."""
+        """Once the sweep is over: bases to factors, and what belongs to the targets."""
         values, factors, own = self.numerators
         n = min(len(values), len(self.hidden))
         p = factors[:, :n].sub_(self.maximum[:n]).sub_(self.log_total[:n]).exp_()

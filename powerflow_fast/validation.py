@@ -50,7 +50,12 @@ def check_head(
             f"targets: expected shape {tuple(hidden.shape[:-1])} as {prefix}hidden without its "
             f"last axis, got {tuple(targets.shape)}"
         )
-    if bias is not None and bias.shape != (vocab,):
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOAT_TYPES:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"{prefix}bias: expected float32, bfloat16 or float16, got {got}")
+    if bias.shape != (vocab,):
         raise ValueError(f"{prefix}bias: expected [V] with V = {vocab}, got {tuple(bias.shape)}")
 
 

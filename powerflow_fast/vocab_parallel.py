@@ -69,12 +69,13 @@ def backward(
     entropy: Tensor | None,  # [N], likewise
     options: HeadOptions,
     needs: Sequence[bool],
+    logps: Tensor,  # [N], of the whole vocabulary
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As a back end's `backward`; the gradient of hidden is summed over the ranks."""
     own_targets, inside, counted = _own_targets(targets, weight, options)
     own_targets = own_targets.where(inside, len(weight)).where(counted, IGNORED)
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, own_targets, lse, entropy)
-    grads = backend.backward(*arguments, _own_options(options), needs)
+    grads = backend.backward(*arguments, _own_options(options), needs, logps=logps)
     if grads[0] is not None:  # float32 still
         dist.all_reduce(grads[0], group=_group(options))
     return grads
@@ -155,28 +156,52 @@ def _own_direction(
     """
     share = (local.lse - lse).exp()
     own = torch.where(inside, -logps.expm1(), 0.0)
-    own -= share * torch.where(inside, -local.logps.expm1(), 1.0)
+    own -= (share * torch.where(inside, -local.logps.expm1(), 1.0)).where(share > 0, 0.0)
     if options.softcap is not None:
         own *= softcap_slope(local.logps + local.lse, options)
     direction = local.direction
     for r in torch.arange(len(own), device=own.device).split(ROWS):
         rows = weight[own_targets[r].clamp_min(0)].to(direction.dtype)
-        direction[r] = direction[r] * share[r, None] + rows * (options.scale * own[r, None])
+        # Where the slice has no mass its own direction is no number.
+        scaled = (direction[r] * share[r, None]).where(share[r, None] > 0, 0.0)
+        direction[r] = scaled + rows * (options.scale * own[r, None])
     return direction
 
 
 def _combine(
     local: HeadForward, inside: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps, lse and entropy over all slices; logps is NaN where no rank owns the target."""
-    target_logits = (local.logps + local.lse).where(inside, -torch.inf)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps, lse and entropy over all slices; logps is NaN where no rank owns the target.
+
+    The target is kept apart from the rest of the vocabulary: where it has nearly all the mass, what
+    the others have is not told from a sum with it.
+    """
     entropy = torch.zeros_like(local.lse) if local.entropy is None else local.entropy
-    stats = torch.stack([local.lse, target_logits, entropy])
+    target = (local.logps + local.lse).where(inside, -torch.inf)
+    rest = local.lse + (-local.logps.expm1()).log().where(inside, 0.0)
+    entropy = _entropy_of_others(entropy, local.logps).where(inside, entropy)
+    stats = torch.stack([rest, target, entropy])
     gathered = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, stats, group=group)
-    lses, targets, entropies = torch.stack(gathered).unbind(1)  # each [ranks, N]
-    lse = lses.logsumexp(0)
-    share = (lses - lse).exp()
-    entropy = (share * (entropies + lse - lses)).sum(0)
-    target = targets.amax(0)
-    return (target - lse).where(target != -torch.inf, torch.nan), lse, entropy
+    rests, targets, entropies = torch.stack(gathered).unbind(1)  # each [ranks, N]
+    target, rest = targets.amax(0), rests.logsumexp(0)
+    # A slice of -inf alone has no share, and its entropy is no number.
+    empty = rests == -torch.inf
+    share = (rests - rest).exp().masked_fill(empty, 0.0)
+    entropy = (share * (entropies + rest - rests).masked_fill(empty, 0.0)).sum(0)
+    owned = target != -torch.inf
+    softplus = torch.nn.functional.softplus
+    logps = -softplus(rest - target)  # log(1 + e^(rest - target)), to all digits of a small one
+    lse = torch.where(owned, target - logps, rest)
+    log_others = -softplus(target - rest)
+    others = log_others.exp()
+    entropy = others * (entropy - log_others.clamp_min(-1e30)) - logps.exp() * logps
+    return logps.where(owned, torch.nan), lse, entropy
+
+
+def _entropy_of_others(entropy: Tensor, logps: Tensor) -> Tensor:
+    """Of a distribution without its target; 0 where the target has everything."""
+    log_others = (-logps.expm1()).log()
+    others = log_others.exp()
+    rest = (entropy + logps.exp() * logps + others * log_others.clamp_min(-1e30)) / others
+    return rest.where(others > 0, 0.0)

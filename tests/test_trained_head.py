@@ -161,9 +161,9 @@ def test_stored_numbers_are_large_enough_for_a_fast_product():
     assert (logits.amax(1) - logits.amin(1)).max() > 90  # e^-90 is subnormal
     counted = (targets != -100).sum()
     values = out.values[:counted]
-    assert values[values != 0].min() >= 2**-64 and (values == 0).any()
+    assert values[values != 0].min() >= tiled_head._SMALLEST_NUMERATOR and (values == 0).any()
     factors = out.factors[:, :counted]
-    assert factors[factors != 0].min() >= 2**-48
+    assert factors[factors != 0].min() >= tiled_head._SMALLEST_FACTOR
 
 
 @pytest.fixture
