@@ -45,6 +45,8 @@ class WholeCheckpoints(GRPOTrainer):
 
     args: Any  # a PowerFlowConfig
     health: Any
+    sums: Any  # by mode, `MetricSums`
+    _logged_step: int
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
     _made_for: dict[str, str]  # what `describe` says of the policy as it is trained
     _staging = False
@@ -134,6 +136,8 @@ class WholeCheckpoints(GRPOTrainer):
             "step": self._step,
             "rollouts": self._buffered_inputs if self._step % cycle else None,
             "metrics": dict(self._metrics["train"]),
+            "sums": self.sums["train"].state_dict(),
+            "logged_step": self._logged_step,
             "health": self.health.state_dict(),
         }
         rank = self.accelerator.process_index
@@ -158,6 +162,8 @@ class WholeCheckpoints(GRPOTrainer):
         if self.log_z is not None:
             self.log_z.load_state_dict(_load(os.path.join(checkpoint, LOG_Z_FILE)))
         self._metrics["train"] = defaultdict(list, state["metrics"])
+        self.sums["train"].load_state_dict(state["sums"])
+        self._logged_step = state["logged_step"]
         self.health.load_state_dict(state["health"])
         if state["world_size"] == self.accelerator.num_processes:
             self._step = state["step"]

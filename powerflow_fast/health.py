@@ -13,34 +13,24 @@ import resource
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-METRICS = {  # of TBOutput -> name in the logs
-    "residual_mean": "residual/mean",
-    "residual_std": "residual/std",
-    "policy_logp": "logps/policy",
-    "ref_logp": "logps/reference",
-    "log_z": "log_z",
-    "kl": "kl",
-    "entropy": "entropy",
-    "importance_mean": "importance/mean",
-    "clipped_share": "importance/clipped_share",
-    "zero_length_count": "completions/zero_length",
-    # With grad_tolerance.
-    "columns_kept": "certified/columns_kept",
-    "skipped_mass": "certified/skipped_mass",
-    "dense_blocks": "certified/dense_blocks",
-}
 SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
 PATIENCE = 3  # bad rollouts in a row
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # likewise, above which it warns
+
+
+_NOT_FINITE = (
+    "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
+    "sampler's or psi's values"
+)
 
 
 class TrainingStopped(RuntimeError):
@@ -64,6 +54,44 @@ def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
     warnings.warn(text, stacklevel=3)
 
 
+def check_gradients(step: int, named: Iterable[tuple[str, torch.nn.Parameter]], gather) -> None:
+    """Raise TrainingStopped, on all ranks together, where a gradient is not finite.
+
+    Reads one number. `gather` collects a tensor [1] from every rank.
+    """
+    grads = {name: _plain(p.grad) for name, p in named if p.grad is not None}
+    largest = [g.abs().amax().float() for g in grads.values() if g.numel()]
+    if not largest:  # on every rank alike
+        return
+    bad = ~torch.stack([x.to(largest[0].device) for x in largest]).isfinite().all()
+    if not gather(bad[None].float()).any():
+        return
+    culprit = next((name for name, g in grads.items() if not g.isfinite().all()), "")
+    raise TrainingStopped(
+        f"the gradient{f' of {culprit}' if culprit else ''} at step {step} is not finite; "
+        f"parameters are as they were before this step. {_NOT_FINITE}"
+    )
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
+
+
+class FiniteGradients(TrainerCallback):
+    """`check_gradients` before every optimizer step; not where fp16's scaler skips such steps.
+
+    DeepSpeed keeps its gradients to itself: there the loss alone is checked.
+    """
+
+    def __init__(self, accelerator) -> None:
+        self.accelerator = accelerator
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if getattr(self.accelerator, "scaler", None) is None:
+            check_gradients(state.global_step, model.named_parameters(), self.accelerator.gather)
+
+
 class Health(TrainerCallback):
     """Watches rollouts and losses; every rank sees the same figures and stops with the others."""
 
@@ -74,7 +102,6 @@ class Health(TrainerCallback):
         self.phases: dict[str, float] = defaultdict(float)  # seconds since the last log
         self._running: list[str] = []
         self._mark = self._logged = time.perf_counter()
-        self._tokens = 0
 
     def check_rollout(self, step: int, length: float, distinct: float) -> None:
         """Raise where completions collapsed: `length` tokens on average, `distinct` n-grams."""
@@ -104,8 +131,7 @@ class Health(TrainerCallback):
         if not math.isfinite(figures["residual_mean"] + figures["residual_std"]):
             raise TrainingStopped(
                 f"the loss at step {step} is not finite; parameters are as they were before this "
-                "step. Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for "
-                "-inf in the sampler's or psi's values"
+                f"step. {_NOT_FINITE}"
             )
 
     @contextmanager
@@ -131,15 +157,17 @@ class Health(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._switch(self._running[:-1])
 
-    def figures(self, tokens_seen: int) -> dict[str, float]:
-        """Shares of time per phase, tokens/s (prompts and completions, all ranks), peak memory."""
+    def figures(self, tokens: int) -> dict[str, float]:
+        """Shares of time per phase, tokens/s (prompts and completions, all ranks), peak memory.
+
+        `tokens` went through the policy's training passes since the last call.
+        """
         now, total = time.perf_counter(), sum(self.phases.values())
         figures = {f"time/{name}": t / total for name, t in sorted(self.phases.items()) if total}
-        if self._tokens:  # unknown in the first log after a resume
-            figures["tokens_per_second"] = (tokens_seen - self._tokens) / (now - self._logged)
+        figures["tokens_per_second"] = tokens / (now - self._logged)
         figures["memory/peak_gb"] = peak_memory() / 1e9
         self.phases.clear()
-        self._logged, self._tokens = now, tokens_seen
+        self._logged = now
         return figures
 
     @staticmethod

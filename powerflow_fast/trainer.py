@@ -27,9 +27,10 @@ from powerflow_fast.checks import (
 )
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import METRICS, START_KL, Health, check_start
+from powerflow_fast.health import START_KL, FiniteGradients, Health, check_start
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
+from powerflow_fast.metrics import MetricSums
 from powerflow_fast.model_head import (
     base_model,
     disable_dropout,
@@ -117,8 +118,12 @@ class PowerFlowTrainer(WholeCheckpoints):
             size = base_model(self._policy()).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
+        self.sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._tokens: Tensor | None = None  # of training passes since the last log
+        self._logged_step = 0
         self.health = Health(args)
         self.add_callback(self.health)
+        self.add_callback(FiniteGradients(self.accelerator))
         engine = "FSDP" if self.is_fsdp_enabled else "none"
         engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
         self._made_for = describe(self._policy()) | {"log_z": args.log_z, "engine": engine}
@@ -279,7 +284,7 @@ class PowerFlowTrainer(WholeCheckpoints):
             share /= self.accelerator.num_processes
             normalizer = inputs["num_sequences"].clamp(min=1) * share
         out = self._run(model, inputs, normalizer=normalizer)
-        self._record(out, "train" if training else "eval")
+        self._record(out, inputs, "train" if training else "eval")
         return out.loss.to(self.accelerator.device)
 
     def _run(self, model, inputs, **options: Any) -> TBOutput:
@@ -374,29 +379,41 @@ class PowerFlowTrainer(WholeCheckpoints):
         return None if old is None else old[mask]
 
     @torch.no_grad()
-    def _record(self, out: TBOutput, mode: str) -> None:
-        names = [name for name in METRICS if name in out.metrics]
-        values = torch.stack([out.metrics[name].float() for name in names])
-        values = self.accelerator.gather(values[None].to(self.accelerator.device)).mean(0)
-        figures = dict(zip(names, values.tolist(), strict=True))
-        for name, value in figures.items():
-            self._metrics[mode][METRICS[name]].append(value)
-        if mode == "train":
-            self.health.check_loss(self.state.global_step, figures)
-            if self._step == 0:
-                adapted = hasattr(self._policy(), "peft_config")
-                check_start(figures["kl"], adapted, self.start_kl)
+    def _record(self, out: TBOutput, inputs, mode: str) -> None:
+        self.sums[mode].add(out)
+        if mode == "eval":
+            return
+        tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens.to(self._tokens)
+        names = ("residual_mean", "residual_std", "kl")
+        watched = torch.stack([out.metrics[name].float() for name in names])
+        watched = self.accelerator.gather(watched[None].to(self.accelerator.device)).mean(0)
+        figures = dict(zip(names, watched.tolist(), strict=True))
+        self.health.check_loss(self.state.global_step, figures)
+        if self._step == 0:
+            adapted = hasattr(self._policy(), "peft_config")
+            check_start(figures["kl"], adapted, self.start_kl)
 
     def training_step(self, *args: Any, **kwargs: Any):
         with self.health.phase("policy"):
             return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:
-            for name, value in self.health.figures(self.state.num_input_tokens_seen).items():
-                self._metrics["train"][name] = [value]
+        mode = "train" if self.model.training else "eval"
+        steps = self.state.global_step - self._logged_step
+        figures = self.sums[mode].figures(self._gather, steps if mode == "train" else 1)
+        if mode == "train" and "loss" in logs:
+            self._logged_step = self.state.global_step
+            tokens = 0 if self._tokens is None else int(self._gather(self._tokens[None]).sum())
+            self._tokens = None
+            figures |= self.health.figures(tokens)
             if self.accelerator.is_main_process:
                 shown = min(self.args.sample_completions, self.num_generations)
                 texts = self._logs["prompt"], self._logs["completion"]
                 self.health.write_sample(self.state.global_step, *map(list, texts), shown)
+        for name, value in figures.items():
+            self._metrics[mode][name] = [value]
         super().log(logs, start_time)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device))

@@ -1,11 +1,13 @@
 """What a run measures of itself, and when it ends itself."""
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
 from powerflow_fast.health import PATIENCE, TrainingStopped, distinct_ngrams  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.integrations.test_transformers import spoil  # noqa: E402
 from tests.test_trainer import make  # noqa: E402
 
 
@@ -95,3 +97,19 @@ def test_the_start_of_the_watch_survives_a_resume(tmp_path):
     trainer, _ = make(tmp_path, max_steps=9, **options)
     with pytest.raises(TrainingStopped, match="length collapse at step 3"):
         trainer.train(resume_from_checkpoint="last")
+
+
+def test_a_gradient_that_is_not_finite_is_neither_applied_nor_saved(tmp_path):
+    trainer, _ = make(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    spoil(trainer.model)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(TrainingStopped, match="the gradient of .*lora_A.* at step 0 is not finite"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_tokens_per_second_counts_reused_rollouts(tmp_path):
+    trainer, seen = make(tmp_path, num_iterations=2, max_steps=4)
+    trainer.train()
+    assert [log["tokens_per_second"] > 0 for log in seen.logs] == [True] * 4

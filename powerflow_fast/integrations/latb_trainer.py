@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -12,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from powerflow_fast.checks import check_pair, given_back, trial_ids
+from powerflow_fast.health import FiniteGradients
 from powerflow_fast.integrations.head_patch import patch_head
-from powerflow_fast.loss import TBOutput, tb_loss
+from powerflow_fast.loss import tb_loss
+from powerflow_fast.metrics import MetricSums
 from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
 from powerflow_fast.sampling import end_tokens
-
-LOGGED = ("residual_mean", "residual_std", "policy_logp", "ref_logp", "log_z", "clipped_share")
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ class LATBTrainer(Trainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self.add_callback(FiniteGradients(self.accelerator))
         self.loss_is_scaled_for_ga = True
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
         self.ref_model = None
@@ -102,7 +104,8 @@ class LATBTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(
                 ref_model.eval().requires_grad_(False), evaluation_mode=True
             )
-        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self.sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._logged_step = 0
 
     def _encode(
         self, rows: Iterable[Mapping[str, Any]], tokenizer, ends: list[int]
@@ -128,6 +131,10 @@ class LATBTrainer(Trainer):
                     f"got {len(prompt)} prompt tokens, {len(completion)} completion tokens and "
                     f"{'no' if old is None else len(old)} old_logps"
                 )
+            numbers = {"psi": [row.get("psi") or 0.0], "old_logps": [] if old is None else old}
+            for name, values in numbers.items():
+                if not all(map(math.isfinite, values)):
+                    raise ValueError(f"row {place}: {name}: expected finite numbers, got {values}")
             item = {"prompt": prompt, "completion": completion, "psi": row.get("psi") or 0.0}
             groups[tuple(prompt)].append(item | {"old_logps": old})
         if self._grouped:
@@ -194,15 +201,22 @@ class LATBTrainer(Trainer):
             **self.loss_options,
             **{name: value.to(scored.log_probs.device) for name, value in options.items()},
         )
-        self._record(out)
+        self.sums["train" if self.model.training else "eval"].add(out)
         return (out.loss, scored) if return_outputs else out.loss
 
-    def _record(self, out: TBOutput) -> None:
-        for name in LOGGED:
-            self._metrics[name].append(out.metrics[name].detach())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the loss's metrics on this rank since the last log."""
-        means = {name: torch.stack(values).mean().item() for name, values in self._metrics.items()}
-        self._metrics.clear()
-        super().log(logs | means, start_time)
+        """Adds the loss's metrics since the last log, over all ranks, by PowerFlowTrainer's names.
+
+        Those of an evaluation begin with `eval_`.
+        """
+        mode = "train" if self.model.training else "eval"
+        figures = self.sums[mode].figures(self._gather, self.state.global_step - self._logged_step)
+        if mode == "train":
+            self._logged_step = self.state.global_step
+        else:
+            figures = {f"eval_{name}": value for name, value in figures.items()}
+        logs.update(figures)  # in place: what `evaluate` returns
+        super().log(logs, start_time)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device))

@@ -14,7 +14,9 @@ from peft import PromptTuningConfig, get_peft_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from powerflow_fast import tb_loss  # noqa: E402
+from powerflow_fast.health import TrainingStopped  # noqa: E402
 from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # noqa: E402
+from powerflow_fast.metrics import METRICS  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.numerics import logps_error_bound  # noqa: E402
 
@@ -247,3 +249,54 @@ def test_shifted_labels_are_scored_where_they_stand():
     bound = logps_error_bound(torch.ones(1, 16), model.lm_head.weight)
     torch.testing.assert_close(given[:, :-1], own, rtol=0, atol=bound)
     assert not given[:, -1].any()
+
+
+def test_figures_are_those_of_all_rows_and_of_training_or_evaluation_alone(tmp_path):
+    rows = [r | {"completion": " ".join([r["completion"]] * (1 + i))} for i, r in enumerate(ROWS)]
+    logs = {}
+    for size in (4, 2, 1):
+        trainer = offline(
+            tmp_path,
+            rows,
+            eval_dataset=rows[:8],
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_steps=1,
+            metric_for_best_model="eval_kl",
+        )
+        evaluated = trainer.evaluate()
+        assert not any(name in evaluated for name in ("kl", "residual/std"))
+        trainer.train()
+        training = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert not any(name.startswith("eval") for name in training)
+        names = {shown for shown, _ in METRICS.values()} & training.keys()
+        assert len(names) == 9
+        logs[size] = [evaluated[f"eval_{n}"] for n in names] + [training[n] for n in sorted(names)]
+    for size in (2, 1):
+        assert sorted(logs[size]) == pytest.approx(sorted(logs[4]), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("column", ["psi", "old_logps"])
+def test_numbers_that_are_not_finite_are_named(column, tmp_path):
+    value = float("nan") if column == "psi" else [float("nan")] * 2
+    rows = [*ROWS[:8], ROWS[8] | {column: value}]
+    rows[8]["completion"] = "Paris"
+    with pytest.raises(ValueError, match=f"row 8: {column}: expected finite numbers, got .*nan"):
+        offline(tmp_path, rows)
+
+
+def spoil(model) -> None:
+    """A gradient that is no number behind a loss that is one."""
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_A" in n)
+    parameter.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path):
+    trainer = offline(tmp_path, save_strategy="steps", save_steps=1, max_grad_norm=1.0)
+    spoil(trainer.model)
+    before = weights(trainer.model)
+    with pytest.raises(TrainingStopped, match="the gradient of .*lora_A.* at step 0 is not finite"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+    assert not list(tmp_path.glob("checkpoint-*"))

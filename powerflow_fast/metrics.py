@@ -1,0 +1,95 @@
+"""What a run logs of its losses: sums over micro-batches and ranks, divided once.
+
+A mean of means would depend on how a batch was split: on the ranks, and on micro-batches of few or
+empty completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.loss import TBOutput
+
+# Of TBOutput's metrics: the name in the logs, and what its mean is over. "steps": a count, of which
+# the mean over optimizer steps is logged; "worst": the largest.
+METRICS = {
+    "residual_mean": ("residual/mean", "sequences"),
+    "residual_std": ("residual/std", "sequences"),
+    "policy_logp": ("logps/policy", "tokens"),
+    "ref_logp": ("logps/reference", "tokens"),
+    "log_z": ("log_z", "sequences"),
+    "kl": ("kl", "tokens"),
+    "entropy": ("entropy", "tokens"),
+    "importance_mean": ("importance/mean", "sequences"),
+    "clipped_share": ("importance/clipped_share", "sequences"),
+    "zero_length_count": ("completions/zero_length", "steps"),
+    # With grad_tolerance.
+    "columns_kept": ("certified/columns_kept", "tokens"),
+    "skipped_mass": ("certified/skipped_mass", "worst"),
+    "dense_blocks": ("certified/dense_blocks", "steps"),
+}
+Gather = Callable[[Tensor], Tensor]  # [1, k] of every rank to [ranks, k]
+
+
+class MetricSums:
+    """Sums since the last log, on the device: adding to them waits for nothing."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # 0-dim float64
+
+    @torch.no_grad()
+    def add(self, out: TBOutput) -> None:
+        """Take in a micro-batch."""
+        weights = {"sequences": (out.lengths > 0).sum(), "tokens": out.lengths.sum()}
+        for name, weight in weights.items():
+            self._add(name, weight)
+        for name, (_, over) in METRICS.items():
+            if name not in out.metrics or name == "residual_std":
+                continue
+            value = out.metrics[name]
+            if over == "worst":
+                largest = self.sums.get(name, torch.zeros_like(value))
+                self.sums[name] = torch.maximum(largest, value.to(largest))
+            else:
+                self._add(name, value * weights[over] if over in weights else value)
+        mean, std = out.metrics["residual_mean"].double(), out.metrics["residual_std"].double()
+        self._add("residual_squares", (mean.square() + std.square()) * weights["sequences"])
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = value + self.sums[name].to(value) if name in self.sums else value
+
+    def figures(self, gather: Gather, steps: int = 1) -> dict[str, float]:
+        """Names in the logs -> means over everything on all ranks since the last call; starts anew.
+
+        `steps`: optimizer steps in that time. Every rank must call it.
+        """
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        device = self.sums["tokens"].device
+        own = torch.stack([self.sums[name].to(device, torch.float64) for name in names])
+        ranks = gather(own[None])
+        total = dict(zip(names, ranks.sum(0).tolist(), strict=True))
+        largest = dict(zip(names, ranks.amax(0).tolist(), strict=True))
+        self.sums = {}
+        counts = {name: max(total[name], 1.0) for name in ("sequences", "tokens")}
+        figures = {}
+        for name, (shown, over) in METRICS.items():
+            if name == "residual_std":
+                mean = total["residual_mean"] / counts["sequences"]
+                square = total["residual_squares"] / counts["sequences"]
+                figures[shown] = max(square - mean * mean, 0.0) ** 0.5
+            elif name in total:
+                whole = largest[name] if over == "worst" else total[name]
+                figures[shown] = whole / {**counts, "steps": max(steps, 1), "worst": 1}[over]
+        return figures
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums = dict(state)
