@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from typing import Any
 
 import requests
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from trl.experimental.async_grpo.async_grpo_trainer import (
     save_lora_adapter,
     validate_lora_for_vllm_sync,
@@ -39,9 +42,14 @@ class AdapterRollout:
         self.client, self.timeout = VLLMClient(url), timeout
         self.folder = os.path.abspath(folder)
         self.name = ""  # of the adapter on the server
+        # A server may keep what it computed for an adapter's name: none is ever used twice.
+        self.run, self._count = uuid.uuid4().hex[:8], 0
+        self._sent: tuple[Any, int] | None = None  # state and step of the adapter on the server
 
     def __call__(self, prompts: list, trainer) -> dict[str, Any]:
         """TRL's form of a rollout, with the sampler's log-probs: they become `old_logps`."""
+        if self._sent is None:
+            trainer.add_callback(_TakeOff(self, trainer))
         self._send(trainer)
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
         request = {
@@ -53,6 +61,7 @@ class AdapterRollout:
             "top_k": trainer.top_k,
             "min_p": trainer.min_p or 0.0,
             "repetition_penalty": trainer.repetition_penalty,
+            **(trainer.args.generation_kwargs or {}),
             "return_token_ids": True,
             "logprobs": 0,
         }
@@ -69,20 +78,38 @@ class AdapterRollout:
 
     def _send(self, trainer) -> None:
         """Put this step's adapter on the server and take the last one off; all ranks together."""
-        name = f"powerflow-{trainer.state.global_step}"
-        if name == self.name:
+        state, step = trainer.state, trainer.state.global_step
+        if self._sent is not None and self._sent[0] is state and self._sent[1] == step:
             return
+        name = f"powerflow-{broadcast_object_list([self.run])[0]}-{self._count}"
         policy, path = trainer.accelerator.unwrap_model(trainer.model), self._path(name)
         validate_lora_for_vllm_sync(policy)
         save_lora_adapter(policy, trainer.accelerator, "default", path)
         if trainer.accelerator.is_main_process:
-            self.client.unload_lora_adapter(name)  # of a run that was killed at this step
             self.client.load_lora_adapter(name, path)
-            if self.name:
-                self.client.unload_lora_adapter(self.name)
-                shutil.rmtree(self._path(self.name), ignore_errors=True)
+            self._unload()
         trainer.accelerator.wait_for_everyone()
-        self.name = name
+        self.name, self._sent, self._count = name, (state, step), self._count + 1
+
+    def _unload(self) -> None:
+        """Take the adapter off the server, where there is one, and its folder."""
+        if self.name:
+            self.client.unload_lora_adapter(self.name)
+            shutil.rmtree(self._path(self.name), ignore_errors=True)
+
+    def close(self, trainer) -> None:
+        """Leave nothing on the server; the next rollout sends its adapter anew."""
+        if trainer.accelerator.is_main_process:
+            self._unload()
+        self.name, self._sent = "", (None, -1)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+
+class _TakeOff(TrainerCallback):
+    def __init__(self, rollout: AdapterRollout, trainer) -> None:
+        self.rollout, self.trainer = rollout, trainer
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.rollout.close(self.trainer)

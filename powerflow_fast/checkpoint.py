@@ -132,7 +132,7 @@ class WholeCheckpoints(GRPOTrainer):
     def _save_state(self, staged: str, final: str) -> None:
         cycle = self.args.steps_per_generation * self.num_iterations
         state = {
-            "world_size": self.accelerator.num_processes,
+            "shape": self._shape(),
             "step": self._step,
             "rollouts": self._buffered_inputs if self._step % cycle else None,
             "metrics": dict(self._metrics["train"]),
@@ -165,17 +165,35 @@ class WholeCheckpoints(GRPOTrainer):
         self.sums["train"].load_state_dict(state["sums"])
         self._logged_step = state["logged_step"]
         self.health.load_state_dict(state["health"])
-        if state["world_size"] == self.accelerator.num_processes:
+        shape, own = state["shape"], self._shape()
+        if shape == own:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        # The next micro-batch begins a cycle of rollouts; the first of all is told by its 0.
+        cycle = self.args.steps_per_generation * self.num_iterations
+        taken = self.state.global_step * self.args.gradient_accumulation_steps
+        self._step = -(-taken // cycle) * cycle
+        changed = ", ".join(
+            f"{name} {shape[name]} -> {own[name]}" for name in own if shape[name] != own[name]
+        )
         warnings.warn(
-            f"written by {state['world_size']} processes, resumed by "
-            f"{self.accelerator.num_processes}: random numbers differ, and rollouts that were not "
-            "used up are drawn again",
+            f"resumed in another shape ({changed}): random numbers differ, and rollouts that were "
+            "not used up are drawn again",
             stacklevel=2,
         )
+
+    def _shape(self) -> dict[str, int]:
+        """What a buffered rollout was cut for: where it differs, another one is needed."""
+        args = self.args
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "steps_per_generation": args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+            "num_generations": self.num_generations,
+        }
 
 
 def last_checkpoint(folder: str) -> str | None:

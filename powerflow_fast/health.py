@@ -25,6 +25,7 @@ NGRAM = 4  # tokens
 PATIENCE = 3  # bad rollouts in a row
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # likewise, above which it warns
+SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ, as rounding lets them
 
 
 _NOT_FINITE = (
@@ -76,6 +77,19 @@ def check_gradients(step: int, named: Iterable[tuple[str, torch.nn.Parameter]], 
 def _plain(tensor: Any) -> torch.Tensor:
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
+
+
+def check_sampler(figures: dict[str, Any]) -> None:
+    """Warns where the sampler's log-probs are not the policy's; `figures` of a rollout."""
+    gap = figures.get("sampling/sampling_logp_difference/mean", 0.0)
+    gap = gap[-1] if isinstance(gap, list) else gap
+    if gap > SAMPLER_GAP:
+        warnings.warn(
+            f"the sampler's log-probs are {gap:.3g} nats/token off the policy's: importance "
+            "weights will be clipped. Is the temperature the same, are they of the processed "
+            "logits (vLLM: --logprobs-mode processed_logprobs), and is the adapter the newest?",
+            stacklevel=3,
+        )
 
 
 class FiniteGradients(TrainerCallback):

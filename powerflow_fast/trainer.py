@@ -27,7 +27,7 @@ from powerflow_fast.checks import (
 )
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import START_KL, FiniteGradients, Health, check_start
+from powerflow_fast.health import START_KL, FiniteGradients, Health, check_sampler, check_start
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.metrics import MetricSums
@@ -114,6 +114,7 @@ class PowerFlowTrainer(WholeCheckpoints):
             )
         if args.offload_reference:
             self.ref_model.to("cpu")
+        self.add_callback(FiniteGradients(self.accelerator))  # before log Z' takes a step
         if args.log_z == "learned":
             size = base_model(self._policy()).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
@@ -123,7 +124,6 @@ class PowerFlowTrainer(WholeCheckpoints):
         self._logged_step = 0
         self.health = Health(args)
         self.add_callback(self.health)
-        self.add_callback(FiniteGradients(self.accelerator))
         engine = "FSDP" if self.is_fsdp_enabled else "none"
         engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
         self._made_for = describe(self._policy()) | {"log_z": args.log_z, "engine": engine}
@@ -185,8 +185,9 @@ class PowerFlowTrainer(WholeCheckpoints):
         """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
 
         Added: psi, alpha and group [B], num_sequences (not empty, over all ranks); group_log_z [B]
-        where groups are split over micro-batches; old_ and ref_per_token_logps [B, T] where they
-        serve several updates, or the reference comes to the device only now.
+        where groups are split over micro-batches, or serve several updates: the rollout's, for all
+        of them, whatever the split; old_ and ref_per_token_logps [B, T] where they serve several
+        updates, or the reference comes to the device only now.
         """
         self._ref_logps = None
         with self.health.phase("rollout"):
@@ -197,16 +198,20 @@ class PowerFlowTrainer(WholeCheckpoints):
         output["alpha"] = torch.full_like(output["psi"], self.args.alpha_at(self.state.global_step))
         sequences = counted_mask(output).any(1).sum()
         output["num_sequences"] = self.accelerator.gather(sequences).sum()
-        split = self.log_z is None and not self._groups_are_whole()
+        several = self.model.training and (
+            self.args.steps_per_generation * self.num_iterations
+            > self.args.gradient_accumulation_steps
+        )
+        noted = self.log_z is None and (several or not self._groups_are_whole())
         fresh = self.log_z is not None and not self.log_z.started
         if self._ref_logps is not None:  # TRL has asked for the old policy's
             output["ref_per_token_logps"] = self._ref_logps
-        elif self.num_iterations > 1 or split or fresh or "sampling_per_token_logps" in output:
+        elif several or noted or fresh or "sampling_per_token_logps" in output:
             scores = self._score(output)
             output["old_per_token_logps"], output["ref_per_token_logps"] = scores
         elif self.args.offload_reference:
             output["ref_per_token_logps"] = self._offloaded_reference(output)
-        if split or fresh:
+        if noted or fresh:
             size = self._group_size()
             output["group_log_z"] = group_log_z(output, size, self.args, self.accelerator)
         if fresh:
@@ -221,11 +226,16 @@ class PowerFlowTrainer(WholeCheckpoints):
         if self.reward_funcs == [no_psi]:  # TRL's reward figures would be those of no_psi
             for name in [key for key in metrics if "reward" in key]:
                 del metrics[name]
-        rows = zip(output["completion_ids"], output["completion_mask"].bool(), strict=True)
+        # Completions that are masked because they were cut off were sampled all the same.
+        drawn = output["completion_mask"].bool()
+        padding = output["completion_ids"] == self._tokenizer.pad_token_id
+        drawn = drawn.where(drawn.any(1, keepdim=True), ~padding)
+        rows = zip(output["completion_ids"], drawn, strict=True)
         ids = [row[mask].tolist() for row, mask in rows]
         figures = self.health.rollout_figures(ids, self._group_size(), self.accelerator)
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
             figures |= sampler_gap(output, self.accelerator)
+        check_sampler(metrics | figures)
         figures["alpha"] = output["alpha"][0].item()
         for name, value in figures.items():
             metrics[name].append(value)

@@ -152,3 +152,34 @@ def test_a_checkpoint_of_another_model_is_refused_before_generation(tmp_path):
     refused("engine is FSDP there and none here")  # transformers keeps other files for each
     (tmp_path / "checkpoint-1" / "powerflow.json").unlink()
     refused("not a checkpoint of this trainer")
+
+
+@pytest.mark.parametrize("stopped", [2, 3], ids=["between rollouts", "within a rollout"])
+def test_half_the_batch_and_twice_the_accumulation_draws_again(tmp_path, stopped):
+    """The usual answer to a full memory; nothing stale is trained on, whatever step it was."""
+    options = dict(num_iterations=2, max_steps=stopped, save_steps=1)
+    make(tmp_path / "run", per_device_train_batch_size=8, **options).train()
+    drawn = []
+
+    def rollout(prompts, trainer):
+        drawn.append(trainer.state.global_step)
+        return tiny.rollout(prompts, trainer)
+
+    resumed = PowerFlowTrainer(
+        model=tiny.model(),
+        args=tiny.config(
+            tmp_path / "run",
+            **options | dict(max_steps=6),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+        ),
+        train_dataset=tiny.dataset(),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(),
+        rollout_func=rollout,
+    )
+    said = "per_device_train_batch_size 8 -> 4, gradient_accumulation_steps 1 -> 2"
+    with pytest.warns(UserWarning, match=f"another shape .*{said}.*drawn again"):
+        resumed.train(resume_from_checkpoint="last")
+    assert drawn == list(range(stopped, 6, 2))
+    assert resumed.state.global_step == 6

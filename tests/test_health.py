@@ -113,3 +113,12 @@ def test_tokens_per_second_counts_reused_rollouts(tmp_path):
     trainer, seen = make(tmp_path, num_iterations=2, max_steps=4)
     trainer.train()
     assert [log["tokens_per_second"] > 0 for log in seen.logs] == [True] * 4
+
+
+def test_completions_that_are_masked_count_for_repetition(tmp_path):
+    """Cut-off completions give no gradient, but they are what the policy writes."""
+    repeating = rollout_of(lambda step, place: [2 + place] * 6)  # as long as they may be
+    trainer, seen = make(tmp_path, rollout=repeating, mask_truncated_completions=True)
+    trainer.train()
+    assert seen.logs[0]["completions/distinct_ngrams"] == pytest.approx(1 / 3)
+    assert seen.logs[0]["completions/distinct_per_prompt"] == 4

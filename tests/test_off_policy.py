@@ -1,11 +1,14 @@
 """Several updates per rollout, the sampler's own log-probs, schedules, and ways of computing."""
 
+import types
+
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
 from peft import get_peft_model  # noqa: E402
+from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
 from powerflow_fast import trainer as trainer_module  # noqa: E402
 from powerflow_fast.checks import check_policy  # noqa: E402
@@ -226,3 +229,40 @@ def test_other_ways_to_train_start_at_the_reference_and_learn(tmp_path, kind):
     assert seen.logs[1]["kl"] > 1e-6
     if kind == "checkpointing":
         assert_close(seen.steps[1], plain_seen.steps[1])
+
+
+@pytest.mark.parametrize(
+    "several",
+    [dict(num_iterations=2), dict(steps_per_generation=2)],
+    ids=["iterations", "steps_per_generation"],
+)
+def test_several_updates_do_not_depend_on_the_split(tmp_path, several):
+    """Group log Z' is the rollout's for all of its updates, whole groups or not."""
+    runs = []
+    for size in (8, 4, 2):
+        options = dict(several)
+        if "steps_per_generation" in options:
+            options["steps_per_generation"] *= 8 // size
+        trainer, seen = make(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=2,
+            learning_rate=0.05,
+            **options,
+        )
+        trainer._prepare_inputs = types.MethodType(in_order, trainer)
+        trainer.train()
+        runs.append(seen.steps)
+    for run in runs[1:]:
+        assert_close(run[0], runs[0][0])
+        assert_close(run[1], runs[0][1])
+
+
+def in_order(self, generation_batch):
+    """TRL shuffles a rollout where groups are split; the same order makes runs comparable."""
+    steps = self.args.steps_per_generation
+    if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+        batch = self._generate_and_score_completions(generation_batch)
+        self._buffered_inputs = split_tensor_dict(batch, steps)
+    return self._buffered_inputs[self._step % steps]
