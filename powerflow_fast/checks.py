@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -25,13 +26,35 @@ TOKENS = 8  # of a trial
 ROUNDINGS = 32
 
 
-def check_data(dataset) -> None:
-    """ValueError unless `dataset` has prompts to train on."""
+def check_data(dataset, args: PowerFlowConfig) -> None:
+    """ValueError unless `dataset` has prompts to train on, enough of them for one rollout."""
+    if isinstance(dataset, (list, tuple)):
+        raise ValueError(
+            f"train_dataset: expected a datasets.Dataset, got a {type(dataset).__name__}; "
+            "Dataset.from_list(rows) makes one"
+        )
     columns = getattr(dataset, "column_names", None)
     if dataset is None or (columns is not None and "prompt" not in columns):
         raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("train_dataset: it is empty")
+    if not isinstance(dataset, Dataset):  # a stream is read as it comes
+        return
+    needed = args.generation_batch_size // args.num_generations
+    if len(dataset) < needed:
+        raise ValueError(
+            f"train_dataset: expected at least {needed} prompts, as many as one rollout takes "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations "
+            f"{args.num_generations}), got {len(dataset)}; lower per_device_train_batch_size or "
+            "gradient_accumulation_steps, or repeat the prompts"
+        )
+    for start in range(0, len(dataset), 1000):
+        for i, prompt in enumerate(dataset[start : start + 1000]["prompt"], start=start):
+            messages = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
+            if not prompt or not (isinstance(prompt, str) or messages):
+                raise ValueError(
+                    f"train_dataset: prompt {i}: expected text or messages, got {prompt!r}"
+                )
 
 
 def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
@@ -41,9 +64,9 @@ def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
     """
     source = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(model, **source) if isinstance(model, str) else model.config
-    limits = (getattr(config.get_text_config(), "max_position_embeddings", None),)
-    context = min((n for n in (*limits, args.vllm_max_model_length) if n), default=None)
-    if context is None or not hasattr(dataset, "__getitem__"):
+    limits = (context_length(config), args.vllm_max_model_length)
+    context = min((n for n in limits if n), default=None)
+    if context is None or not isinstance(dataset, Dataset):
         return
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
@@ -290,6 +313,42 @@ def _take_off(model: Any, adapters: set[str]) -> None:
         del model.peft_config
 
 
+def check_parallel(args) -> None:
+    """ValueError where a sequence would be cut over ranks, of which the loss knows nothing."""
+    parallel = getattr(args, "parallelism_config", None)
+    for name in ("cp_size", "sp_size"):
+        size = getattr(parallel, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config: {name}={size} splits each sequence over ranks, which the "
+                "LA-TB loss does not follow; set it to 1 (tp_size and dp_shard_size are fine)"
+            )
+
+
+def context_length(config) -> int | None:
+    """Tokens that a model's positions reach; None where its configuration sets no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_engine(trainer, base) -> None:
+    """ValueError for ways of running that fail late, or train wrongly."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1 and getattr(base, "is_quantized", False):
+        raise ValueError(
+            "model: FSDP1 does not shard quantised layers beside an adapter in another type; set "
+            "fsdp_version: 2"
+        )
+    args = trainer.args
+    check_parallel(args)
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    shared = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)
+    if args.gradient_checkpointing and reentrant and shared:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: {type(base).__name__} shares keys and values between "
+            "layers, of which use_reentrant=True loses gradients; set use_reentrant to False"
+        )
+
+
 def check_policy(trainer, policy) -> None:
     """ValueError where the built `trainer` cannot train `policy`, its model unwrapped."""
     if trainer._is_vlm:
@@ -302,6 +361,7 @@ def check_policy(trainer, policy) -> None:
             "the adapter with is_trainable=True"
         )
     base = base_model(policy)
+    _check_engine(trainer, base)
     check_head(base)
     if trainer.args.padding_free:
         check_packing(base)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from powerflow_fast.cli_common import (
     check_output,
     load_model,
     one_line,
+    usable_cores,
     user_input,
 )
 
@@ -155,7 +155,7 @@ def _demo(args: argparse.Namespace) -> int:
     user_input(_find_demo_parts)
     import torch
 
-    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(args.threads or usable_cores())
     run_demo(settings)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any, NoReturn
 
 class UsageError(Exception):
     """What the user can put right; its message is printed without a traceback."""
+
+
+def usable_cores() -> int:
+    """That this process may use; all of the machine's where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Parser(argparse.ArgumentParser):

@@ -36,6 +36,8 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "min_length_share": SHARE,
     "min_distinct": SHARE,
     "num_generations": ("at least 2 completions per prompt, to compare", lambda x: x >= 2),
+    "temperature": POSITIVE,
+    "max_completion_length": ("at least 1 token", lambda x: x >= 1),
     "disable_dropout": ("True: the policy must start at the reference", bool),
 }
 
@@ -94,6 +96,11 @@ class PowerFlowConfig(GRPOConfig):
         "Probability mass per token that the head's gradient may leave out, in [0, 1); 1e-3 saves "
         "time once the policy is sharp. 0: exact.",
     )
+    round_logits: bool = _option(
+        False,
+        "Round logits to the model's type before they are scored, as a sampler without a float32 "
+        "head does.",
+    )
     padding_free: bool = _option(
         False, "Compute real tokens only, packed into one row (best with flash-attn)."
     )
@@ -112,8 +119,9 @@ class PowerFlowConfig(GRPOConfig):
     def __post_init__(self) -> None:
         fields = type(self).__dataclass_fields__
         for name, (expected, holds) in RANGES.items():
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not holds(value):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name in ("log_z", "balance", "loss_backend"):
             choices, value = fields[name].metadata["choices"], getattr(self, name)
             if value not in choices:

@@ -20,22 +20,23 @@ def keep_base_exact(model: PeftModel | Any) -> None:
     under FSDP). Quantised layers get a new weight when merged; there the old one is kept instead.
     """
     merge, unmerge = model.merge_adapter, model.unmerge_adapter
-    kept: list[tuple[nn.Module, Any, Tensor | None]] = []  # layer, its weight, a copy of that
+    # Layer, name of a parameter, the parameter, a copy of it.
+    kept: list[tuple[nn.Module, str, Any, Tensor | None]] = []
 
     def merge_adapter(*args, **kwargs) -> None:
-        module: Any
-        for module in model.modules():
-            if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-                layer = module.get_base_layer()
-                weight = layer.weight
+        adapted: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
+        # An expert layer has several parameters, each with an adapter around it.
+        layers = {id(layer): layer for layer in (m.get_base_layer() for m in adapted)}
+        for layer in layers.values():
+            for name, weight in layer.named_parameters(recurse=False):
                 copy = weight.detach().cpu().clone() if weight.is_floating_point() else None
-                kept.append((layer, weight, copy))
+                kept.append((layer, name, weight, copy))
         merge(*args, **kwargs)
 
     def unmerge_adapter() -> None:
         unmerge()
-        for layer, weight, copy in kept:
-            layer.weight = weight
+        for layer, name, weight, copy in kept:
+            setattr(layer, name, weight)
             if copy is not None:
                 weight.data.copy_(copy)
         kept.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import resource
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -231,7 +231,14 @@ def peak_memory() -> int:
     """Bytes: the most this process allocated on its accelerator, or else in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _text(item: Any) -> str:

@@ -298,6 +298,11 @@ def _check_log_z(
 ) -> None:
     """log_z is a number or [S], or "group" with groups of at least two."""
     if not isinstance(log_z, str):
+        if group_size is not None or group_ids is not None:
+            raise ValueError(
+                "group_size, group_ids: have no effect beside a log_z that is given; leave them "
+                "out, or log_z='group'"
+            )
         validation.check_per_sequence("log_z", log_z, sequences, validate)
         if log_z is None:
             raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")

@@ -38,6 +38,9 @@ class HeadOptions:
         _require_finite("logit_scale", self.logit_scale)
         if self.softcap is not None:
             _require_positive("softcap", self.softcap)
+        if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
+            raise ValueError(f"ignore_index: expected an integer, got {self.ignore_index!r}")
+        _require_finite("grad_tolerance", self.grad_tolerance)
         if not 0.0 <= self.grad_tolerance < 1.0:
             raise ValueError(
                 "grad_tolerance: expected a probability mass in [0, 1), "

@@ -37,9 +37,11 @@ def read_records(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise PromptFileError(f"{path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PromptFileError(f"{path}: not UTF-8 text ({error.reason})") from None
+    # Not splitlines: U+2028 and the like may stand within a line of JSON.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if not lines:
         raise PromptFileError(f"{path}: the file is empty")
     parse = _parse_json if path.suffix in (".jsonl", ".json") else _parse_text

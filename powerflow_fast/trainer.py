@@ -100,7 +100,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         args = PowerFlowConfig("powerflow-output") if args is None else args
         if not isinstance(args, PowerFlowConfig):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
-        check_data(train_dataset)
+        check_data(train_dataset, args)
         check_reference(model, peft_config, args)
         check_lengths(train_dataset, model, kwargs.get("processing_class"), args)
         with given_back(model):
@@ -338,6 +338,7 @@ class PowerFlowTrainer(WholeCheckpoints):
                 return_entropy="detached",
                 backend=args.loss_backend,
                 grad_tolerance=args.grad_tolerance,
+                round_logits=args.round_logits,
                 log_z=log_z,
                 group_ids=group_ids,
                 **head.transform,

@@ -141,10 +141,13 @@ def _load(key: str) -> Config | None:
     stored = _read(cache_file()).get(key)
     if stored is None:
         return None
-    tiles: dict[str, Tile] = {
-        name: Tile(**value) for name, value in stored.items() if isinstance(value, dict)
-    }
-    return Config(**tiles, tma=stored["tma"])
+    try:
+        tiles: dict[str, Tile] = {
+            name: Tile(**value) for name, value in stored.items() if isinstance(value, dict)
+        }
+        return Config(**tiles, tma=stored["tma"])
+    except (TypeError, KeyError, AssertionError):  # of another version of the kernels
+        return None
 
 
 def _read(path: Path) -> dict:

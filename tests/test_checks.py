@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("trl")
 
 import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import (  # noqa: E402
     IA3Config,
     LNTuningConfig,
@@ -190,3 +191,59 @@ def test_an_offline_trainer_gives_the_model_back_too(tmp_path):
 def test_what_is_tried_is_the_hidden_states():
     model = tiny.model()
     assert hidden_trial(model).shape == (1, 8, 16)
+
+
+def test_a_stream_of_prompts_trains(tmp_path):
+    rows = tiny.dataset(8).to_iterable_dataset()
+    trainer, seen = make(tmp_path, data=rows, max_steps=2)
+    trainer.train()
+    assert len(seen.steps) == 2
+
+
+def test_prompts_that_cannot_make_a_rollout_are_named(tmp_path):
+    def refused(rows, match, **options):
+        with pytest.raises(ValueError, match=match):
+            make(tmp_path, data=rows, **options)
+
+    refused([{"prompt": "rain"}], "train_dataset: expected a datasets.Dataset, got a list")
+    one = tiny.dataset(1).select(range(1))
+    refused(
+        one, r"expected at least 2 prompts, .*generation_batch_size 8 / num_generations 4.*got 1"
+    )
+    for prompt in (None, ""):
+        rows = Dataset.from_dict({"prompt": [*tiny.PROMPTS, prompt]})
+        refused(rows, f"train_dataset: prompt 4: expected text or messages, got {prompt!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("temperature", 0.0, "a finite number > 0, got 0.0"),
+        ("max_completion_length", None, "at least 1 token, got None"),
+        ("alpha", None, "a finite number > 0, got None"),
+    ],
+)
+def test_options_out_of_range_are_named(name, value, said, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: expected {said}"):
+        tiny.config(tmp_path, **{name: value})
+
+
+def test_reentrant_checkpointing_of_shared_keys_and_values(tmp_path):
+    model = tiny.model()
+    model.config.num_kv_shared_layers = 1
+    options = dict(gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs: .*shares keys"):
+        kwargs = dict(gradient_checkpointing_kwargs={"use_reentrant": True})
+        make(tmp_path, model=model, **options, **kwargs)
+    kwargs = dict(gradient_checkpointing_kwargs={"use_reentrant": False})
+    make(tmp_path, model=model, **options, **kwargs)
+
+
+def test_rounded_logits_reach_the_loss(tmp_path):
+    logs = []
+    for rounded in (False, True):
+        model = tiny.model().bfloat16()
+        trainer, seen = make(tmp_path, model=model, round_logits=rounded)
+        trainer.train()
+        logs.append(seen.logs[0]["logps/policy"])
+    assert 0 < abs(logs[0] - logs[1]) < 0.1

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("peft")
 
-from peft import get_peft_model  # noqa: E402
+import transformers  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from powerflow_fast.exact_merge import keep_base_exact  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -40,3 +41,28 @@ def test_bfloat16_drifts_without_and_not_with():
     model(torch.arange(2, 8)[None]).logits.sum().backward()
     optimizer.step()  # the parameters are still those of the model
     assert merged_and_back(model) == []
+
+
+def test_experts_come_back_too(tmp_path):
+    """One parameter for all experts, with an adapter around it instead of a layer."""
+    config = transformers.MixtralConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    model = transformers.MixtralForCausalLM(config).bfloat16()
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False
+    )
+    model = get_peft_model(model, lora)
+    base = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    keep_base_exact(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    now = {n: p for n, p in model.named_parameters() if "lora" not in n}
+    assert now.keys() == base.keys() and all(torch.equal(now[n], base[n]) for n in base)

@@ -352,3 +352,10 @@ def test_fused_needs_exactly_one_reference():
         fused_linear_tb_loss(
             hidden, weight, targets, ref_hidden, log_z=0.0, alpha=2.0, colour=1, **keywords
         )
+
+
+def test_groups_beside_a_given_log_z_are_refused():
+    logps = -torch.rand(4, 3)
+    for options in ({"group_size": 2}, {"group_ids": torch.tensor([0, 0, 1, 1])}):
+        with pytest.raises(ValueError, match="group_size, group_ids: have no effect"):
+            tb_loss(logps, logps, log_z=0.1, alpha=2.0, **options)

@@ -101,3 +101,10 @@ def test_psi_functions():
     assert truncated([1, 2])(completion_ids=[[5, 1], [5, 2], [5], []]) == [0.0, 0.0, -0.5, -0.5]
     with pytest.raises(ValueError, match="penalty"):
         missing_boxed(penalty=0.5)
+
+
+def test_a_line_separator_within_json_is_no_end_of_line(tmp_path):
+    """JavaScript's writers leave U+2028 unescaped; only a newline ends a line of JSON lines."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two\x85three"}\n{"prompt": "four"}\r\n', encoding="utf-8")
+    assert [r["prompt"] for r in read_prompts(path)] == ["one\u2028two\x85three", "four"]

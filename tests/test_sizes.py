@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from powerflow_fast import backend_torch, linear_logprobs, reference
+from powerflow_fast import linear_logprobs, reference
 from tests.numerics import (
     gradient_tolerance,
     logit_error_bound,
@@ -56,16 +56,3 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[index], expected[index]) for index in range(len(cases)))
-
-
-def test_bf16_precision_is_restored_when_the_last_of_overlapping_scopes_ends():
-    """Scopes that end in the order they began must not leave the global setting behind."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    first, second = (backend_torch._Bf16MatmulPrecision.scope() for _ in range(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert matmul.fp32_precision == "bf16"
-    second.__exit__(None, None, None)
-    assert matmul.fp32_precision == before

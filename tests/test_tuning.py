@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -93,3 +93,16 @@ def test_tiles_that_do_not_belong_together_are_refused():
         replace(base, direction=replace(base.direction, depth=128))
     with pytest.raises(AssertionError):
         replace(base, statistics=replace(base.statistics, rows=64))
+
+
+def test_tiles_of_another_version_are_tuned_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("POWERFLOW_CACHE", str(tmp_path))
+    tile = asdict(table.TABLE["sm_90"].statistics)
+    for stored in (
+        {"statistics": tile | {"parts": 3}, "direction": tile, "dlogits": tile, "tma": True},
+        {"statistics": tile | {"unknown": 1}, "direction": tile, "dlogits": tile, "tma": True},
+        {"statistics": tile, "tma": True},
+        {},
+    ):
+        (tmp_path / "tiles.json").write_text(json.dumps({"key": stored}))
+        assert tuning._load("key") is None

@@ -67,7 +67,8 @@ def patch_head(
         outputs: the fields of `FusedHeadOutput` to compute, of `FIELDS`.
         with_labels: make every call with labels such a call, so that a trainer which reads
             `outputs.loss` (transformers' own, for one) needs no other change.
-        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`.
+        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`. Those given to an
+            earlier call for this model stay, unless they are given anew.
 
     Raises:
         ValueError: for a model without a decoder, a head that is missing, adapted, quantised or
@@ -76,8 +77,9 @@ def patch_head(
     unknown = set(outputs) - set(FIELDS)
     if unknown:
         raise ValueError(f"outputs: expected a choice of {FIELDS}, got {sorted(unknown)}")
-    options = HeadOptions(temperature=temperature, **head)
     model = base_model(model)
+    head = getattr(model, "_fused_head_options", {}) | head
+    options = HeadOptions(temperature=temperature, **head)
     check_head(model)
     original = model.forward
 
@@ -104,6 +106,7 @@ def patch_head(
         return score(self, options, outputs, cast_lm_head_to_fp32, *args, **rest, **given)
 
     model.forward = types.MethodType(forward, model)
+    vars(model)["_fused_head_options"] = head
 
 
 def score(

@@ -12,13 +12,64 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from powerflow_fast.checks import check_pair, given_back, trial_ids
+from powerflow_fast.checks import (
+    check_pair,
+    check_parallel,
+    context_length,
+    given_back,
+    trial_ids,
+)
 from powerflow_fast.health import FiniteGradients
 from powerflow_fast.integrations.head_patch import patch_head
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.metrics import MetricSums
 from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
 from powerflow_fast.sampling import end_tokens
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers, where a data set gives tensors or arrays."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _token_ids(
+    prompt: Any, completion: Any, tokenizer, ends: list[int]
+) -> tuple[list[int], list[int]]:
+    """Of text, of messages, or as they are; text and messages get an end token if they lack one."""
+    prompt, completion = _plain(prompt), _plain(completion)
+    messages = [x for x in (prompt, completion) if _is_messages(x)]
+    if messages and not _is_messages(prompt):
+        raise ValueError("prompt: expected messages, as the completion is, got text or token ids")
+    if _is_messages(prompt):
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        if _is_messages(completion):
+            whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
+            if whole[: len(start)] != start:
+                raise ValueError(
+                    "prompt: its chat template gives other tokens once the completion follows; "
+                    "give token ids"
+                )
+            completion = whole[len(start) :]
+            last = max((i for i, token in enumerate(completion) if token in ends), default=None)
+            completion = completion if last is None else completion[: last + 1]
+            return start, _ended(completion, tokenizer, ends)
+        prompt = start
+    if isinstance(prompt, str):
+        prompt = tokenizer(prompt)["input_ids"]
+    if isinstance(completion, str):
+        completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        completion = _ended(completion, tokenizer, ends)
+    return prompt, completion
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _ended(completion: list[int], tokenizer, ends: list[int]) -> list[int]:
+    if completion and completion[-1] in ends:
+        return completion
+    return [*completion, tokenizer.eos_token_id]
 
 
 @torch.no_grad()
@@ -39,15 +90,17 @@ class LATBTrainer(Trainer):
         model: a causal language model with `ref_model`, or a PeftModel, whose base without its
             adapter is the reference.
         args: TrainingArguments; `remove_unused_columns` is set to False.
-        train_dataset, eval_dataset: rows with `prompt` and `completion` (text, or token ids), and
-            optionally `old_logps` (one log-prob [nats] per completion token, from the policy that
-            sampled; they give clipped importance weights) and `psi` (format term, nats/token).
-            A completion given as text gets the tokenizer's end-of-sequence token, unless it ends
-            with one of the model's already.
+        train_dataset, eval_dataset: rows with `prompt` and `completion` (text, messages, or token
+            ids), and optionally `old_logps` (one log-prob [nats] per completion token, from the
+            policy that sampled; they give clipped importance weights) and `psi` (format term,
+            nats/token). A completion given as text or messages gets the tokenizer's
+            end-of-sequence token, unless it ends with one of the model's already.
         processing_class: the tokenizer.
         ref_model: the frozen reference where it is not the base of `model`.
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
         temperature: at which the completions were sampled.
+        head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Those
+            that the model was patched with before stay.
         **kwargs: every other argument of Trainer.
 
     Raises:
@@ -67,6 +120,7 @@ class LATBTrainer(Trainer):
         log_z: float | str = "group",
         clip_eps: float = 0.2,
         temperature: float = 1.0,
+        head: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if ref_model is None and not hasattr(model, "disable_adapter"):
@@ -75,6 +129,8 @@ class LATBTrainer(Trainer):
             raise ValueError("model: nothing to train, every parameter is frozen")
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
         ends = end_tokens(model, processing_class)
+        check_parallel(args)
+        self._context = context_length(model.config)
         train_items = self._encode(train_dataset, processing_class, ends)
         eval_items = None
         if eval_dataset is not None:
@@ -83,10 +139,9 @@ class LATBTrainer(Trainer):
         with given_back(model), given_back(ref_model):
             for part in (model, ref_model):
                 if part is not None:
-                    patch_head(part, temperature)
+                    patch_head(part, temperature, **(head or {}))
                     disable_dropout(part)
                     keep_gradient(part)
-                    check_pair(part, trial=partial(_scores, part))
             super().__init__(
                 model,
                 args,
@@ -96,6 +151,9 @@ class LATBTrainer(Trainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+            for part in (model, ref_model):
+                if part is not None:
+                    check_pair(part, trial=partial(_scores, part))
         self.add_callback(FiniteGradients(self.accelerator))
         self.loss_is_scaled_for_ga = True
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
@@ -117,25 +175,25 @@ class LATBTrainer(Trainer):
                 raise ValueError(
                     f"row {place}: expected columns prompt and completion, got {sorted(row)}"
                 )
-            prompt, completion = row["prompt"], row["completion"]
-            if isinstance(prompt, str):
-                prompt = tokenizer(prompt)["input_ids"]
-            if isinstance(completion, str):
-                completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
-                if not completion or completion[-1] not in ends:
-                    completion = [*completion, tokenizer.eos_token_id]
-            old = row.get("old_logps")
+            prompt, completion = _token_ids(row["prompt"], row["completion"], tokenizer, ends)
+            old = _plain(row.get("old_logps"))
             if not len(prompt) or (old is not None and len(old) != len(completion)):
                 raise ValueError(
                     f"row {place}: expected a prompt and one of old_logps per completion token, "
                     f"got {len(prompt)} prompt tokens, {len(completion)} completion tokens and "
                     f"{'no' if old is None else len(old)} old_logps"
                 )
-            numbers = {"psi": [row.get("psi") or 0.0], "old_logps": [] if old is None else old}
-            for name, values in numbers.items():
+            if self._context is not None and len(prompt) + len(completion) > self._context:
+                raise ValueError(
+                    f"row {place}: expected at most {self._context} tokens, the model's context, "
+                    f"got {len(prompt)} of the prompt and {len(completion)} of the completion"
+                )
+            psi = _plain(row.get("psi"))
+            psi = 0.0 if psi is None else psi
+            for name, values in (("psi", [psi]), ("old_logps", old or [])):
                 if not all(map(math.isfinite, values)):
                     raise ValueError(f"row {place}: {name}: expected finite numbers, got {values}")
-            item = {"prompt": prompt, "completion": completion, "psi": row.get("psi") or 0.0}
+            item = {"prompt": prompt, "completion": completion, "psi": psi}
             groups[tuple(prompt)].append(item | {"old_logps": old})
         if self._grouped:
             for group in groups.values():

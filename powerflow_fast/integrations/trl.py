@@ -42,11 +42,27 @@ def install_head(**head: Any) -> ExitStack:
     from powerflow_fast.options import HeadOptions
 
     HeadOptions(**head)
-    theirs, ours = getattr(utils, HOOK), functools.partial(patch_head, **head)
-    _replace(theirs, ours)
+    ours = functools.partial(patch_head, **head)
+    before = getattr(utils, HOOK)
+    if not _installed:
+        _installed.append(before)  # TRL's own
+    _installed.append(ours)
+    _replace(before, ours)
     undo = ExitStack()
-    undo.callback(_replace, ours, theirs)
+    undo.callback(_take_out, ours)
     return undo
+
+
+_installed: list[Any] = []  # TRL's own hook, then ours in the order of installing; the last acts
+
+
+def _take_out(hook: Any) -> None:
+    """Whatever the order of undoing, what acts afterwards is the newest that is left."""
+    acting = _installed[-1]
+    _installed.remove(hook)
+    _replace(acting, _installed[-1])
+    if len(_installed) == 1:
+        _installed.clear()
 
 
 def _replace(old: Any, new: Any) -> None:

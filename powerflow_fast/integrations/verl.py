@@ -10,12 +10,15 @@ to load: VERL_USE_EXTERNAL_MODULES=powerflow_fast.integrations.verl_plugin every
     actor_rollout_ref.actor.kl_loss_coef=0.0                  and adds no KL term
     actor_rollout_ref.model.use_fused_kernels=True            the head, with
     actor_rollout_ref.model.fused_kernel_options.impl_backend=triton
+    POWERFLOW_HEAD='{"grad_tolerance": 1e-3}'                 its options, in the environment
 
 The reward, summed over the tokens of a sequence, is the format term psi [nats/token].
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,18 +30,29 @@ from torch import Tensor
 from powerflow_fast.head import linear_logprobs
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.model_head import read_head
+from powerflow_fast.options import HeadOptions
 
 NAME = "la_tb"
 TESTED = ("0.9",)
+HEAD: dict[str, Any] = {}  # options of `linear_logprobs` that every call of the head gets
 METRICS = ("residual_mean", "residual_std", "policy_logp", "importance_mean", "clipped_share")
 
 
-def register() -> None:
+def register(**head: Any) -> None:
     """Enter the loss, its targets and the head into verl; twice is once.
 
+    Args:
+        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`; default: what
+            the environment variable POWERFLOW_HEAD has of them, as JSON.
+
     Raises:
-        ValueError: where verl is missing, or of a version this was not tested with.
+        ValueError: where verl is missing, or of a version this was not tested with; for an option
+            that the head does not have.
     """
+    head = head or _head_of_environment()
+    HeadOptions(**head)
+    HEAD.clear()
+    HEAD.update(head)
     try:
         found = version("verl")
     except PackageNotFoundError:
@@ -135,8 +149,17 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
         process_group=dist_process_group,
+        **HEAD,
     )
     return logps, entropy
+
+
+def _head_of_environment() -> dict[str, Any]:
+    text = os.environ.get("POWERFLOW_HEAD", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"POWERFLOW_HEAD: expected a JSON object, got {text!r}") from None
 
 
 def _with_targets(theirs: Any) -> Any:

@@ -89,3 +89,16 @@ def test_axolotl_loads_the_plugin_by_its_name(tmp_path):
     create = base.PluginManager.post_trainer_create
     after, _ = train(tmp_path, lambda trainer: create(manager, {"rl": None}, trainer))
     assert after == pytest.approx(before, rel=1e-4) and "axolotl" in sys.modules
+
+
+def test_axolotls_options_reach_the_head(tmp_path):
+    seen = []
+    train(
+        tmp_path,
+        lambda trainer: (
+            axolotl.use_head({"rl": None, "powerflow_head": {"grad_tolerance": 1e-3}}, trainer),
+            seen.append(trainer.model._fused_head_options),
+        ),
+    )
+    assert seen == [{"grad_tolerance": 1e-3}]
+    assert axolotl.PowerFlowArgs(powerflow_head={"round_logits": True}).powerflow_head

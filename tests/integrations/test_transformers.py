@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,3 +301,70 @@ def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path):
         trainer.train()
     assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_options_of_an_earlier_patch_stay(tmp_path):
+    model = adapted()
+    patch_head(model, grad_tolerance=1e-3)
+    trainer = offline(tmp_path, model=model, head={"round_logits": True})
+    options = trainer.model.get_base_model()._fused_head_options
+    assert options == {"grad_tolerance": 1e-3, "round_logits": True}
+
+
+def as_messages(row):
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+
+
+def test_messages_and_tensors_are_rows_like_text(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} <eos> sea"
+        "{% else %} {% endif %}{% endfor %}"
+    )
+    text = offline(tmp_path)
+    ids = [
+        {
+            "prompt": torch.tensor(tokenizer(r["prompt"])["input_ids"]),
+            "completion": torch.tensor([*tokenizer(r["completion"])["input_ids"], tiny.EOS]),
+            "psi": torch.tensor(0.0),
+        }
+        for r in ROWS
+    ]
+    found = []
+    for rows in (list(map(as_messages, ROWS)), ids):
+        trainer = LATBTrainer(adapted(), arguments(tmp_path), rows, processing_class=tokenizer)
+        found.append(trainer.train_dataset)
+    assert found[0] == found[1] == text.train_dataset
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [ROWS[0] | {"completion": "sea " * 30}] * 2,
+            {"model": "small"},
+            "row 0: expected at most 16 tokens, the model's context, got 5 of the prompt and 31",
+        ),
+        (
+            ROWS,
+            {"parallelism_config": SimpleNamespace(cp_size=2, sp_size=1)},
+            "parallelism_config: cp_size=2 splits each sequence",
+        ),
+        (
+            [ROWS[0] | {"completion": as_messages(ROWS[0])["completion"]}],
+            {},
+            "prompt: expected messages, as the completion is",
+        ),
+    ],
+)
+def test_rows_and_ways_of_running_that_would_go_wrong(rows, options, message, tmp_path):
+    if options.get("model"):
+        options = {"model": adapted(tiny.model(max_position_embeddings=16))}
+    parallel = options.pop("parallelism_config", None)
+    args = arguments(tmp_path)
+    args.parallelism_config = parallel
+    with pytest.raises(ValueError, match=message):
+        LATBTrainer(options.get("model", adapted()), args, rows, processing_class=tiny.tokenizer())

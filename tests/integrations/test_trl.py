@@ -213,3 +213,18 @@ def test_importing_the_doors_imports_no_framework():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_heads_that_are_undone_in_any_order_leave_what_is_left():
+    theirs = utils.add_fused_lm_head
+    first, second = install_head(grad_tolerance=1e-3), install_head(round_logits=True)
+    newest = utils.add_fused_lm_head
+    first.close()
+    assert utils.add_fused_lm_head is newest
+    second.close()
+    assert utils.add_fused_lm_head is theirs
+    first, second = install_head(), install_head()
+    second.close()
+    assert utils.add_fused_lm_head not in (theirs, newest)
+    first.close()
+    assert utils.add_fused_lm_head is theirs
