@@ -365,6 +365,14 @@ def check_policy(trainer, policy) -> None:
     check_head(base)
     if trainer.args.padding_free:
         check_packing(base)
+        kernel = base.config._attn_implementation or ""
+        if "flash" not in kernel:
+            warnings.warn(
+                f"padding_free: with attn_implementation={kernel!r} every packed batch builds a "
+                "mask of tokens x tokens (1 GB at 32k), slower than padding; load the model with "
+                "flash_attention_2, or leave padding_free off",
+                stacklevel=4,
+            )
     check_pair(policy, lambda: trainer.as_reference(policy))
     if trainer.ref_model is not None:
         check_copy(policy, trainer.ref_model)

@@ -37,8 +37,8 @@ PLAIN_TYPES = (Tensor, nn.Parameter, DTensor)  # quantised tensors claim a plain
 class ModelHead(NamedTuple):
     """The language-model head; `transform` holds keywords of `linear_logprobs`."""
 
-    weight: nn.Parameter  # [V, H]
-    bias: nn.Parameter | None  # [V]
+    weight: Tensor  # [V, H], a parameter where nothing is merged into it
+    bias: Tensor | None  # [V]
     transform: dict[str, Any]  # logit_scale, softcap
 
 
@@ -76,29 +76,32 @@ def read_head(model: PreTrainedModel) -> ModelHead:
             "the head (lm_head) is offloaded by device_map: give it a device, "
             "device_map={..., 'lm_head': 0}, or more memory"
         )
-    return ModelHead(layer.weight, getattr(layer, "bias", None), logit_transform(model.config))
+    # Read once: PEFT's trainable tokens form a merged [V, H] at every look.
+    return ModelHead(weight, getattr(layer, "bias", None), logit_transform(model.config))
 
 
-def whole_head(model: PreTrainedModel) -> ModelHead:
-    """`read_head`, gathered where it is an FSDP2 unit of its own (else FSDP2 has done that)."""
-    head = read_head(model)
+def _whole(head: ModelHead) -> ModelHead:
+    """Gathered where it is an FSDP2 unit of its own (else FSDP2 has done that)."""
     weight, bias = (plain_tensor("lm_head", x, None) for x in (head.weight, head.bias))
     return head._replace(weight=weight, bias=bias)
 
 
 def through_head(
-    model: PreTrainedModel, compute: Callable[[Tensor, ModelHead], Any], hidden: Tensor
+    model: PreTrainedModel,
+    head: ModelHead,
+    compute: Callable[[Tensor, ModelHead], Any],
+    hidden: Tensor,
 ) -> Any:
     """`compute(hidden, head)`; where ZeRO-3 shards the head, in place of the head's own forward.
 
-    Then the head's hooks gather its weight, for its backward too, and reduce its gradient.
-    `compute` returns tensors: one, or a tuple or dict of them.
+    Then the head's hooks gather its weight, for its backward too, and reduce its gradient. `head`
+    is what `read_head(model)` gave; `compute` returns tensors: one, or a tuple or dict of them.
     """
+    if not hasattr(head.weight, "ds_id"):
+        return compute(hidden, _whole(head))
     layer = model.get_output_embeddings()
-    if not hasattr(layer.weight, "ds_id"):
-        return compute(hidden, whole_head(model))
     own = vars(layer).get("forward")
-    layer.forward = lambda hidden: compute(hidden, whole_head(model))
+    layer.forward = lambda hidden: compute(hidden, _whole(read_head(model)))
     try:
         return layer(hidden)
     finally:

@@ -6,7 +6,7 @@ on the sequences' offsets, other kernels get a block-diagonal mask.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,18 @@ def packed_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Te
     """[B, L, H] final hidden states of ids [B, L]; 0 where mask [B, L] is 0."""
     real = mask.bool()
     inputs = {"input_ids": ids[real][None], "position_ids": positions(mask)[real][None]}
-    hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
+    hidden = backbone(model)(**inputs, **_offsets(real), use_cache=False).last_hidden_state
     real = real.to(hidden.device)
     return hidden.new_zeros(*real.shape, hidden.shape[-1]).masked_scatter(real[..., None], hidden)
+
+
+def _offsets(real: Tensor) -> dict[str, Any]:
+    """Where sequences begin, for kernels that take it: flash-attn, linear attention."""
+    lengths = real.sum(1)
+    cu_seq_lens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max()) if len(lengths) else 0
+    lens = {f"cu_seq_lens_{side}": cu_seq_lens for side in "qk"}
+    return lens | {f"max_length_{side}": longest for side in "qk"}
 
 
 def check_packing(model: PreTrainedModel) -> None:

@@ -6,8 +6,9 @@ the plain distribution, so none of them may act here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,13 +81,11 @@ def sample(
         ValueError: for a temperature or sizes out of range, a row that is padded on the right, and
             masks that do not fit.
     """
-    from transformers import GenerationConfig
-
     _check(input_ids, attention_mask, max_new_tokens, num_return_sequences, temperature)
     base = base_model(model)
     ends = sorted(end_tokens(model) if end_token_ids is None else set(end_token_ids))
     drawn = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
-    plain = GenerationConfig(
+    options = dict(
         **drawn,
         top_k=0 if not greedy else None,
         max_new_tokens=max_new_tokens,
@@ -96,14 +95,11 @@ def sample(
         use_cache=True,
     )
     training = {module: module.training for module in base.modules()}
-    own = base.generation_config
-    # What is unset in a configuration that is passed would be taken from the model's own.
-    base.generation_config = plain
     base.eval()
     try:
-        ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
+        with generation_config(base, **options):
+            ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
     finally:
-        base.generation_config = own
         for module, mode in training.items():
             module.training = mode
     width = input_ids.shape[1]
@@ -114,6 +110,22 @@ def sample(
     labels = ids.masked_fill(~mask, -100)
     labels[:, :width] = -100
     return Sample(ids, mask.long(), positions(mask), labels)
+
+
+@contextmanager
+def generation_config(base: PreTrainedModel, **options: Any) -> Iterator[None]:
+    """The model's `generation_config` is `options` and nothing else, for the time inside.
+
+    What is unset in a configuration that `generate` is passed is taken from the model's own.
+    """
+    from transformers import GenerationConfig
+
+    own = base.generation_config
+    base.generation_config = GenerationConfig(**options)
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _check(ids: Tensor, mask: Tensor, tokens: int, completions: int, temperature: float) -> None:

@@ -32,6 +32,7 @@ from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.metrics import MetricSums
 from powerflow_fast.model_head import (
+    ModelHead,
     base_model,
     disable_dropout,
     keep_gradient,
@@ -41,6 +42,7 @@ from powerflow_fast.model_head import (
 )
 from powerflow_fast.packing import packed_hidden_state
 from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_gap
+from powerflow_fast.sampling import end_tokens, generation_config
 
 
 def no_psi(completions: list, **_: Any) -> list[float]:
@@ -190,7 +192,9 @@ class PowerFlowTrainer(WholeCheckpoints):
         updates, or the reference comes to the device only now.
         """
         self._ref_logps = None
-        with self.health.phase("rollout"):
+        base = base_model(self._policy())
+        ends = {"eos_token_id": end_tokens(base), "pad_token_id": self._tokenizer.pad_token_id}
+        with self.health.phase("rollout"), generation_config(base, **ends):
             output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
         own = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
@@ -307,8 +311,8 @@ class PowerFlowTrainer(WholeCheckpoints):
         args = self.args
         prompt_length = inputs["prompt_ids"].shape[1]
         mask = counted_mask(inputs)  # [B, T]
-        reference = self._reference(policy, inputs, mask)
         head = read_head(base_model(policy))
+        reference = self._reference(policy, inputs, mask, head)
         hidden = self._hidden(base_model(policy), inputs)
         # A model split over devices (`device_map`) may end on another one than it starts.
         device = head.weight.device
@@ -347,7 +351,8 @@ class PowerFlowTrainer(WholeCheckpoints):
 
         ref_head = reference.get("ref_weight"), reference.get("ref_bias")
         with maybe_gather_lm_head_ctx(*ref_head):
-            loss = through_head(base_model(policy), loss_of_head, counted(hidden, mask, head))
+            rows = counted(hidden, mask, head)
+            loss = through_head(base_model(policy), head, loss_of_head, rows)
         return out._replace(loss=loss)
 
     def _hidden(self, base, inputs) -> Tensor:  # [B, L, H]
@@ -355,7 +360,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         pairs = (("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask"))
         return forward(base, *(torch.cat([inputs[a], inputs[b]], dim=1) for a, b in pairs))
 
-    def _reference(self, policy, inputs, mask) -> dict[str, Any]:
+    def _reference(self, policy, inputs, mask, own: ModelHead) -> dict[str, Any]:
         """The loss's keywords of the reference, whose pass is before the policy's."""
         if "ref_per_token_logps" in inputs:
             return {"ref_logps": inputs["ref_per_token_logps"][mask]}
@@ -370,7 +375,7 @@ class PowerFlowTrainer(WholeCheckpoints):
                     hidden = self._hidden(base, inputs)
                     head = read_head(base)
         keywords = {"ref_hidden": counted(hidden, mask, head)}
-        if head.weight is not read_head(base_model(policy)).weight:
+        if head.weight is not own.weight:
             keywords |= {"ref_weight": head.weight, "ref_bias": head.bias}
         return keywords
 

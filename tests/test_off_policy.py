@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("trl")
 
 from peft import get_peft_model  # noqa: E402
+from peft.tuners.trainable_tokens import TrainableTokensLayer  # noqa: E402
 from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
 from powerflow_fast import trainer as trainer_module  # noqa: E402
@@ -266,3 +267,33 @@ def in_order(self, generation_batch):
         batch = self._generate_and_score_completions(generation_batch)
         self._buffered_inputs = split_tensor_dict(batch, steps)
     return self._buffered_inputs[self._step % steps]
+
+
+def test_a_head_with_trained_tokens_is_merged_as_often_as_it_is_used(tmp_path, monkeypatch):
+    """Each merge is a copy of [V, H]: embedding and head, of the policy and of the reference."""
+    merges = []
+    merge = TrainableTokensLayer.get_merged_weights
+
+    def counting(self, adapters):
+        merges.append(self)
+        return merge(self, adapters)
+
+    model = tiny.model(tie_word_embeddings=True)
+    lora = tiny.lora(target_modules=["q_proj"], trainable_token_indices=[2, 3])
+    trainer, seen = make(tmp_path, model=get_peft_model(model, lora), peft=False)
+    rollout = trainer._prepare_inputs
+
+    def after_rollout(inputs):
+        prepared = rollout(inputs)
+        merges.clear()
+        return prepared
+
+    trainer._prepare_inputs = after_rollout
+    monkeypatch.setattr(TrainableTokensLayer, "get_merged_weights", counting)
+    trainer.train()
+    assert len(seen.steps) == 1 and len(merges) == 4
+
+
+def test_packing_without_flash_attention_is_said_to_be_slow(tmp_path):
+    with pytest.warns(UserWarning, match="padding_free: with attn_implementation='sdpa'"):
+        make(tmp_path, padding_free=True)

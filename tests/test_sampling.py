@@ -16,6 +16,7 @@ from powerflow_fast.model_head import last_hidden_state, read_head  # noqa: E402
 from powerflow_fast.packing import check_packing, packed_hidden_state  # noqa: E402
 from powerflow_fast.sampling import end_tokens  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.test_trainer import make  # noqa: E402
 
 CHATTY = dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=3, repetition_penalty=1.3)
 SIZE = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -235,3 +236,17 @@ def test_bad_input(options, said):
     options = dict(attention_mask=REAL, max_new_tokens=2) | options
     with pytest.raises(ValueError, match=said):
         sample(tiny.model(), PROMPT, **options)
+
+
+def test_the_trainers_rollouts_are_of_the_plain_policy(tmp_path):
+    """TRL passes a configuration of its own; what it leaves unset would come from the model's."""
+    model = tiny.model()
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.suppress_tokens = list(range(2, 10))
+    own = model.generation_config
+    trainer, _ = make(tmp_path, model=model, rollout=None, max_completion_length=20)
+    trainer.train()
+    drawn = [row.tolist() for row in trainer._buffered_inputs[0]["completion_ids"]]
+    assert any(len(set(ids)) < len(ids) - 3 for ids in drawn)
+    assert {token for ids in drawn for token in ids} & set(range(2, 10))
+    assert trainer.model.get_base_model().generation_config is own

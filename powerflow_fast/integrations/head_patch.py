@@ -131,7 +131,8 @@ def score(
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
     # A model split over devices (`device_map`) may end on another one than its head.
-    device = read_head(model).weight.device
+    head = read_head(model)
+    device = head.weight.device
     hidden, shift_labels = (x.to(device) for x in (hidden, shift_labels))
     mask = shift_labels != -100
     context = torch.autocast(hidden.device.type, enabled=False) if in_fp32 else nullcontext()
@@ -139,7 +140,7 @@ def score(
         rows = hidden[mask].float() if in_fp32 else hidden[mask]
         targets = shift_labels[mask]
         fields = through_head(
-            model, lambda rows, head: _statistics(rows, targets, head, options, outputs), rows
+            model, head, lambda rows, head: _statistics(rows, targets, head, options, outputs), rows
         )
     # Scattered with a graph, so that a batch with nothing to score gives a connected zero.
     fields = {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in fields.items()}
