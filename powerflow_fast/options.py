@@ -38,7 +38,8 @@ class HeadOptions:
         _require_finite("logit_scale", self.logit_scale)
         if self.softcap is not None:
             _require_positive("softcap", self.softcap)
-        if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
+        index = self.ignore_index  # Dynamo may have a symbol here, which has no attributes
+        if isinstance(index, bool) or not (isinstance(index, int) or hasattr(index, "__index__")):
             raise ValueError(f"ignore_index: expected an integer, got {self.ignore_index!r}")
         _require_finite("grad_tolerance", self.grad_tolerance)
         if not 0.0 <= self.grad_tolerance < 1.0:
