@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from powerflow_fast.config import PowerFlowConfig
-from powerflow_fast.model_head import base_model, check_head, dropouts, last_hidden_state
+from powerflow_fast.model_head import (
+    base_model,
+    check_acts,
+    check_head,
+    dropouts,
+    last_hidden_state,
+)
 from powerflow_fast.packing import check_packing
 
 TOKENS = 8  # of a trial
@@ -112,20 +118,8 @@ def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
 
 
 def check_adapter(config) -> None:
-    """ValueError for a kind of adapter that only PeftModel's own forward brings into effect."""
-    if config is None:
-        return
-    kind = type(config).__name__
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"peft_config: a {kind} adds tokens before the prompt, which the fused head does not "
-            "see: nothing would be trained; use an adapter of the layers, LoraConfig for one"
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        raise ValueError(
-            "peft_config: an activated LoRA (alora_invocation_tokens) acts behind its tokens "
-            "alone, which the fused head does not see: nothing would be trained; use plain LoRA"
-        )
+    """ValueError for an adapter that would not act on what is scored, or moves the reference."""
+    check_acts(config)
     if getattr(config, "bias", "none") not in ("none", None, False):
         raise ValueError(
             f"peft_config: bias={config.bias!r} trains biases of the base, so the reference would "

@@ -80,9 +80,17 @@ def _plain(tensor: Any) -> torch.Tensor:
 
 
 def check_sampler(figures: dict[str, Any]) -> None:
-    """Warns where the sampler's log-probs are not the policy's; `figures` of a rollout."""
+    """Warns where the sampler's log-probs are not the policy's; `figures` of a rollout.
+
+    Raises:
+        TrainingStopped: where one of them is infinite.
+    """
     gap = figures.get("sampling/sampling_logp_difference/mean", 0.0)
     gap = gap[-1] if isinstance(gap, list) else gap
+    if gap == math.inf:
+        raise TrainingStopped(
+            "the sampler gave a log-prob of -inf for a token that it drew; expected finite numbers"
+        )
     if gap > SAMPLER_GAP:
         warnings.warn(
             f"the sampler's log-probs are {gap:.3g} nats/token off the policy's: importance "

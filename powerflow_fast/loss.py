@@ -95,7 +95,10 @@ def tb_loss(
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
     alpha, psi = _number(alpha), _number(psi)
     layout = Layout.of(logps, cu_seqlens, mask, validate)
-    layout.check_tokens("ref_logps", ref_logps)
+    for name, values in (("ref_logps", ref_logps), ("old_logps", old_logps)):
+        if values is not None:
+            layout.check_tokens(name, values)
+            validation.check_finite(name, layout.keep(values), validate)
     sequences = layout.sequences
     validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
     validation.check_per_sequence("psi", psi, sequences, validate)
@@ -353,7 +356,6 @@ def _importance(
     if old_logps is None:
         ones = logps.new_ones(layout.sequences)
         return ones, ones
-    layout.check_tokens("old_logps", old_logps)
     log_ratio = layout.sum((logps - old_logps).detach())
     if importance == "mean":
         log_ratio = log_ratio / layout.lengths.clamp(min=1)

@@ -168,6 +168,24 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
         )
 
 
+def check_acts(config) -> None:
+    """ValueError for a kind of adapter that only PeftModel's own forward brings into effect.
+
+    `config` is a PeftConfig, or None.
+    """
+    kind = type(config).__name__
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config: a {kind} adds tokens before the prompt, which the fused head does not "
+            "see: it would not act; use an adapter of the layers, LoraConfig for one"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config: an activated LoRA (alora_invocation_tokens) acts behind its tokens "
+            "alone, which the fused head does not see: it would not act; use plain LoRA"
+        )
+
+
 def base_model(policy):
     """The transformers model inside a PeftModel, or the model itself."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

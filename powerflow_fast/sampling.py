@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.model_head import base_model, positions
+from powerflow_fast.model_head import base_model, check_acts, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,11 +78,13 @@ def sample(
         `Sample` of B * num_return_sequences rows. Its random numbers are torch's global ones.
 
     Raises:
-        ValueError: for a temperature or sizes out of range, a row that is padded on the right, and
-            masks that do not fit.
+        ValueError: for a temperature or sizes out of range, a row that is padded on the right,
+            masks that do not fit, and adapters that act in PeftModel's own forward alone.
     """
     _check(input_ids, attention_mask, max_new_tokens, num_return_sequences, temperature)
     base = base_model(model)
+    for config in getattr(model, "peft_config", {}).values() if base is not model else ():
+        check_acts(config)
     ends = sorted(end_tokens(model) if end_token_ids is None else set(end_token_ids))
     drawn = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
     options = dict(

@@ -68,6 +68,19 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
+def check_finite(name: str, values: Tensor, validate: bool) -> None:
+    """Values of counted tokens; 0 elsewhere."""
+    if not wants_values(values, validate):
+        return
+    bad = ~values.detach().isfinite()
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected finite numbers on every counted token, got "
+            f"{values.detach()[bad][0].item()} at {place}"
+        )
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -122,3 +122,26 @@ def test_completions_that_are_masked_count_for_repetition(tmp_path):
     trainer.train()
     assert seen.logs[0]["completions/distinct_ngrams"] == pytest.approx(1 / 3)
     assert seen.logs[0]["completions/distinct_per_prompt"] == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_psi_that_is_not_finite_is_an_error_and_one_that_is_not_given_is_none(value, tmp_path):
+    def psi(prompts, completions, **_):
+        return [None, *[0.0] * (len(prompts) - 2), value]
+
+    trainer, _ = make(tmp_path, psi=psi)
+    with pytest.raises(ValueError, match=f"psi_funcs: psi gave {value} for completion 7"):
+        trainer.train()
+
+
+def test_a_sampler_that_says_minus_infinity_ends_the_run(tmp_path):
+    def rollout(prompts, trainer):
+        drawn = tiny.rollout(prompts, trainer)
+        logps = [[-1.0] * len(ids) for ids in drawn["completion_ids"]]
+        logps[3][0] = -float("inf")
+        return drawn | {"logprobs": logps}
+
+    trainer, seen = make(tmp_path, rollout=rollout)
+    with pytest.raises(TrainingStopped, match="log-prob of -inf for a token that it drew"):
+        trainer.train()
+    assert not seen.steps

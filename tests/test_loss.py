@@ -359,3 +359,15 @@ def test_groups_beside_a_given_log_z_are_refused():
     for options in ({"group_size": 2}, {"group_ids": torch.tensor([0, 0, 1, 1])}):
         with pytest.raises(ValueError, match="group_size, group_ids: have no effect"):
             tb_loss(logps, logps, log_z=0.1, alpha=2.0, **options)
+
+
+@pytest.mark.parametrize("name", ["ref_logps", "old_logps"])
+def test_log_probs_that_are_not_finite_are_named_where_they_count(name):
+    values = {"ref_logps": -torch.rand(2, 3), "old_logps": -torch.rand(2, 3)}
+    values[name][1, 2] = float("nan")
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    options = dict(log_z=0.0, alpha=2.0, old_logps=values["old_logps"], mask=mask)
+    with pytest.raises(ValueError, match=rf"{name}: expected finite .* got nan at \[1, 2\]"):
+        tb_loss(-torch.rand(2, 3), values["ref_logps"], **options)
+    mask[1, 2] = False
+    assert tb_loss(-torch.rand(2, 3), values["ref_logps"], **options).loss.isfinite()

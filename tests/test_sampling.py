@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers  # noqa: E402
-from peft import get_peft_model  # noqa: E402
+from peft import PromptTuningConfig, get_peft_model  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from powerflow_fast import linear_logprobs, sample  # noqa: E402
@@ -250,3 +250,9 @@ def test_the_trainers_rollouts_are_of_the_plain_policy(tmp_path):
     assert any(len(set(ids)) < len(ids) - 3 for ids in drawn)
     assert {token for ids in drawn for token in ids} & set(range(2, 10))
     assert trainer.model.get_base_model().generation_config is own
+
+
+def test_an_adapter_that_would_not_act_is_refused():
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="adds tokens before the prompt"):
+        draw(get_peft_model(tiny.model(), prompts))
