@@ -90,9 +90,8 @@ def test_shared_memory_fits(facts):
     assert [row for row in facts if row["shared"] > CHIPS[row["chip"]].shared] == []
 
 
-@pytest.mark.parametrize(
-    ("chip", "dtype"), [("sm_80", "bfloat16"), ("sm_80", "float32"), ("sm_90", "float16")]
-)
+# With and without the copy engine's descriptors; float16 scales what the other types do not.
+@pytest.mark.parametrize(("chip", "dtype"), [("sm_80", "float32"), ("sm_90", "float16")])
 def test_every_kernel_is_launched_as_on_a_gpu(chip, dtype, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.kernels.launch_run", chip, dtype]
