@@ -268,7 +268,8 @@ class LATBTrainer(Trainer):
         Those of an evaluation begin with `eval_`.
         """
         mode = "train" if self.model.training else "eval"
-        figures = self.sums[mode].figures(self._gather, self.state.global_step - self._logged_step)
+        steps = self.state.global_step - self._logged_step if mode == "train" else 1
+        figures = self.sums[mode].figures(self._gather, steps)
         if mode == "train":
             self._logged_step = self.state.global_step
         else:
