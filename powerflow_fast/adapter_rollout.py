@@ -44,12 +44,14 @@ class AdapterRollout:
         self.name = ""  # of the adapter on the server
         # A server may keep what it computed for an adapter's name: none is ever used twice.
         self.run, self._count = uuid.uuid4().hex[:8], 0
+        self._trainer: Any = None  # whose end takes the adapter off
         self._sent: tuple[Any, int] | None = None  # state and step of the adapter on the server
 
     def __call__(self, prompts: list, trainer) -> dict[str, Any]:
         """TRL's form of a rollout, with the sampler's log-probs: they become `old_logps`."""
-        if self._sent is None:
+        if self._trainer is not trainer:
             trainer.add_callback(_TakeOff(self, trainer))
+            self._trainer = trainer
         self._send(trainer)
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
         request = {
@@ -101,7 +103,7 @@ class AdapterRollout:
         """Leave nothing on the server; the next rollout sends its adapter anew."""
         if trainer.accelerator.is_main_process:
             self._unload()
-        self.name, self._sent = "", (None, -1)
+        self.name, self._sent = "", None
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)

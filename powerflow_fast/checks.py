@@ -24,12 +24,14 @@ from powerflow_fast.model_head import (
     check_head,
     dropouts,
     last_hidden_state,
+    modes_kept,
 )
 from powerflow_fast.packing import check_packing
 
 TOKENS = 8  # of a trial
 # Between passes that must agree: rounding, of which bf16 leaves 1 part in 256.
 ROUNDINGS = 32
+PATCHED = ("forward", "_fused_head_options")  # what `patch_head` sets on a model
 
 
 def check_data(dataset, args: PowerFlowConfig) -> None:
@@ -54,13 +56,19 @@ def check_data(dataset, args: PowerFlowConfig) -> None:
             f"{args.num_generations}), got {len(dataset)}; lower per_device_train_batch_size or "
             "gradient_accumulation_steps, or repeat the prompts"
         )
-    for start in range(0, len(dataset), 1000):
-        for i, prompt in enumerate(dataset[start : start + 1000]["prompt"], start=start):
+    for start, prompts in _batches(dataset):
+        for i, prompt in enumerate(prompts, start=start):
             messages = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
             if not prompt or not (isinstance(prompt, str) or messages):
                 raise ValueError(
                     f"train_dataset: prompt {i}: expected text or messages, got {prompt!r}"
                 )
+
+
+def _batches(dataset: Dataset, size: int = 1000) -> Iterator[tuple[int, list]]:
+    """Place of the first, and prompts."""
+    for start in range(0, len(dataset), size):
+        yield start, dataset[start : start + size]["prompt"]
 
 
 def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
@@ -76,8 +84,7 @@ def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
         return
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
+    for start, prompts in _batches(dataset):
         if isinstance(prompts[0], str):
             rows = tokenizer(prompts)["input_ids"]
         else:
@@ -190,17 +197,12 @@ def trial_ids(base: PreTrainedModel) -> Tensor:  # [1, TOKENS]
 
 
 def _check_modes(model: nn.Module, trial: Trial) -> None:
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.train()
-            first, second = trial(), trial()
-            model.eval()
-            still = trial()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.train()
+        first, second = trial(), trial()
+        model.eval()
+        still = trial()
     for other, what in ((second, "two passes differ"), (still, "training and evaluation differ")):
         error = (first.float() - other.float()).abs().max()
         limit = ROUNDINGS * torch.finfo(first.dtype).eps * first.float().abs().max().clamp(min=1)
@@ -271,17 +273,17 @@ def given_back(model: Any) -> Iterator[None]:
     adapters = set(getattr(model, "peft_config", {}))
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
-    checkpointing = getattr(base_model(model), "is_activation_checkpointing", False)
-    off = list(dropouts(model))
-    base = base_model(model)
-    forward, hooked = vars(base).get("forward"), hasattr(base, "_require_grads_hooks")
+    base, off = base_model(model), list(dropouts(model))
+    patch = {name: vars(base)[name] for name in PATCHED if name in vars(base)}
+    checkpointing = getattr(base, "is_activation_checkpointing", False)
+    hooked = hasattr(base, "_require_grads_hooks")
     try:
         yield
     except BaseException:
         _take_off(model, adapters)
-        vars(base).pop("forward", None)
-        if forward is not None:
-            base.forward = forward
+        for name in PATCHED:
+            vars(base).pop(name, None)
+        vars(base).update(patch)
         if not hooked and hasattr(base, "_require_grads_hooks"):
             base.disable_input_require_grads()
         for module, name, value in off:

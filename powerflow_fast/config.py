@@ -36,14 +36,11 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "min_length_share": SHARE,
     "min_distinct": SHARE,
     "num_generations": ("at least 2 completions per prompt, to compare", lambda x: x >= 2),
-    "num_generations_eval": ("at least 2 completions per prompt", lambda x: x is None or x >= 2),
+    "num_generations_eval": ("at least 2 completions per prompt", lambda x: x >= 2),
     "temperature": POSITIVE,
     "max_completion_length": ("at least 1 token", lambda x: x >= 1),
     "disable_dropout": ("True: the policy must start at the reference", bool),
 }
-
-
-OPTIONAL = ("num_generations_eval",)
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -124,8 +121,9 @@ class PowerFlowConfig(GRPOConfig):
         fields = type(self).__dataclass_fields__
         for name, (expected, holds) in RANGES.items():
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) or name in OPTIONAL and value is None
-            if not is_number or not holds(value):
+            if value is None and fields[name].default is None:
+                continue
+            if not isinstance(value, (int, float)) or not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name in ("log_z", "balance", "loss_backend"):
             choices, value = fields[name].metadata["choices"], getattr(self, name)

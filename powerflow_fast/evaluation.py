@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
-from powerflow_fast.model_head import base_model, last_hidden_state, read_head
+from powerflow_fast.model_head import base_model, last_hidden_state, modes_kept, read_head
 from powerflow_fast.sampling import Sample, end_tokens, sample
 
 if TYPE_CHECKING:
@@ -104,37 +104,33 @@ def complete(
     order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
     texts = [""] * len(repeated)
     lengths, base_logps = torch.zeros(2, len(repeated))
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(sampling.seed)
-            for batch in _batches(order, sampling.batch_size):
-                inputs = tokenizer(
-                    [repeated[i] for i in batch],
-                    return_tensors="pt",
-                    padding=True,
-                    padding_side="left",
-                    add_special_tokens=False,
-                ).to(model.device)
-                drawn = sample(
-                    model,
-                    inputs["input_ids"],
-                    inputs["attention_mask"],
-                    max_new_tokens=sampling.max_new_tokens,
-                    greedy=greedy,
-                    end_token_ids=end_tokens(model, tokenizer),
-                )
-                ids, mask = drawn.completion(inputs["input_ids"].shape[1])
-                for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
-                    texts[i] = text
-                if likelihood:
-                    logps = _base_logps(model, drawn)
-                    of_each = torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
-                    base_logps[batch] = of_each.sum(1).cpu()
-                lengths[batch] = mask.sum(1).float().cpu()
-    finally:
-        model.train(training)
+    with modes_kept(model), torch.random.fork_rng():
+        model.eval()
+        torch.manual_seed(sampling.seed)
+        for batch in _batches(order, sampling.batch_size):
+            inputs = tokenizer(
+                [repeated[i] for i in batch],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+            ).to(model.device)
+            drawn = sample(
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                max_new_tokens=sampling.max_new_tokens,
+                greedy=greedy,
+                end_token_ids=end_tokens(model, tokenizer),
+            )
+            ids, mask = drawn.completion(inputs["input_ids"].shape[1])
+            for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
+                texts[i] = text
+            if likelihood:
+                logps = _base_logps(model, drawn)
+                of_each = torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
+                base_logps[batch] = of_each.sum(1).cpu()
+            lengths[batch] = mask.sum(1).float().cpu()
     return Completions(texts, lengths, base_logps)
 
 

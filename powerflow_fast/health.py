@@ -79,14 +79,12 @@ def _plain(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
 
 
-def check_sampler(figures: dict[str, Any]) -> None:
-    """Warns where the sampler's log-probs are not the policy's; `figures` of a rollout.
+def check_sampler(gap: float) -> None:
+    """Warns where the sampler's log-probs are `gap` [nats/token] off the policy's, if that is much.
 
     Raises:
         TrainingStopped: where one of them is infinite.
     """
-    gap = figures.get("sampling/sampling_logp_difference/mean", 0.0)
-    gap = gap[-1] if isinstance(gap, list) else gap
     if gap == math.inf:
         raise TrainingStopped(
             "the sampler gave a log-prob of -inf for a token that it drew; expected finite numbers"

@@ -9,7 +9,7 @@ For a completion y of |y| counted tokens, with means over those tokens (arXiv 26
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def tb_loss(
     validation.check_choice("backend", backend, BACKENDS)
     logps, ref_logps = _wide("logps", logps), _wide("ref_logps", ref_logps)
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
-    alpha, psi = _number(alpha), _number(psi)
+    alpha, psi = (x.detach() if isinstance(x, Tensor) else x for x in (alpha, psi))
     layout = Layout.of(logps, cu_seqlens, mask, validate)
     for name, values in (("ref_logps", ref_logps), ("old_logps", old_logps)):
         if values is not None:
@@ -281,10 +281,6 @@ def _wide(name: str, values: Tensor) -> Tensor:
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {got}")
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _number(value: Tensor | float | None) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class MetricSums:
     """Sums since the last log, on the device: adding to them waits for nothing."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # 0-dim float64
+        self.sums: dict[str, Tensor] = {}  # 0-dim
 
     @torch.no_grad()
     def add(self, out: TBOutput) -> None:
@@ -55,11 +55,11 @@ class MetricSums:
                 self.sums[name] = torch.maximum(largest, value.to(largest))
             else:
                 self._add(name, value * weights[over] if over in weights else value)
-        mean, std = out.metrics["residual_mean"].double(), out.metrics["residual_std"].double()
+        mean, std = (_wide(out.metrics[f"residual_{name}"]) for name in ("mean", "std"))
         self._add("residual_squares", (mean.square() + std.square()) * weights["sequences"])
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
+        value = _wide(value.detach())
         self.sums[name] = value + self.sums[name].to(value) if name in self.sums else value
 
     def figures(self, gather: Gather, steps: int = 1) -> dict[str, float]:
@@ -71,12 +71,13 @@ class MetricSums:
             return {}
         names = sorted(self.sums)
         device = self.sums["tokens"].device
-        own = torch.stack([self.sums[name].to(device, torch.float64) for name in names])
+        own = torch.stack([_wide(self.sums[name].to(device)) for name in names])
         ranks = gather(own[None])
         total = dict(zip(names, ranks.sum(0).tolist(), strict=True))
         largest = dict(zip(names, ranks.amax(0).tolist(), strict=True))
         self.sums = {}
         counts = {name: max(total[name], 1.0) for name in ("sequences", "tokens")}
+        counts |= {"steps": max(steps, 1), "worst": 1}
         figures = {}
         for name, (shown, over) in METRICS.items():
             if name == "residual_std":
@@ -85,7 +86,7 @@ class MetricSums:
                 figures[shown] = max(square - mean * mean, 0.0) ** 0.5
             elif name in total:
                 whole = largest[name] if over == "worst" else total[name]
-                figures[shown] = whole / {**counts, "steps": max(steps, 1), "worst": 1}[over]
+                figures[shown] = whole / counts[over]
         return figures
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -93,3 +94,8 @@ class MetricSums:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums = dict(state)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -142,16 +143,11 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
     head = read_head(model)
     if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
         return
-    training = {module: module.training for module in model.modules()}
     ids = torch.arange(1, tokens + 1, device=model.device)[None] % head.weight.shape[0]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = last_hidden_state(model, ids, torch.ones_like(ids))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = last_hidden_state(model, ids, torch.ones_like(ids))
     hidden = hidden.to(head.weight.device, head.weight.dtype)
     ours = nn.functional.linear(hidden, head.weight.detach(), head.bias).float()
     ours *= head.transform["logit_scale"]
@@ -166,6 +162,17 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
             "* (hidden @ weight.T + bias)) read from its configuration (largest difference "
             f"{error:.2g})"
         )
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is in training or in evaluation afterwards as it was before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def check_acts(config) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from powerflow_fast.model_head import backbone, positions
+from powerflow_fast.model_head import backbone, modes_kept, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,14 +47,10 @@ def check_packing(model: PreTrainedModel) -> None:
         % model.config.get_text_config().vocab_size
     )
     mask = torch.ones_like(ids)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            packed = packed_hidden_state(model, ids, mask)[1].float()
-            alone = packed_hidden_state(model, ids[1:], mask[1:])[0].float()
-    finally:
-        model.train(training)
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        packed = packed_hidden_state(model, ids, mask)[1].float()
+        alone = packed_hidden_state(model, ids[1:], mask[1:])[0].float()
     error = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     if not error < 0.05:  # bf16 rounding stays far below, a leak far above
         raise ValueError(

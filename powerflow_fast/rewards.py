@@ -7,13 +7,41 @@ sees the completion, never a right answer (arXiv 2603.18363: -0.5 where `\boxed{
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 Completion = str | list[dict[str, str]]
 PsiFunction = Callable[..., list[float]]
+
+
+def no_psi(completions: list, **_: Any) -> list[float]:
+    """The format term of a run without one: 0 for every completion."""
+    return [0.0] * len(completions)
+
+
+def finite_psi(function: Any) -> Any:
+    """`function`, whose values are checked: TRL takes one that is no number for one not given."""
+    plain = isinstance(function, FunctionType) and not inspect.iscoroutinefunction(function)
+    if function is no_psi or not plain:
+        return function
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> list[float | None]:
+        values = function(*args, **kwargs)
+        for place, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(
+                    f"psi_funcs: {function.__name__} gave {value} for completion {place}; expected "
+                    "a finite number [nats/token], or None where it does not apply"
+                )
+        return values
+
+    return checked
 
 
 def missing_pattern(

@@ -10,6 +10,8 @@ from torch import Tensor
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.model_head import ModelHead
 
+SAMPLER_GAP = "sampling/sampling_logp_difference"  # in the logs, as TRL's
+
 
 def counted_mask(inputs) -> Tensor:  # [B, T] bool
     mask = inputs["completion_mask"].bool()
@@ -51,5 +53,4 @@ def sampler_gap(rollout: dict[str, Any], accelerator) -> dict[str, float]:
     figures = torch.stack([gap.sum(), gap.new_tensor(len(gap)), largest])
     figures = accelerator.gather(figures[None])  # [ranks, 3]
     mean = figures[:, 0].sum() / figures[:, 1].sum().clamp(min=1)
-    name = "sampling/sampling_logp_difference"  # as TRL's
-    return {f"{name}/mean": mean.item(), f"{name}/max": figures[:, 2].max().item()}
+    return {f"{SAMPLER_GAP}/mean": mean.item(), f"{SAMPLER_GAP}/max": figures[:, 2].max().item()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.model_head import base_model, check_acts, positions
+from powerflow_fast.model_head import base_model, check_acts, modes_kept, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,24 +86,20 @@ def sample(
     for config in getattr(model, "peft_config", {}).values() if base is not model else ():
         check_acts(config)
     ends = sorted(end_tokens(model) if end_token_ids is None else set(end_token_ids))
-    drawn = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature}
+    drawn: dict[str, Any] = dict(do_sample=False)
+    if not greedy:
+        drawn = dict(do_sample=True, temperature=temperature, top_k=0)
     options = dict(
         **drawn,
-        top_k=0 if not greedy else None,
         max_new_tokens=max_new_tokens,
         num_return_sequences=num_return_sequences,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,  # masked out
         use_cache=True,
     )
-    training = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
-        with generation_config(base, **options):
-            ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(base), generation_config(base, **options):
+        base.eval()
+        ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
     width = input_ids.shape[1]
     ended = torch.isin(ids[:, width:], torch.tensor(ends, device=ids.device))
     kept = (ended.cumsum(1) - ended.long()) == 0

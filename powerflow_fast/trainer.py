@@ -8,10 +8,6 @@ GRPO's loss listed in `config.NOT_HONOURED`.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -45,33 +41,9 @@ from powerflow_fast.model_head import (
     through_head,
 )
 from powerflow_fast.packing import packed_hidden_state
-from powerflow_fast.rollout import counted, counted_mask, group_log_z, sampler_gap
+from powerflow_fast.rewards import finite_psi, no_psi
+from powerflow_fast.rollout import SAMPLER_GAP, counted, counted_mask, group_log_z, sampler_gap
 from powerflow_fast.sampling import end_tokens, generation_config
-
-
-def no_psi(completions: list, **_: Any) -> list[float]:
-    """The format term of a run without one: 0 for every completion."""
-    return [0.0] * len(completions)
-
-
-def _finite_psi(function: Any) -> Any:
-    """`function`, whose values are checked: TRL takes one that is no number for one not given."""
-    plain = isinstance(function, FunctionType) and not inspect.iscoroutinefunction(function)
-    if function is no_psi or not plain:
-        return function
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> list[float | None]:
-        values = function(*args, **kwargs)
-        for place, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(
-                    f"psi_funcs: {function.__name__} gave {value} for completion {place}; expected "
-                    "a finite number [nats/token], or None where it does not apply"
-                )
-        return values
-
-    return checked
 
 
 def _trained(model) -> list[tuple[str, torch.nn.Parameter]]:
@@ -158,11 +130,8 @@ class PowerFlowTrainer(WholeCheckpoints):
         """TRL's trainer around the model, and what is refused once it is there."""
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         given = {n: p.data for n, p in _trained(model)} if isinstance(model, PeftModel) else {}
-        reward_funcs = no_psi if psi_funcs is None else psi_funcs
-        if isinstance(reward_funcs, list):
-            reward_funcs = [_finite_psi(f) for f in reward_funcs]
-        else:
-            reward_funcs = _finite_psi(reward_funcs)
+        given_psi = psi_funcs if isinstance(psi_funcs, list) else [psi_funcs or no_psi]
+        reward_funcs = [finite_psi(function) for function in given_psi]
         super().__init__(model=model, args=args, reward_funcs=reward_funcs, **kwargs)
         args.beta = self.beta = 0.0
         if getattr(self.model, "is_quantized", False):
@@ -267,10 +236,11 @@ class PowerFlowTrainer(WholeCheckpoints):
         figures = self.health.rollout_figures(ids, self._group_size(), self.accelerator)
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
             figures |= sampler_gap(output, self.accelerator)
-        check_sampler(metrics | figures)
         figures["alpha"] = output["alpha"][0].item()
         for name, value in figures.items():
             metrics[name].append(value)
+        if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):
+            check_sampler(gaps[-1])
         if mode == "train":
             length = metrics["completions/mean_length"][-1]
             distinct = figures["completions/distinct_ngrams"]

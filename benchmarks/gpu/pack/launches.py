@@ -3,9 +3,9 @@
     TRITON_CACHE_DIR=FOLDER python -m benchmarks.gpu.pack.launches --chip sm_90 --group timed
 
 Fills Triton's cache, and in it the folders KEYS and LAUNCHERS with what the machine that unpacks it
-needs to find the entries there. Sizes are the benchmark's own, as tensors
-without storage: what Triton specialises on are types, and which numbers and addresses are
-multiples of 16. The certified route reads its results, so it runs in small sizes with real memory.
+needs to find the entries there. Sizes are the benchmark's own, as tensors without storage: what
+Triton specialises on are types, and which numbers and addresses are multiples of 16. The certified
+route reads its results, so it runs in small sizes with real memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def certified() -> None:
     sizes = [
         (16384, 64, 256, BF16),
         (4093, 64, 256, BF16),
-        (tools.SMALL.n, tools.SMALL.h, 600, BF16),
+        (tools.SMALL.n, tools.SMALL.h, tools.SMALL.v, BF16),
     ]
     sizes += [(n, h, v, BF16) for n, h, v in CUDA_TESTS if v % 16 == 0]
     for n, h, v, dtype in (*sizes, *((*size, dtype) for size in ODD for dtype in DTYPES)):

@@ -65,7 +65,7 @@ def set_up(pack: Path, target: Path, manifest: dict) -> bool:
     if done.exists() and json.loads(done.read_text()) == manifest:
         return False
     for name, expected in manifest["sha256"].items():
-        if hashlib.sha256((pack / name).read_bytes()).hexdigest() != expected:
+        if digest(pack / name) != expected:
             raise ValueError(f"{pack / name} is not what was packed; copy the folder again")
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -79,6 +79,10 @@ def set_up(pack: Path, target: Path, manifest: dict) -> bool:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return True
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def say_what_is_missing(site: Path, expected: list[str]) -> None:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from benchmarks.gpu.pack.unpack import digest, normal
+
+__all__ = ["WHEELS", "compress", "digest", "download", "list_hash", "unmet", "unpack"]
+
 PYTHON = "3.12"
 WINDOW = 256 << 20  # bytes that the compressor looks back: past the largest library
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
@@ -113,7 +117,7 @@ def unmet(files: list[Path]) -> list[str]:
             (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
             metadata = archive.read(name).decode()
         for need, marker in re.findall(r"^Requires-Dist: ([\w.-]+)([^\n]*)", metadata, re.M):
-            need = re.sub(r"[-_.]+", "-", need).lower()
+            need = normal(need)
             optional = "extra ==" in marker or "python_version <" in marker
             if not optional and need not in here and (wheel.name, need) not in WAIVED:
                 found.append(f"{wheel.name} needs {need}")
@@ -135,10 +139,6 @@ def compress(folder: Path, archive: Path) -> None:
             if path.is_file():
                 tar.add(path, path.relative_to(folder), filter=_anonymous)
     partial.rename(archive)
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
