@@ -155,6 +155,9 @@ def head_outputs(
     **transform: Any,
 ) -> HeadOutputs:
     """Check, flatten, choose the route and call the operator, for all public functions."""
+    if not isinstance(process_group, (ProcessGroup, type(None))):
+        got = type(process_group).__name__
+        raise ValueError(f"process_group: expected a ProcessGroup or None, got {got}")
     options = HeadOptions(
         entropy=_wants_entropy(return_entropy),
         detach_entropy=return_entropy == "detached",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from powerflow_fast.validation import check_cu_seqlens
+from powerflow_fast.validation import check_cu_seqlens, check_tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Layout:
         cls, logps: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, validate: bool
     ) -> Layout:
         """The layout of `logps`, with every argument checked."""
+        if mask is not None:
+            check_tensor("mask", mask)
         if mask is not None and mask.shape != logps.shape:
             raise ValueError(
                 f"mask: expected the shape of logps, {tuple(logps.shape)}, got {tuple(mask.shape)}"

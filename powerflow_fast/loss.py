@@ -8,7 +8,6 @@ For a completion y of |y| counted tokens, with means over those tokens (arXiv 26
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Unpack
 
 import torch
@@ -91,6 +90,8 @@ def tb_loss(
     validation.check_choice("balance", balance, BALANCES)
     validation.check_choice("importance", importance, IMPORTANCES)
     validation.check_choice("backend", backend, BACKENDS)
+    validation.check_number("clip_eps", clip_eps)
+    psi = 0.0 if psi is None else psi
     logps, ref_logps = _wide("logps", logps), _wide("ref_logps", ref_logps)
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
     alpha, psi = (x.detach() if isinstance(x, Tensor) else x for x in (alpha, psi))
@@ -104,7 +105,6 @@ def tb_loss(
     validation.check_per_sequence("psi", psi, sequences, validate)
     _check_log_z(log_z, sequences, group_size, group_ids, validate)
 
-    psi = 0.0 if psi is None else psi
     delta0 = _residual_without_log_z(layout, logps, ref_logps, alpha, psi, balance, backend)
     counted = layout.lengths > 0
     if isinstance(log_z, str):
@@ -114,8 +114,10 @@ def tb_loss(
     raw, weight = _importance(layout, logps, old_logps, clip_eps, importance)
     if normalizer is None:
         normalizer = counted.sum().clamp(min=1)
-    elif not isinstance(normalizer, Tensor) and not normalizer > 0:
-        raise ValueError(f"normalizer: expected a number of sequences > 0, got {normalizer!r}")
+    elif not isinstance(normalizer, Tensor):
+        validation.check_number("normalizer", normalizer, positive=True)
+    elif normalizer.dim() or (validation.wants_values(normalizer, validate) and not normalizer > 0):
+        raise ValueError(f"normalizer: expected a number of sequences > 0, got {normalizer}")
     loss = (weight * residual.square()).sum() / normalizer
 
     kept_logps, kept_ref = layout.keep(logps), layout.keep(ref_logps)
@@ -162,10 +164,10 @@ def fused_linear_tb_loss(
     """
     if (ref_hidden is None) == (ref_logps is None):
         raise ValueError("ref_hidden, ref_logps: expected exactly one of the two")
-    if not isinstance(targets, Tensor):
-        raise ValueError(f"targets: expected an int64 tensor, got {type(targets).__name__}")
+    validation.check_tensor("targets", targets)
     ignore_index = head.get("ignore_index", -100)
     if mask is not None:
+        validation.check_tensor("mask", mask)
         if mask.shape != targets.shape:
             raise ValueError(
                 f"mask: expected the shape of targets, {tuple(targets.shape)}, "
@@ -277,9 +279,9 @@ def _residual_without_log_z(
 
 def _wide(name: str, values: Tensor) -> Tensor:
     """In float32 at least: a sum of thousands of log-probs has no digits left in a 16-bit type."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+    validation.check_tensor(name, values)
+    if not values.is_floating_point():
+        raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {values.dtype}")
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -302,19 +304,21 @@ def _check_log_z(
                 "group_size, group_ids: have no effect beside a log_z that is given; leave them "
                 "out, or log_z='group'"
             )
-        validation.check_per_sequence("log_z", log_z, sequences, validate)
         if log_z is None:
             raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")
+        validation.check_per_sequence("log_z", log_z, sequences, validate)
         return
     validation.check_choice("log_z", log_z, ("group",))
     if (group_size is None) == (group_ids is None):
         raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
-    if group_size is not None and (group_size < 2 or sequences % group_size):
+    whole = isinstance(group_size, int)
+    if group_size is not None and (not whole or group_size < 2 or sequences % group_size):
         raise ValueError(
             "group_size: expected at least 2 completions per prompt and a divisor of the "
             f"{sequences} sequences, got {group_size}"
         )
     if group_ids is not None:
+        validation.check_tensor("group_ids", group_ids)
         if group_ids.shape != (sequences,) or group_ids.is_floating_point():
             raise ValueError(
                 f"group_ids: expected integers [S] with S = {sequences}, "
@@ -347,8 +351,6 @@ def _importance(
     layout: Layout, logps: Tensor, old_logps: Tensor | None, clip_eps: float, importance: str
 ) -> tuple[Tensor, Tensor]:
     """Detached sequence weights [S], as they are and clipped."""
-    if not 0 <= clip_eps < math.inf:
-        raise ValueError(f"clip_eps: expected a finite number >= 0, got {clip_eps!r}")
     if old_logps is None:
         ones = logps.new_ones(layout.sequences)
         return ones, ones

@@ -41,6 +41,8 @@ class HeadOptions:
         index = self.ignore_index  # Dynamo may have a symbol here, which has no attributes
         if isinstance(index, bool) or not (isinstance(index, int) or hasattr(index, "__index__")):
             raise ValueError(f"ignore_index: expected an integer, got {self.ignore_index!r}")
+        if not isinstance(self.round_logits, bool):
+            raise ValueError(f"round_logits: expected True or False, got {self.round_logits!r}")
         _require_finite("grad_tolerance", self.grad_tolerance)
         if not 0.0 <= self.grad_tolerance < 1.0:
             raise ValueError(

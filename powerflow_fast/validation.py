@@ -81,6 +81,19 @@ def check_finite(name: str, values: Tensor, validate: bool) -> None:
         )
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    """A finite number >= 0, or > 0 where `positive`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value if positive else 0 <= value) or not value < math.inf:
+        expected = "> 0" if positive else ">= 0"
+        raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
@@ -88,35 +101,34 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_per_sequence(
     name: str,
-    value: Tensor | float | None,
+    value: Tensor | float,
     sequences: int,
     validate: bool,
     *,
     positive: bool = False,
 ) -> None:
     """A number, or a tensor [S] (or 0-dim) of finite values; > 0 where `positive`."""
+    shape = f"a number or a tensor [S] with S = {sequences} sequences"
     expected = "finite numbers > 0" if positive else "finite numbers"
     if isinstance(value, Tensor):
         if value.dim() > 1 or (value.dim() == 1 and len(value) != sequences):
-            raise ValueError(
-                f"{name}: expected a number or [S] with S = {sequences} sequences, "
-                f"got shape {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
         if wants_values(value, validate):
             bad = ~value.detach().isfinite()
             if positive:
                 bad |= value.detach() <= 0
             if bad.any():
                 raise ValueError(f"{name}: expected {expected}, got {value.detach().tolist()}")
-    elif value is not None:
+    else:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}: expected a number or a tensor [S], got {value!r}")
+            raise ValueError(f"{name}: expected {shape}, got {value!r}")
         if not (0 if positive else -math.inf) < value < math.inf:
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
     """[S + 1] int32 or int64, from 0 to the number of tokens, never decreasing."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens: expected int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

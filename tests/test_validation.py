@@ -26,6 +26,8 @@ from tests.test_head import draw
         ("backend", {"backend": "cuda"}),
         ("grad_tolerance", {"grad_tolerance": -0.1}),
         ("return_entropy", {"return_entropy": "yes"}),
+        ("round_logits", {"round_logits": "no"}),
+        ("process_group", {"process_group": "default"}),
     ],
 )
 def test_bad_input_names_the_argument(name, change):
