@@ -1,4 +1,4 @@
-"""What is refused before anything is trained: models, adapters and data that would go wrong.
+"""What is refused before anything is trained: models and adapters that would go wrong.
 
 What an adapter or a layer does is tried on a few tokens where that can be tried, and not looked up
 in a list of names.
@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.model_head import (
@@ -25,77 +24,21 @@ from powerflow_fast.model_head import (
     dropouts,
     last_hidden_state,
     modes_kept,
+    read_head,
 )
 from powerflow_fast.packing import check_packing
 
 TOKENS = 8  # of a trial
 # Between passes that must agree: rounding, of which bf16 leaves 1 part in 256.
 ROUNDINGS = 32
+# Of generation_kwargs: what changes the distribution that completions are drawn from.
+SHAPING = (
+    "top_p top_k min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty frequency_penalty "
+    "presence_penalty no_repeat_ngram_size bad_words bad_words_ids suppress_tokens logit_bias "
+    "sequence_bias begin_suppress_tokens min_tokens min_new_tokens forced_bos_token_id "
+    "forced_eos_token_id exponential_decay_length_penalty guidance_scale watermarking_config"
+).split()
 PATCHED = ("forward", "_fused_head_options")  # what `patch_head` sets on a model
-
-
-def check_data(dataset, args: PowerFlowConfig) -> None:
-    """ValueError unless `dataset` has prompts to train on, enough of them for one rollout."""
-    if isinstance(dataset, (list, tuple)):
-        raise ValueError(
-            f"train_dataset: expected a datasets.Dataset, got a {type(dataset).__name__}; "
-            "Dataset.from_list(rows) makes one"
-        )
-    columns = getattr(dataset, "column_names", None)
-    if dataset is None or (columns is not None and "prompt" not in columns):
-        raise ValueError(f"train_dataset: expected a column 'prompt', got columns {columns}")
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError("train_dataset: it is empty")
-    if not isinstance(dataset, Dataset):  # a stream is read as it comes
-        return
-    needed = args.generation_batch_size // args.num_generations
-    if len(dataset) < needed:
-        raise ValueError(
-            f"train_dataset: expected at least {needed} prompts, as many as one rollout takes "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations "
-            f"{args.num_generations}), got {len(dataset)}; lower per_device_train_batch_size or "
-            "gradient_accumulation_steps, or repeat the prompts"
-        )
-    for start, prompts in _batches(dataset):
-        for i, prompt in enumerate(prompts, start=start):
-            messages = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
-            if not prompt or not (isinstance(prompt, str) or messages):
-                raise ValueError(
-                    f"train_dataset: prompt {i}: expected text or messages, got {prompt!r}"
-                )
-
-
-def _batches(dataset: Dataset, size: int = 1000) -> Iterator[tuple[int, list]]:
-    """Place of the first, and prompts."""
-    for start in range(0, len(dataset), size):
-        yield start, dataset[start : start + size]["prompt"]
-
-
-def check_lengths(dataset, model, tokenizer, args: PowerFlowConfig) -> None:
-    """ValueError where a prompt and its completion do not fit into the context of `model`.
-
-    `model` may be a path or name, of which only configuration and tokenizer are read, if needed.
-    """
-    source = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model, **source) if isinstance(model, str) else model.config
-    limits = (context_length(config), args.vllm_max_model_length)
-    context = min((n for n in limits if n), default=None)
-    if context is None or not isinstance(dataset, Dataset):
-        return
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
-    for start, prompts in _batches(dataset):
-        if isinstance(prompts[0], str):
-            rows = tokenizer(prompts)["input_ids"]
-        else:
-            rows = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
-        for i, row in enumerate(rows, start=start):
-            if len(row) + args.max_completion_length > context:
-                raise ValueError(
-                    f"train_dataset: prompt {i} has {len(row)} tokens, which with "
-                    f"max_completion_length={args.max_completion_length} is beyond the context of "
-                    f"{context}; drop it, or lower max_completion_length"
-                )
 
 
 def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
@@ -109,6 +52,12 @@ def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
     given = dict(getattr(model, "peft_config", {})) if given_adapter else {"": peft_config}
     for adapter in given.values():
         check_adapter(adapter)
+    if given_adapter and model.active_adapters != ["default"]:
+        raise ValueError(
+            "model: the reference is a copy of the PeftModel's adapter 'default', which must be "
+            f"the active one; active are {model.active_adapters}, of {sorted(given)}. Load it with "
+            "adapter_name='default', and merge what belongs to the base"
+        )
     if isinstance(model, str) or given_adapter:
         return
     for name, module in model.named_modules():
@@ -164,6 +113,8 @@ def check_pair(
     reference = reference or policy.disable_adapter
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with reference():
+        head = read_head(base_model(policy))  # which a trial may not reach
+        culprit = next((n for n, p in trained.items() if p is head.weight or p is head.bias), None)
         fixed = trial()
         noise = _distance(fixed, trial())  # of experts whose sums have no fixed order, on a GPU
     start = trial()
@@ -176,8 +127,9 @@ def check_pair(
             "model: none of its trainable parameters acts on what is scored (tried by moving all "
             f"{len(trained)}), so nothing would be trained"
         )
-    if _distance(after, fixed) > 8 * noise:
+    if culprit is None and _distance(after, fixed) > 8 * noise:
         culprit = _culprit(trained, reference, lambda: _distance(trial(), fixed) > 8 * noise)
+    if culprit is not None:
         raise ValueError(
             f"model: {culprit} is trained but is no part of the "
             "adapter that the reference does without, so the reference would move with the policy; "
@@ -217,12 +169,16 @@ def _check_modes(model: nn.Module, trial: Trial) -> None:
 
 @contextmanager
 def _moved(parameters) -> Iterator[None]:
-    """Every parameter a little off, for the time inside; bit by bit as it was afterwards."""
+    """Every parameter a little off, for the time inside; bit by bit as it was afterwards.
+
+    Not all by the same: of that a layer norm, or the softmax behind a head, would see nothing.
+    """
     kept = [(p, p.detach().clone()) for p in parameters]
     try:
         with torch.no_grad():
             for parameter, _ in kept:
-                parameter.add_(0.5)
+                draw = torch.Generator(parameter.device).manual_seed(0)
+                parameter.add_(torch.empty_like(parameter).uniform_(-1, 1, generator=draw))
         yield
     finally:
         with torch.no_grad():
@@ -328,11 +284,6 @@ def check_parallel(args) -> None:
             )
 
 
-def context_length(config) -> int | None:
-    """Tokens that a model's positions reach; None where its configuration sets no end."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def _check_engine(trainer, base) -> None:
     """ValueError for ways of running that fail late, or train wrongly."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -386,9 +337,12 @@ def check_policy(trainer, policy) -> None:
             "offload_reference: expected a whole copy on one device (one process, or DDP); "
             "FSDP (fsdp_offload_params) and DeepSpeed (offload_param) offload shards"
         )
-    if trainer.top_p < 1 or trainer.top_k or trainer.min_p or trainer.repetition_penalty != 1:
+    shaped = [name for name in SHAPING if (trainer.args.generation_kwargs or {}).get(name)]
+    penalised = trainer.repetition_penalty != 1
+    if trainer.top_p < 1 or trainer.top_k or trainer.min_p or penalised or shaped:
         warnings.warn(
-            "top_p, top_k, min_p or repetition_penalty change how completions are drawn, which "
-            "LA-TB does not correct: they no longer come from the policy",
+            f"{', '.join(shaped) or 'top_p, top_k, min_p or repetition_penalty'} change how "
+            "completions are drawn, which LA-TB does not correct: they no longer come from the "
+            "policy",
             stacklevel=3,
         )

@@ -79,7 +79,7 @@ def _prepare_training(argv: list[str]):
     from trl import TrlParser
 
     from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
-    from powerflow_fast.checks import check_lengths
+    from powerflow_fast.data_checks import check_lengths
     from powerflow_fast.prompts import read_prompts
     from powerflow_fast.rewards import missing_boxed
 
@@ -97,7 +97,7 @@ def _prepare_training(argv: list[str]):
         _check_checkpoint(options.model, config)
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
     if Path(options.model).is_dir():  # else the trainer checks, once the model is there
-        check_lengths(data, options.model, None, config)
+        check_lengths({"train_dataset": data}, options.model, None, config)
     rollout = _adapter_rollout(options, config)
     model, tokenizer = load_model(options.model, _loading(options))
     lora = None

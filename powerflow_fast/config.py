@@ -23,23 +23,71 @@ NOT_HONOURED = {
     "the reference is the fixed base model": "sync_ref_model",
     "log-probs are float32 already": "cast_lm_head_to_fp32",
 }
-# Options of this trainer: (what is expected, whether a value is that).
-POSITIVE = ("a finite number > 0", lambda x: 0 < x < math.inf)
-SHARE = ("a share in [0, 1)", lambda x: 0 <= x < 1)
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+# Of generation_kwargs: what has an option of its own, at which completions are scored.
+OWN_OPTIONS = {
+    "temperature": "temperature",
+    "do_sample": "temperature",
+    "num_beams": "temperature",
+    "n": "num_generations",
+    "num_return_sequences": "num_generations",
+}
+
+
+def _number(low: float, *, above: bool = False, high: float = math.inf, most: bool = False):
+    """What is expected, and whether a value is that: finite, from `low` to `high`."""
+    words = f"{'>' if above else '>='} {low:g}"
+    words += f" and {'<=' if most else '<'} {high:g}" if high < math.inf else ""
+
+    def holds(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (
+            number
+            and (low < value if above else low <= value)
+            and (value <= high if most else value < high)
+        )
+
+    return f"a finite number {words}", holds
+
+
+def _count(low: int):
+    return f"a whole number >= {low}", lambda x: type(x) is int and x >= low
+
+
+POSITIVE, NOT_NEGATIVE, SHARE = _number(0, above=True), _number(0), _number(0, high=1)
+SWITCH = ("True or False", lambda x: isinstance(x, bool))
+# Of this trainer, and those of TRL and transformers that would fail late, or silently do nothing.
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha": POSITIVE,
     "alpha_start": POSITIVE,
-    "alpha_warmup_steps": ("at least 0", lambda x: x >= 0),
+    "alpha_warmup_steps": _count(0),
     "log_z_lr": POSITIVE,
-    "clip_eps": ("a finite number >= 0", lambda x: 0 <= x < math.inf),
+    "log_z_lr_scheduled": SWITCH,
+    "clip_eps": NOT_NEGATIVE,
+    "offload_reference": SWITCH,
     "grad_tolerance": SHARE,
+    "round_logits": SWITCH,
+    "padding_free": SWITCH,
+    "stop_on_collapse": SWITCH,
     "min_length_share": SHARE,
     "min_distinct": SHARE,
-    "num_generations": ("at least 2 completions per prompt, to compare", lambda x: x >= 2),
-    "num_generations_eval": ("at least 2 completions per prompt", lambda x: x >= 2),
+    "sample_completions": _count(0),
+    "disable_dropout": ("True: the policy must start at the reference", lambda x: x is True),
+    "num_generations": _count(2),
+    "num_generations_eval": _count(2),
+    "max_completion_length": _count(1),
+    "num_iterations": _count(1),
+    "steps_per_generation": _count(1),
+    "per_device_train_batch_size": _count(1),
+    "per_device_eval_batch_size": _count(1),
+    "gradient_accumulation_steps": _count(1),
     "temperature": POSITIVE,
-    "max_completion_length": ("at least 1 token", lambda x: x >= 1),
-    "disable_dropout": ("True: the policy must start at the reference", bool),
+    "top_p": _number(0, above=True, high=1, most=True),
+    "top_k": _count(-1),
+    "min_p": _number(0, high=1, most=True),
+    "repetition_penalty": POSITIVE,
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
 }
 
 
@@ -123,7 +171,7 @@ class PowerFlowConfig(GRPOConfig):
             value = getattr(self, name)
             if value is None and fields[name].default is None:
                 continue
-            if not isinstance(value, (int, float)) or not holds(value):
+            if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name in ("log_z", "balance", "loss_backend"):
             choices, value = fields[name].metadata["choices"], getattr(self, name)
@@ -140,6 +188,13 @@ class PowerFlowConfig(GRPOConfig):
         if self.bf16 is None:  # TRL's default is bf16, which a machine without accelerator refuses
             self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
         super().__post_init__()
+        drawn: Any = self.generation_kwargs or {}  # JSON has been read by now
+        for name, option in OWN_OPTIONS.items():
+            if name in drawn:
+                raise ValueError(
+                    f"generation_kwargs: expected no {name!r}, by which completions would be drawn "
+                    f"otherwise than they are scored; see {option}"
+                )
 
     def alpha_at(self, step: int) -> float:
         """alpha of a rollout that is drawn at `step`; it stays that rollout's own."""

@@ -38,6 +38,9 @@ class TrainingStopped(RuntimeError):
     """The run ended itself; the message says what happened and what to change."""
 
 
+Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
 def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
     """Whether the policy starts at the reference; `kl` [nats/token] is the first batch's.
 
@@ -55,23 +58,39 @@ def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def check_gradients(step: int, named: Iterable[tuple[str, torch.nn.Parameter]], gather) -> None:
+def check_gradients(step: int, named: Named, gather) -> None:
     """Raise TrainingStopped, on all ranks together, where a gradient is not finite.
 
     Reads one number. `gather` collects a tensor [1] from every rank.
     """
-    grads = {name: _plain(p.grad) for name, p in named if p.grad is not None}
-    largest = [g.abs().amax().float() for g in grads.values() if g.numel()]
+    found = _not_finite(((name, p.grad) for name, p in named if p.grad is not None), gather)
+    if found is not None:
+        raise TrainingStopped(
+            f"the gradient{found} at step {step} is not finite; parameters are as they were before "
+            f"this step. {_NOT_FINITE}"
+        )
+
+
+def check_parameters(step: int, named: Named, gather) -> None:
+    """Likewise, where a parameter that is trained is not finite: an update has overflowed."""
+    found = _not_finite(((name, p) for name, p in named if p.requires_grad), gather)
+    if found is not None:
+        raise TrainingStopped(
+            f"a parameter{found} is not finite after step {step}, and is not saved; go back to an "
+            f"earlier checkpoint. {_NOT_FINITE}"
+        )
+
+
+def _not_finite(tensors: Iterable[tuple[str, Any]], gather) -> str | None:
+    """ " of <name>" of the first that is not finite, "" if another rank has it, None if none."""
+    plain = {name: _plain(x) for name, x in tensors}
+    largest = [x.abs().amax().float() for x in plain.values() if x.numel()]
     if not largest:  # on every rank alike
-        return
+        return None
     bad = ~torch.stack([x.to(largest[0].device) for x in largest]).isfinite().all()
     if not gather(bad[None].float()).any():
-        return
-    culprit = next((name for name, g in grads.items() if not g.isfinite().all()), "")
-    raise TrainingStopped(
-        f"the gradient{f' of {culprit}' if culprit else ''} at step {step} is not finite; "
-        f"parameters are as they were before this step. {_NOT_FINITE}"
-    )
+        return None
+    return next((f" of {name}" for name, x in plain.items() if not x.isfinite().all()), "")
 
 
 def _plain(tensor: Any) -> torch.Tensor:
@@ -98,10 +117,11 @@ def check_sampler(gap: float) -> None:
         )
 
 
-class FiniteGradients(TrainerCallback):
+class FiniteSteps(TrainerCallback):
     """`check_gradients` before every optimizer step; not where fp16's scaler skips such steps.
 
-    DeepSpeed keeps its gradients to itself: there the loss alone is checked.
+    DeepSpeed keeps its gradients to itself: there the loss alone is checked. `check_parameters`
+    before a checkpoint, and at the end.
     """
 
     def __init__(self, accelerator) -> None:
@@ -110,6 +130,13 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         if getattr(self.accelerator, "scaler", None) is None:
             check_gradients(state.global_step, model.named_parameters(), self.accelerator.gather)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if control.should_save:
+            check_parameters(state.global_step, model.named_parameters(), self.accelerator.gather)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        check_parameters(state.global_step, model.named_parameters(), self.accelerator.gather)
 
 
 class Health(TrainerCallback):

@@ -6,6 +6,7 @@ empty completions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -94,6 +95,31 @@ class MetricSums:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums = dict(state)
+
+
+SIZES = "rollout sizes"  # among a trainer's lists of figures: completions of each rollout
+
+
+def over_rollouts(figures: dict[str, list[float]]) -> dict[str, float]:
+    """One value of every list, which has one for each rollout since the last log.
+
+    Rollouts count by their completions (an evaluation's last one is smaller); of a smallest and a
+    largest value what remains is that. NaN, which is no value, is left out.
+    """
+    sizes = figures.get(SIZES, [])
+    whole = {}
+    for name, values in figures.items():
+        weights = sizes if len(sizes) == len(values) else [1.0] * len(values)
+        pairs = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
+        kind = name.rsplit("/", 1)[-1]
+        if name == SIZES or not pairs:
+            continue
+        if kind.startswith(("min", "max")):
+            pick = min if kind.startswith("min") else max
+            whole[name] = pick(v for v, _ in pairs)
+        else:
+            whole[name] = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+    return whole
 
 
 def _wide(value: Tensor) -> Tensor:

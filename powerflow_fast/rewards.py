@@ -7,13 +7,12 @@ sees the completion, never a right answer (arXiv 2603.18363: -0.5 where `\boxed{
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any
+
+from torch.nn import Module
 
 Completion = str | list[dict[str, str]]
 PsiFunction = Callable[..., list[float]]
@@ -25,23 +24,46 @@ def no_psi(completions: list, **_: Any) -> list[float]:
 
 
 def finite_psi(function: Any) -> Any:
-    """`function`, whose values are checked: TRL takes one that is no number for one not given."""
-    plain = isinstance(function, FunctionType) and not inspect.iscoroutinefunction(function)
-    if function is no_psi or not plain:
+    """`function`, a plain or an async one, with its values checked.
+
+    TRL takes a value that is no number for one that was not given. A model's or a path's values
+    come to it by another way and are left to the trainer.
+
+    Raises:
+        ValueError: at a call, for values of the wrong number or kind; they name the function.
+    """
+    from trl.trainer.utils import get_callable_name, is_async_callable
+
+    if function is no_psi or not callable(function) or isinstance(function, Module):
         return function
+    name = get_callable_name(function)
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> list[float | None]:
-        values = function(*args, **kwargs)
-        for place, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(
-                    f"psi_funcs: {function.__name__} gave {value} for completion {place}; expected "
-                    "a finite number [nats/token], or None where it does not apply"
-                )
-        return values
+    def check(values: Any, completions: list) -> list[float | None]:
+        return _finite(name, values, len(completions))
 
-    return checked
+    def checked(*args: Any, completions: list, **kwargs: Any) -> list[float | None]:
+        return check(function(*args, completions=completions, **kwargs), completions)
+
+    async def checked_later(*args: Any, completions: list, **kwargs: Any) -> list[float | None]:
+        return check(await function(*args, completions=completions, **kwargs), completions)
+
+    wrapper: Any = checked_later if is_async_callable(function) else checked
+    wrapper.__name__ = name
+    return wrapper
+
+
+def _finite(name: str, values: Any, count: int) -> list[float | None]:
+    expected = "a finite number [nats/token], or None where it does not apply"
+    if not hasattr(values, "__len__") or len(values) != count:
+        got = f"{len(values)} values" if hasattr(values, "__len__") else type(values).__name__
+        raise ValueError(f"psi_funcs: {name} gave {got} for {count} completions; expected {count}")
+    numbers = values.tolist() if hasattr(values, "tolist") else list(values)
+    for place, value in enumerate(numbers):
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(
+                f"psi_funcs: {name} gave {value!r} for completion {place}; expected {expected}"
+            )
+    return numbers
 
 
 def missing_pattern(

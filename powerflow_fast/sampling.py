@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from powerflow_fast.context import Context
 from powerflow_fast.model_head import base_model, check_acts, modes_kept, positions
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ def sample(
     base = base_model(model)
     for config in getattr(model, "peft_config", {}).values() if base is not model else ():
         check_acts(config)
+    context = Context(base.config)
+    for i, tokens in enumerate(attention_mask.sum(1).tolist()):
+        context.check(f"input_ids: prompt {i}", tokens, max_new_tokens)
     ends = sorted(end_tokens(model) if end_token_ids is None else set(end_token_ids))
     drawn: dict[str, Any] = dict(do_sample=False)
     if not greedy:

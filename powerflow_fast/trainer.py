@@ -18,19 +18,14 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
-from powerflow_fast.checks import (
-    check_data,
-    check_lengths,
-    check_policy,
-    check_reference,
-    given_back,
-)
+from powerflow_fast.checks import check_policy, check_reference, given_back
 from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.data_checks import LONG, check_datasets, check_prompt
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import START_KL, FiniteGradients, Health, check_sampler, check_start
+from powerflow_fast.health import START_KL, FiniteSteps, Health, check_sampler, check_start
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
-from powerflow_fast.metrics import MetricSums
+from powerflow_fast.metrics import SIZES, MetricSums, over_rollouts
 from powerflow_fast.model_head import (
     ModelHead,
     base_model,
@@ -44,6 +39,8 @@ from powerflow_fast.packing import packed_hidden_state
 from powerflow_fast.rewards import finite_psi, no_psi
 from powerflow_fast.rollout import SAMPLER_GAP, counted, counted_mask, group_log_z, sampler_gap
 from powerflow_fast.sampling import end_tokens, generation_config
+
+OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that its adapter "ref" is a trainer's
 
 
 def _trained(model) -> list[tuple[str, torch.nn.Parameter]]:
@@ -98,9 +95,9 @@ class PowerFlowTrainer(WholeCheckpoints):
         args = PowerFlowConfig("powerflow-output") if args is None else args
         if not isinstance(args, PowerFlowConfig):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
-        check_data(train_dataset, args)
         check_reference(model, peft_config, args)
-        check_lengths(train_dataset, model, kwargs.get("processing_class"), args)
+        others = kwargs.get("eval_dataset"), model, kwargs.get("processing_class"), args
+        self._context = check_datasets(train_dataset, *others)
         with given_back(model):
             self._build(
                 psi_funcs=psi_funcs,
@@ -112,7 +109,7 @@ class PowerFlowTrainer(WholeCheckpoints):
             )
         if args.offload_reference:
             self.ref_model.to("cpu")
-        self.add_callback(FiniteGradients(self.accelerator))  # before log Z' takes a step
+        self.add_callback(FiniteSteps(self.accelerator))  # before log Z' takes a step
         if args.log_z == "learned":
             size = base_model(self._policy()).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
@@ -128,12 +125,16 @@ class PowerFlowTrainer(WholeCheckpoints):
 
     def _build(self, *, psi_funcs, model, args: PowerFlowConfig, **kwargs: Any) -> None:
         """TRL's trainer around the model, and what is refused once it is there."""
+        if getattr(model, OWN_REFERENCE, False):  # an earlier trainer's
+            model.delete_adapter("ref")
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         given = {n: p.data for n, p in _trained(model)} if isinstance(model, PeftModel) else {}
         given_psi = psi_funcs if isinstance(psi_funcs, list) else [psi_funcs or no_psi]
         reward_funcs = [finite_psi(function) for function in given_psi]
         super().__init__(model=model, args=args, reward_funcs=reward_funcs, **kwargs)
         args.beta = self.beta = 0.0
+        if isinstance(model, PeftModel):
+            setattr(model, OWN_REFERENCE, "ref" in model.peft_config)
         if getattr(self.model, "is_quantized", False):
             keep_gradient(self.model)
             # TRL makes the adapter bf16: small updates are rounded away, and a resumed run, whose
@@ -142,6 +143,10 @@ class PowerFlowTrainer(WholeCheckpoints):
                 parameter.data = given[name] if name in given else parameter.data.float()
         if self.use_vllm and hasattr(self.model, "merge_adapter"):
             keep_base_exact(self.model)
+        self.eos_token_ids = end_tokens(base_model(self._policy()), self._tokenizer)
+        if not self.use_vllm:
+            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self._redirect = _ForwardRedirection()
         for part in (self._policy(), self.ref_model):
             if part is not None:
@@ -175,8 +180,22 @@ class PowerFlowTrainer(WholeCheckpoints):
         size = getattr(self.args, f"per_device_{mode}_batch_size")
         return self.args.log_z == "group" and size % self._group_size() == 0
 
+    def _tokenize_prompts(self, prompts: list):
+        """As TRL's; here a stream's prompts are seen first."""
+        for prompt in prompts:
+            check_prompt("prompt", prompt)
+        ids, *others = super()._tokenize_prompts(prompts)
+        for row in ids:
+            self._context.check("prompt", len(row), self.max_completion_length, LONG)
+        return ids, *others
+
     def _calculate_rewards(self, *args, **kwargs):
         values = super()._calculate_rewards(*args, **kwargs)  # [B of all ranks, functions]
+        for function, name, column in zip(
+            self.reward_funcs, self.reward_func_names, values.T, strict=True
+        ):
+            if isinstance(function, torch.nn.Module) and not column.isfinite().all():
+                raise ValueError(f"psi_funcs: {name} gave {column.tolist()}; expected finite ones")
         self._psi = (values * self.reward_weights.to(values.device)).nansum(1)
         return values
 
@@ -190,7 +209,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         """
         self._ref_logps = None
         base = base_model(self._policy())
-        ends = {"eos_token_id": end_tokens(base), "pad_token_id": self._tokenizer.pad_token_id}
+        ends = {"eos_token_id": self.eos_token_ids, "pad_token_id": self._tokenizer.pad_token_id}
         with self.health.phase("rollout"), generation_config(base, **ends):
             output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
@@ -237,6 +256,7 @@ class PowerFlowTrainer(WholeCheckpoints):
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
             figures |= sampler_gap(output, self.accelerator)
         figures["alpha"] = output["alpha"][0].item()
+        figures[SIZES] = float(len(ids) * self.accelerator.num_processes)
         for name, value in figures.items():
             metrics[name].append(value)
         if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):
@@ -425,8 +445,9 @@ class PowerFlowTrainer(WholeCheckpoints):
                 shown = min(self.args.sample_completions, self.num_generations)
                 texts = self._logs["prompt"], self._logs["completion"]
                 self.health.write_sample(self.state.global_step, *map(list, texts), shown)
-        for name, value in figures.items():
-            self._metrics[mode][name] = [value]
+        figures = over_rollouts(self._metrics[mode]) | figures
+        self._metrics[mode].clear()
+        self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
 
     def _gather(self, values: Tensor) -> Tensor:

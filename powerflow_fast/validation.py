@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,10 +87,10 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite number >= 0, or > 0 where `positive`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (0 < value if positive else 0 <= value) or not value < math.inf:
+    if not number or not 0 <= value < math.inf or (positive and value == 0):
         expected = "> 0" if positive else ">= 0"
         raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}")
 

@@ -8,6 +8,7 @@ pytest.importorskip("trl")
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import (  # noqa: E402
+    AdaptionPromptConfig,
     IA3Config,
     LNTuningConfig,
     PrefixTuningConfig,
@@ -96,6 +97,70 @@ def test_a_parameter_of_the_base_beside_the_adapter_is_named(tmp_path):
         make(tmp_path, model=beside(tiny.model()), peft=False)
     with pytest.raises(ValueError, match=said):
         offline(tmp_path, model=beside(tiny.model()))
+
+
+def test_a_head_that_is_trained_beside_the_adapter_is_named(tmp_path):
+    """What moves all of its rows alike moves no log-prob, and no hidden state sees it at all."""
+
+    def beside_head():
+        wrapped = get_peft_model(tiny.model(), tiny.lora(target_modules=["q_proj"]))
+        wrapped.get_base_model().lm_head.weight.requires_grad_(True)
+        return wrapped
+
+    said = r"model: base_model\.model\.lm_head\.weight is trained but is no part"
+    with pytest.raises(ValueError, match=said):
+        make(tmp_path, model=beside_head(), peft=False)
+    with pytest.raises(ValueError, match=said):
+        offline(tmp_path, model=beside_head())
+
+
+def test_what_a_layer_norm_hides_from_an_even_step_is_seen():
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=20)
+    wrapped = get_peft_model(
+        transformers.GPT2LMHeadModel(config), tiny.lora(target_modules=["c_attn"])
+    )
+    disable_dropout(wrapped)
+    check_pair(wrapped)
+    wrapped.get_base_model().transformer.h[1].mlp.c_proj.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model: .*h\.1\.mlp\.c_proj\.bias is trained but is no"):
+        check_pair(wrapped)
+
+
+def test_the_adapter_must_be_the_one_that_the_reference_is_copied_from(tmp_path):
+    named = get_peft_model(tiny.model(), tiny.lora(), adapter_name="mine")
+    with pytest.raises(ValueError, match=r"'default'.*active are \['mine'\], of \['mine'\]"):
+        make(tmp_path, model=named, peft=False)
+    two = get_peft_model(tiny.model(), tiny.lora(target_modules=["q_proj"]))
+    two.add_adapter("other", tiny.lora(target_modules=["v_proj"]))
+    two.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"active are \['default', 'other'\]"):
+        make(tmp_path, model=two, peft=False)
+
+
+def test_one_object_serves_one_trainer_after_the_other(tmp_path):
+    """The reference is then what the first has made of the adapter."""
+    model = get_peft_model(tiny.model(), tiny.lora())
+    for name in ("first", "second"):
+        trainer, seen = make(tmp_path / name, model=model, peft=False, max_steps=2)
+        start = outputs(model)
+        with trainer.as_reference(model):
+            assert torch.equal(outputs(model), start)
+        trainer.train()
+        assert seen.logs[0]["kl"] == pytest.approx(0, abs=1e-9) and seen.logs[1]["kl"] > 0
+    assert not torch.equal(outputs(model), start)
+
+
+@pytest.mark.parametrize("kind", REFUSED_ADAPTERS)
+def test_offline_data_refuse_the_same_adapters(kind, tmp_path):
+    config, said = REFUSED_ADAPTERS[kind]
+    with pytest.raises(ValueError, match=f"peft_config: .*{said}"):
+        offline(tmp_path, model=get_peft_model(tiny.model(), config))
+
+
+def test_an_adapter_that_keeps_the_forward_it_found(tmp_path):
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    with pytest.raises(ValueError, match="model: AdaptionPromptModel has kept the forward"):
+        offline(tmp_path, model=get_peft_model(tiny.model(), config))
 
 
 def test_parameters_that_do_not_act():
@@ -213,19 +278,6 @@ def test_prompts_that_cannot_make_a_rollout_are_named(tmp_path):
     for prompt in (None, ""):
         rows = Dataset.from_dict({"prompt": [*tiny.PROMPTS, prompt]})
         refused(rows, f"train_dataset: prompt 4: expected text or messages, got {prompt!r}")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("temperature", 0.0, "a finite number > 0, got 0.0"),
-        ("max_completion_length", None, "at least 1 token, got None"),
-        ("alpha", None, "a finite number > 0, got None"),
-    ],
-)
-def test_options_out_of_range_are_named(name, value, said, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}: expected {said}"):
-        tiny.config(tmp_path, **{name: value})
 
 
 def test_reentrant_checkpointing_of_shared_keys_and_values(tmp_path):

@@ -1,5 +1,8 @@
 """What a run measures of itself, and when it ends itself."""
 
+import functools
+import math
+
 import pytest
 import torch
 
@@ -124,13 +127,68 @@ def test_completions_that_are_masked_count_for_repetition(tmp_path):
     assert seen.logs[0]["completions/distinct_per_prompt"] == 4
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_psi_that_is_not_finite_is_an_error_and_one_that_is_not_given_is_none(value, tmp_path):
-    def psi(prompts, completions, **_):
-        return [None, *[0.0] * (len(prompts) - 2), value]
+class Penalty:
+    """A psi function that is an object."""
 
-    trainer, _ = make(tmp_path, psi=psi)
-    with pytest.raises(ValueError, match=f"psi_funcs: psi gave {value} for completion 7"):
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, completions, **_):
+        return self.values(len(completions))
+
+
+def plain(values):
+    def psi(completions, **_):
+        return values(len(completions))
+
+    return psi
+
+
+def later(values):
+    async def psi(completions, **_):
+        return values(len(completions))
+
+    return psi
+
+
+def part(values):
+    return functools.partial(lambda values, completions, **_: values(len(completions)), values)
+
+
+BAD_PSI = [
+    (lambda n: [None, *[0.0] * (n - 2), math.nan], "gave nan for completion 7"),
+    (lambda n: [0.0] * (n - 1) + [math.inf], "gave inf for completion 7"),
+    (lambda n: torch.full((n,), math.nan), "gave nan for completion 0"),
+    (lambda n: ["bad"] * n, "gave 'bad' for completion 0"),
+    (lambda n: [0.0], "gave 1 values for 8 completions"),
+    (lambda n: None, "gave NoneType for 8 completions"),
+]
+
+
+@pytest.mark.parametrize("kind", [plain, later, part, Penalty])
+def test_a_psi_that_is_no_number_is_an_error_of_its_function(kind, tmp_path):
+    for values, said in BAD_PSI:
+        trainer, seen = make(tmp_path, psi=kind(values))
+        with pytest.raises(ValueError, match=rf"psi_funcs: (psi|<lambda>|Penalty) {said}"):
+            trainer.train()
+        assert not seen.steps
+    trainer, seen = make(tmp_path, psi=kind(lambda n: [None, *[-0.5] * (n - 1)]))
+    trainer.train()
+    assert len(seen.steps) == 1
+
+
+def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path):
+    """The gradient is finite, the step is not."""
+    trainer, seen = make(
+        tmp_path, save_strategy="steps", save_steps=1, max_steps=3, learning_rate=3e38
+    )
+    with pytest.raises(
+        TrainingStopped, match="a parameter of .*lora_.* is not finite after step 1"
+    ):
+        trainer.train()
+    assert len(seen.steps) == 1 and not list(tmp_path.glob("checkpoint*"))
+    trainer, _ = make(tmp_path, max_steps=1, learning_rate=3e38)  # and at the end, to be saved
+    with pytest.raises(TrainingStopped, match="a parameter of"):
         trainer.train()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from powerflow_fast import tb_loss
-from powerflow_fast.metrics import METRICS, MetricSums
+from powerflow_fast.metrics import METRICS, SIZES, MetricSums, over_rollouts
 
 
 def batch(sequences=12, width=9):
@@ -68,3 +68,41 @@ def test_they_travel_in_a_checkpoint():
         resumed._add(name, value)
     whole = sums_of([slice(0, 12)]).figures(lambda x: x)
     assert resumed.figures(lambda x: x) == pytest.approx(whole, rel=1e-5, abs=1e-7)
+
+
+def test_figures_of_rollouts_count_by_their_size_and_extremes_stay():
+    figures = {
+        SIZES: [8.0, 8.0, 4.0],
+        "completions/mean_length": [2.0, 4.0, 9.0],
+        "completions/min_length": [2.0, 1.0, 9.0],
+        "sampling/gap/max": [0.5, 0.25, 0.125],
+        "rewards/psi/mean": [1.0, float("nan"), 4.0],
+        "step_time": [1.0, 2.0],
+        "nothing": [float("nan")] * 3,
+    }
+    assert over_rollouts(figures) == {
+        "completions/mean_length": (16 + 32 + 36) / 20,
+        "completions/min_length": 1.0,
+        "sampling/gap/max": 0.5,
+        "rewards/psi/mean": (8 + 16) / 12,
+        "step_time": 1.5,
+    }
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
+    pytest.importorskip("trl")
+    from tests import tiny
+    from tests.test_trainer import make, start_from_nonzero_adapter
+
+    found = []
+    for size in (4, 8, 12, 16):
+        trainer, _ = make(tmp_path, per_device_eval_batch_size=size, evaluation=tiny.dataset(1))
+        start_from_nonzero_adapter(trainer)
+        whole = trainer.evaluate()
+        kept = ("completions/", "logps/", "residual/", "kl", "log_z", "entropy", "alpha", "sizes")
+        found.append(
+            {k: v for k, v in whole.items() if k.startswith(tuple(f"eval_{x}" for x in kept))}
+        )
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    assert found[0]["eval_completions/min_length"] == 1 and len(found[0]) > 12

@@ -77,7 +77,13 @@ def patch_head(
     unknown = set(outputs) - set(FIELDS)
     if unknown:
         raise ValueError(f"outputs: expected a choice of {FIELDS}, got {sorted(unknown)}")
-    model = base_model(model)
+    given, model = model, base_model(model)
+    if "forward" in vars(getattr(given, "base_model", given)) and given is not model:
+        kind = type(given.base_model).__name__
+        raise ValueError(
+            f"model: {kind} has kept the forward of the model from before; patch it first, then "
+            "put the adapter on"
+        )
     head = getattr(model, "_fused_head_options", {}) | head
     options = HeadOptions(temperature=temperature, **head)
     check_head(model)

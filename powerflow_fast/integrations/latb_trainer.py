@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from powerflow_fast.checks import (
+    check_adapter,
     check_pair,
     check_parallel,
-    context_length,
     given_back,
     trial_ids,
 )
-from powerflow_fast.health import FiniteGradients
+from powerflow_fast.context import Context
+from powerflow_fast.health import FiniteSteps
 from powerflow_fast.integrations.head_patch import patch_head
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.metrics import MetricSums
@@ -127,10 +128,12 @@ class LATBTrainer(Trainer):
             raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model: nothing to train, every parameter is frozen")
+        for adapter in getattr(model, "peft_config", {}).values():
+            check_adapter(adapter)
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
         ends = end_tokens(model, processing_class)
         check_parallel(args)
-        self._context = context_length(model.config)
+        self._context = Context(model.config)
         train_items = self._encode(train_dataset, processing_class, ends)
         eval_items = None
         if eval_dataset is not None:
@@ -154,7 +157,7 @@ class LATBTrainer(Trainer):
             for part in (model, ref_model):
                 if part is not None:
                     check_pair(part, trial=partial(_scores, part))
-        self.add_callback(FiniteGradients(self.accelerator))
+        self.add_callback(FiniteSteps(self.accelerator))
         self.loss_is_scaled_for_ga = True
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
         self.ref_model = None
@@ -183,11 +186,7 @@ class LATBTrainer(Trainer):
                     f"got {len(prompt)} prompt tokens, {len(completion)} completion tokens and "
                     f"{'no' if old is None else len(old)} old_logps"
                 )
-            if self._context is not None and len(prompt) + len(completion) > self._context:
-                raise ValueError(
-                    f"row {place}: expected at most {self._context} tokens, the model's context, "
-                    f"got {len(prompt)} of the prompt and {len(completion)} of the completion"
-                )
+            self._context.check(f"row {place}", len(prompt) + len(completion))
             psi = _plain(row.get("psi"))
             psi = 0.0 if psi is None else psi
             for name, values in (("psi", [psi]), ("old_logps", old or [])):

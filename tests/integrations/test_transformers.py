@@ -346,7 +346,7 @@ def test_messages_and_tensors_are_rows_like_text(tmp_path):
         (
             [ROWS[0] | {"completion": "sea " * 30}] * 2,
             {"model": "small"},
-            "row 0: expected at most 16 tokens, the model's context, got 5 of the prompt and 31",
+            "row 0 has 36 tokens: beyond the context of 16",
         ),
         (
             ROWS,
