@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class MetricSums:
                 self.sums[name] = torch.maximum(largest, value.to(largest))
             else:
                 self._add(name, value * weights[over] if over in weights else value)
+        self._add("loss", (_wide(out.importance) * _wide(out.residual).square()).sum())
         mean, std = (_wide(out.metrics[f"residual_{name}"]) for name in ("mean", "std"))
         self._add("residual_squares", (mean.square() + std.square()) * weights["sequences"])
 
@@ -64,7 +66,7 @@ class MetricSums:
         self.sums[name] = value + self.sums[name].to(value) if name in self.sums else value
 
     def figures(self, gather: Gather, steps: int = 1) -> dict[str, float]:
-        """Names in the logs -> means over everything on all ranks since the last call; starts anew.
+        """Names in the logs, and "loss" -> means over what came since the last call, on all ranks.
 
         `steps`: optimizer steps in that time. Every rank must call it.
         """
@@ -79,7 +81,7 @@ class MetricSums:
         self.sums = {}
         counts = {name: max(total[name], 1.0) for name in ("sequences", "tokens")}
         counts |= {"steps": max(steps, 1), "worst": 1}
-        figures = {}
+        figures = {"loss": total["loss"] / counts["sequences"]}
         for name, (shown, over) in METRICS.items():
             if name == "residual_std":
                 mean = total["residual_mean"] / counts["sequences"]
@@ -95,6 +97,42 @@ class MetricSums:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums = dict(state)
+
+
+class LossFigures:
+    """For a Trainer of transformers: figures of its losses in the logs, the same for any split."""
+
+    model: Any
+    state: Any
+    accelerator: Any
+
+    def start_figures(self) -> None:
+        self.sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._logged_step = 0
+        self._prefix = "eval"
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As Trainer's; of what a `predict` has added nothing is left."""
+        self.sums["eval"], self._prefix = MetricSums(), metric_key_prefix
+        loop: Any = super()
+        return loop.evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def loss_figures(self) -> dict[str, float]:
+        """What to log of training, or of the last evaluation, whose names begin with its prefix.
+
+        An evaluation's loss replaces Trainer's, which is a mean over batches. Every rank must call.
+        """
+        if self.model.training:
+            steps = self.state.global_step - self._logged_step
+            self._logged_step = self.state.global_step
+            figures = self.sums["train"].figures(self._gather, steps)
+            figures.pop("loss", None)  # Trainer's is that of the optimizer steps
+            return figures
+        figures = self.sums["eval"].figures(self._gather)
+        return {f"{self._prefix}_{name}": value for name, value in figures.items()}
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device))
 
 
 SIZES = "rollout sizes"  # among a trainer's lists of figures: completions of each rollout

@@ -82,6 +82,18 @@ def _decoded(text: str) -> Any:
 _FIELDS = tuple(field.name for field in fields(HeadOptions))
 
 
+# What the doors to other trainers take: the rest of HeadOptions is the model's, or the trainer's.
+DOOR_OPTIONS = ("backend", "grad_tolerance", "round_logits")
+
+
+def check_door_options(options: dict[str, Any]) -> None:
+    """ValueError unless `options` are values of DOOR_OPTIONS."""
+    unknown = sorted(set(options) - set(DOOR_OPTIONS))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such option of the head; expected of {DOOR_OPTIONS}")
+    HeadOptions(**options)
+
+
 class HeadForward(NamedTuple):
     """What a back end's `forward` returns; all statistics float32 (float64 for float64 inputs)."""
 

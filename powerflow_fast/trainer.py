@@ -25,7 +25,7 @@ from powerflow_fast.exact_merge import keep_base_exact
 from powerflow_fast.health import START_KL, FiniteSteps, Health, check_sampler, check_start
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
-from powerflow_fast.metrics import SIZES, MetricSums, over_rollouts
+from powerflow_fast.metrics import SIZES, LossFigures, over_rollouts
 from powerflow_fast.model_head import (
     ModelHead,
     base_model,
@@ -47,7 +47,7 @@ def _trained(model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-class PowerFlowTrainer(WholeCheckpoints):
+class PowerFlowTrainer(LossFigures, WholeCheckpoints):
     """Trains a causal language model to sample from a power of its own base, without labels.
 
     The reference is the model as it was given: the base under a disabled adapter (`peft_config`),
@@ -114,9 +114,8 @@ class PowerFlowTrainer(WholeCheckpoints):
             size = base_model(self._policy()).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
-        self.sums = {"train": MetricSums(), "eval": MetricSums()}
+        self.start_figures()
         self._tokens: Tensor | None = None  # of training passes since the last log
-        self._logged_step = 0
         self.health = Health(args)
         self.add_callback(self.health)
         engine = "FSDP" if self.is_fsdp_enabled else "none"
@@ -434,10 +433,12 @@ class PowerFlowTrainer(WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        steps = self.state.global_step - self._logged_step
-        figures = self.sums[mode].figures(self._gather, steps if mode == "train" else 1)
+        whole = over_rollouts(self._metrics[mode])
+        self._metrics[mode].clear()
+        if mode == "eval":
+            whole = {f"{self._prefix}_{name}": value for name, value in whole.items()}
+        figures = whole | self.loss_figures()
         if mode == "train" and "loss" in logs:
-            self._logged_step = self.state.global_step
             tokens = 0 if self._tokens is None else int(self._gather(self._tokens[None]).sum())
             self._tokens = None
             figures |= self.health.figures(tokens)
@@ -445,10 +446,5 @@ class PowerFlowTrainer(WholeCheckpoints):
                 shown = min(self.args.sample_completions, self.num_generations)
                 texts = self._logs["prompt"], self._logs["completion"]
                 self.health.write_sample(self.state.global_step, *map(list, texts), shown)
-        figures = over_rollouts(self._metrics[mode]) | figures
-        self._metrics[mode].clear()
-        self._metrics[mode].update({name: [value] for name, value in figures.items()})
+        logs.update(figures)  # in place: what `evaluate` returns
         super().log(logs, start_time)
-
-    def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.accelerator.device))

@@ -182,9 +182,7 @@ def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path):
     trainer, seen = make(
         tmp_path, save_strategy="steps", save_steps=1, max_steps=3, learning_rate=3e38
     )
-    with pytest.raises(
-        TrainingStopped, match="a parameter of .*lora_.* is not finite after step 1"
-    ):
+    with pytest.raises(TrainingStopped, match="a parameter of .*lora_.* after step 1"):
         trainer.train()
     assert len(seen.steps) == 1 and not list(tmp_path.glob("checkpoint*"))
     trainer, _ = make(tmp_path, max_steps=1, learning_rate=3e38)  # and at the end, to be saved

@@ -25,7 +25,7 @@ from powerflow_fast.model_head import (
     through_head,
     with_positions,
 )
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.options import HeadOptions, check_door_options
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ROWS = 256  # of full logits at a time, for the one statistic that needs them
@@ -74,9 +74,10 @@ def patch_head(
         ValueError: for a model without a decoder, a head that is missing, adapted, quantised or
             not linear, an unknown logit transform, an unknown field or option.
     """
-    unknown = set(outputs) - set(FIELDS)
+    unknown = [outputs] if isinstance(outputs, str) else sorted(set(outputs) - set(FIELDS))
     if unknown:
-        raise ValueError(f"outputs: expected a choice of {FIELDS}, got {sorted(unknown)}")
+        raise ValueError(f"outputs: expected a choice of {FIELDS}, got {unknown}")
+    check_door_options(head)
     given, model = model, base_model(model)
     if "forward" in vars(getattr(given, "base_model", given)) and given is not model:
         kind = type(given.base_model).__name__
@@ -134,6 +135,10 @@ def score(
     inner = backbone(model)
     out = inner(*args, **with_positions(inner, inputs))
     hidden = out.last_hidden_state
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(f"{name}: expected [B, T] = {expected}, got {tuple(given.shape)}")
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
     # A model split over devices (`device_map`) may end on another one than its head.

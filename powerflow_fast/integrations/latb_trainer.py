@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -22,55 +21,14 @@ from powerflow_fast.checks import (
 from powerflow_fast.context import Context
 from powerflow_fast.health import FiniteSteps
 from powerflow_fast.integrations.head_patch import patch_head
+from powerflow_fast.integrations.offline_rows import Item, RowReader
 from powerflow_fast.loss import tb_loss
-from powerflow_fast.metrics import MetricSums
+from powerflow_fast.metrics import LossFigures
 from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
 from powerflow_fast.sampling import end_tokens
+from powerflow_fast.validation import check_number
 
-
-def _plain(value: Any) -> Any:
-    """Lists and numbers, where a data set gives tensors or arrays."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _token_ids(
-    prompt: Any, completion: Any, tokenizer, ends: list[int]
-) -> tuple[list[int], list[int]]:
-    """Of text, of messages, or as they are; text and messages get an end token if they lack one."""
-    prompt, completion = _plain(prompt), _plain(completion)
-    messages = [x for x in (prompt, completion) if _is_messages(x)]
-    if messages and not _is_messages(prompt):
-        raise ValueError("prompt: expected messages, as the completion is, got text or token ids")
-    if _is_messages(prompt):
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        if _is_messages(completion):
-            whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=False)
-            if whole[: len(start)] != start:
-                raise ValueError(
-                    "prompt: its chat template gives other tokens once the completion follows; "
-                    "give token ids"
-                )
-            completion = whole[len(start) :]
-            last = max((i for i, token in enumerate(completion) if token in ends), default=None)
-            completion = completion if last is None else completion[: last + 1]
-            return start, _ended(completion, tokenizer, ends)
-        prompt = start
-    if isinstance(prompt, str):
-        prompt = tokenizer(prompt)["input_ids"]
-    if isinstance(completion, str):
-        completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        completion = _ended(completion, tokenizer, ends)
-    return prompt, completion
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _ended(completion: list[int], tokenizer, ends: list[int]) -> list[int]:
-    if completion and completion[-1] in ends:
-        return completion
-    return [*completion, tokenizer.eos_token_id]
+Rows = Iterable[Mapping[str, Any]]
 
 
 @torch.no_grad()
@@ -81,7 +39,30 @@ def _scores(model: PreTrainedModel) -> Tensor:
     return model(**inputs, fused_lm_head=True).log_probs
 
 
-class LATBTrainer(Trainer):
+def _check_options(alpha: float, log_z: float | str, clip_eps: float) -> None:
+    check_number("alpha", alpha, positive=True)
+    check_number("clip_eps", clip_eps)
+    number = isinstance(log_z, (int, float)) and math.isfinite(log_z)
+    if log_z != "group" and (not number or isinstance(log_z, bool)):
+        raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
+
+
+def _check_reference(model: PreTrainedModel, ref_model: PreTrainedModel) -> None:
+    """ValueError where training `model` would change `ref_model`, or their tokens differ."""
+    fixed = {id(p) for p in ref_model.parameters()}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    shared = next((name for name, p in trained if id(p) in fixed), None)
+    if shared is not None:
+        raise ValueError(
+            f"ref_model: it shares {shared} with the model that is trained, so it would move with "
+            "it; load a second copy, or leave it out beside a PeftModel"
+        )
+    sizes = [base_model(m).config.get_text_config().vocab_size for m in (model, ref_model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"ref_model: expected a vocabulary of {sizes[0]}, got one of {sizes[1]}")
+
+
+class LATBTrainer(LossFigures, Trainer):
     """Trains on (prompt, completion) rows that some sampler wrote, without sampling any.
 
     Rows of one prompt are kept together: a batch size counts prompts, not completions. The loss is
@@ -112,10 +93,10 @@ class LATBTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        train_dataset: Iterable[Mapping[str, Any]],
+        train_dataset: Rows,
         *,
         processing_class,
-        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         ref_model: PreTrainedModel | None = None,
         alpha: float = 4.0,
         log_z: float | str = "group",
@@ -130,14 +111,21 @@ class LATBTrainer(Trainer):
             raise ValueError("model: nothing to train, every parameter is frozen")
         for adapter in getattr(model, "peft_config", {}).values():
             check_adapter(adapter)
+        _check_options(alpha, log_z, clip_eps)
+        if ref_model is not None:
+            _check_reference(model, ref_model)
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
-        ends = end_tokens(model, processing_class)
         check_parallel(args)
-        self._context = Context(model.config)
-        train_items = self._encode(train_dataset, processing_class, ends)
-        eval_items = None
-        if eval_dataset is not None:
-            eval_items = self._encode(eval_dataset, processing_class, ends)
+        config = base_model(model).config
+        vocabulary = config.get_text_config().vocab_size
+        ends = end_tokens(model, processing_class)
+        self._reader = RowReader(processing_class, ends, vocabulary, Context(config))
+        train_items = self._read("train_dataset", train_dataset)
+        eval_items: Any = None
+        if isinstance(eval_dataset, Mapping):
+            eval_items = {k: self._read(f"eval_dataset[{k!r}]", x) for k, x in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_items = self._read("eval_dataset", eval_dataset)
         args.remove_unused_columns = False
         with given_back(model), given_back(ref_model):
             for part in (model, ref_model):
@@ -165,48 +153,19 @@ class LATBTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(
                 ref_model.eval().requires_grad_(False), evaluation_mode=True
             )
-        self.sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._logged_step = 0
+        self.start_figures()
 
-    def _encode(
-        self, rows: Iterable[Mapping[str, Any]], tokenizer, ends: list[int]
-    ) -> list[list[dict[str, Any]]]:
-        """Rows as token ids, those of one prompt together."""
-        groups: dict[tuple[int, ...], list[dict[str, Any]]] = defaultdict(list)
-        for place, row in enumerate(rows):
-            if not {"prompt", "completion"} <= row.keys():
-                raise ValueError(
-                    f"row {place}: expected columns prompt and completion, got {sorted(row)}"
-                )
-            prompt, completion = _token_ids(row["prompt"], row["completion"], tokenizer, ends)
-            old = _plain(row.get("old_logps"))
-            if not len(prompt) or (old is not None and len(old) != len(completion)):
-                raise ValueError(
-                    f"row {place}: expected a prompt and one of old_logps per completion token, "
-                    f"got {len(prompt)} prompt tokens, {len(completion)} completion tokens and "
-                    f"{'no' if old is None else len(old)} old_logps"
-                )
-            self._context.check(f"row {place}", len(prompt) + len(completion))
-            psi = _plain(row.get("psi"))
-            psi = 0.0 if psi is None else psi
-            for name, values in (("psi", [psi]), ("old_logps", old or [])):
-                if not all(map(math.isfinite, values)):
-                    raise ValueError(f"row {place}: {name}: expected finite numbers, got {values}")
-            item = {"prompt": prompt, "completion": completion, "psi": psi}
-            groups[tuple(prompt)].append(item | {"old_logps": old})
-        if self._grouped:
-            for group in groups.values():
-                if len(group) < 2:
-                    raise ValueError(
-                        "log_z='group': expected at least 2 completions of every prompt, got one "
-                        f"of {tokenizer.decode(group[0]['prompt'])!r}; or give log_z a number"
-                    )
-        items = [item for group in groups.values() for item in group]
-        if len({item["old_logps"] is None for item in items}) > 1:
-            raise ValueError("old_logps: expected in every row or in none")
-        return list(groups.values())
+    def _read(self, name: str, rows: Iterable[Mapping[str, Any]]) -> list[list[Item]]:
+        groups = self._reader.groups(name, rows)
+        alone = next((group[0] for group in groups if len(group) < 2), None)
+        if self._grouped and alone is not None:
+            raise ValueError(
+                f"{name}: log_z='group': expected at least 2 completions of every prompt, got one "
+                f"of {self._reader.tokenizer.decode(alone['prompt'])!r}; or give log_z a number"
+            )
+        return groups
 
-    def _collate(self, groups: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+    def _collate(self, groups: list[list[Item]]) -> dict[str, Tensor]:
         """Right-padded tensors [S, T]; old_logps [S, T - 1] lie where log-probs will."""
         items = [item for group in groups for item in group]
         width = max(len(item["prompt"]) + len(item["completion"]) for item in items)
@@ -266,15 +225,5 @@ class LATBTrainer(Trainer):
 
         Those of an evaluation begin with `eval_`.
         """
-        mode = "train" if self.model.training else "eval"
-        steps = self.state.global_step - self._logged_step if mode == "train" else 1
-        figures = self.sums[mode].figures(self._gather, steps)
-        if mode == "train":
-            self._logged_step = self.state.global_step
-        else:
-            figures = {f"eval_{name}": value for name, value in figures.items()}
-        logs.update(figures)  # in place: what `evaluate` returns
+        logs.update(self.loss_figures())  # in place: what `evaluate` returns
         super().log(logs, start_time)
-
-    def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.accelerator.device))

@@ -39,9 +39,9 @@ def install_head(**head: Any) -> ExitStack:
     from trl.trainer import utils
 
     from powerflow_fast.integrations.head_patch import patch_head
-    from powerflow_fast.options import HeadOptions
+    from powerflow_fast.options import check_door_options
 
-    HeadOptions(**head)
+    check_door_options(head)
     ours = functools.partial(patch_head, **head)
     before = getattr(utils, HOOK)
     if not _installed:

@@ -30,7 +30,7 @@ from torch import Tensor
 from powerflow_fast.head import linear_logprobs
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.model_head import read_head
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.options import check_door_options
 
 NAME = "la_tb"
 TESTED = ("0.9",)
@@ -50,7 +50,7 @@ def register(**head: Any) -> None:
             that the head does not have.
     """
     head = head or _head_of_environment()
-    HeadOptions(**head)
+    check_door_options(head)
     HEAD.clear()
     HEAD.update(head)
     try:

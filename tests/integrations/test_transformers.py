@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from powerflow_fast import tb_loss  # noqa: E402
 from powerflow_fast.health import TrainingStopped  # noqa: E402
+from powerflow_fast.integrations import verl  # noqa: E402
 from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # noqa: E402
 from powerflow_fast.metrics import METRICS  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -165,10 +166,6 @@ def test_it_learns_and_evaluates_with_a_reference_model(tmp_path):
 @pytest.mark.parametrize(
     "rows, options, message",
     [
-        ([{"prompt": "rain"}], {}, "expected columns prompt and completion"),
-        (ROWS[:1], {}, "at least 2 completions of every prompt"),
-        ([ROWS[0] | {"old_logps": [0.0]}], {}, "one of old_logps per completion token"),
-        ([ROWS[0], ROWS[4] | {"old_logps": [0.0] * 4}], {}, "in every row or in none"),
         (ROWS, {"model": tiny.model()}, "ref_model: expected a model"),
         (ROWS, {"temperature": 0.0}, "temperature"),
     ],
@@ -278,15 +275,6 @@ def test_figures_are_those_of_all_rows_and_of_training_or_evaluation_alone(tmp_p
         assert sorted(logs[size]) == pytest.approx(sorted(logs[4]), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("column", ["psi", "old_logps"])
-def test_numbers_that_are_not_finite_are_named(column, tmp_path):
-    value = float("nan") if column == "psi" else [float("nan")] * 2
-    rows = [*ROWS[:8], ROWS[8] | {column: value}]
-    rows[8]["completion"] = "Paris"
-    with pytest.raises(ValueError, match=f"row 8: {column}: expected finite numbers, got .*nan"):
-        offline(tmp_path, rows)
-
-
 def spoil(model) -> None:
     """A gradient that is no number behind a loss that is one."""
     name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_A" in n)
@@ -311,60 +299,69 @@ def test_options_of_an_earlier_patch_stay(tmp_path):
     assert options == {"grad_tolerance": 1e-3, "round_logits": True}
 
 
-def as_messages(row):
-    return {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["completion"]}],
-    }
-
-
-def test_messages_and_tensors_are_rows_like_text(tmp_path):
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} <eos> sea"
-        "{% else %} {% endif %}{% endfor %}"
-    )
-    text = offline(tmp_path)
-    ids = [
-        {
-            "prompt": torch.tensor(tokenizer(r["prompt"])["input_ids"]),
-            "completion": torch.tensor([*tokenizer(r["completion"])["input_ids"], tiny.EOS]),
-            "psi": torch.tensor(0.0),
-        }
-        for r in ROWS
-    ]
-    found = []
-    for rows in (list(map(as_messages, ROWS)), ids):
-        trainer = LATBTrainer(adapted(), arguments(tmp_path), rows, processing_class=tokenizer)
-        found.append(trainer.train_dataset)
-    assert found[0] == found[1] == text.train_dataset
+def test_sequences_are_not_cut_over_ranks(tmp_path):
+    args = arguments(tmp_path)
+    args.parallelism_config = SimpleNamespace(cp_size=2, sp_size=1)
+    with pytest.raises(ValueError, match="parallelism_config: cp_size=2 splits each sequence"):
+        LATBTrainer(adapted(), args, ROWS, processing_class=tiny.tokenizer())
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("options", "said"),
     [
-        (
-            [ROWS[0] | {"completion": "sea " * 30}] * 2,
-            {"model": "small"},
-            "row 0 has 36 tokens: beyond the context of 16",
-        ),
-        (
-            ROWS,
-            {"parallelism_config": SimpleNamespace(cp_size=2, sp_size=1)},
-            "parallelism_config: cp_size=2 splits each sequence",
-        ),
-        (
-            [ROWS[0] | {"completion": as_messages(ROWS[0])["completion"]}],
-            {},
-            "prompt: expected messages, as the completion is",
-        ),
+        ({"alpha": 0}, "alpha: expected a finite number > 0, got 0"),
+        ({"alpha": "4"}, "alpha: expected"),
+        ({"log_z": "learned"}, "log_z: expected 'group' or a finite number, got 'learned'"),
+        ({"log_z": float("nan")}, "log_z: expected"),
+        ({"clip_eps": -1.0}, "clip_eps: expected"),
+        ({"temperature": None}, "temperature: expected"),
+        ({"head": {"grad_tolerance": 2}}, "grad_tolerance: expected"),
+        ({"head": {"softcap": 3.0}}, "softcap: no such option of the head"),
     ],
+    ids=str,
 )
-def test_rows_and_ways_of_running_that_would_go_wrong(rows, options, message, tmp_path):
-    if options.get("model"):
-        options = {"model": adapted(tiny.model(max_position_embeddings=16))}
-    parallel = options.pop("parallelism_config", None)
-    args = arguments(tmp_path)
-    args.parallelism_config = parallel
-    with pytest.raises(ValueError, match=message):
-        LATBTrainer(options.get("model", adapted()), args, rows, processing_class=tiny.tokenizer())
+def test_options_are_checked_at_construction(options, said, tmp_path):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        offline(tmp_path, **options)
+
+
+def test_a_reference_that_would_move_or_has_other_tokens(tmp_path):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="ref_model: it shares .* with the model that is trained"):
+        offline(tmp_path, model=model, ref_model=model)
+    wrapped = get_peft_model(model, tiny.lora())
+    with pytest.raises(ValueError, match=r"ref_model: it shares .*lora_A"):
+        offline(tmp_path, model=wrapped, ref_model=wrapped.get_base_model())
+    with pytest.raises(ValueError, match="ref_model: expected a vocabulary of 20, got one of 30"):
+        offline(tmp_path, model=tiny.model(), ref_model=tiny.model(vocab_size=30))
+
+
+def test_an_evaluation_depends_on_its_rows_alone(tmp_path):
+    """Groups of different sizes, any batches, after a `predict`, and under a name of its own."""
+    rows = [*ROWS, *({"prompt": "rain", "completion": "sea " * n} for n in range(1, 5))]
+    found = []
+    for size in (1, 3, 4):
+        trainer = offline(tmp_path, eval_dataset=rows, per_device_eval_batch_size=size)
+        trainer.predict(trainer.train_dataset[:2])
+        found.append({k: x for k, x in trainer.evaluate().items() if "/" in k or "loss" in k})
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5) and len(found[0]) > 7
+    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+    named = offline(tmp_path, eval_dataset={"all": rows, "some": ROWS}).evaluate()
+    assert named["eval_all_residual/std"] == pytest.approx(found[0]["eval_residual/std"], rel=1e-4)
+    assert named["eval_all_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-4)
+    assert named["eval_some_loss"] != pytest.approx(found[0]["eval_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_another_shape_are_named(name):
+    model, ids = tiny.model(), torch.randint(2, 20, (2, 6))
+    patch_head(model)
+    with pytest.raises(ValueError, match=rf"^{name}: expected \[B, T\] = \(2, 6\), got \(2, 5\)"):
+        model(ids, fused_lm_head=True, **{name: ids[:, 1:]})
+
+
+@pytest.mark.parametrize("name", ["softcap", "entropy", "group_name", "colour"])
+def test_options_that_a_door_would_drop_are_refused(name):
+    for door in (lambda **head: patch_head(tiny.model(), **head), verl.register):
+        with pytest.raises(ValueError, match=f"^{name}: no such option of the head"):
+            door(**{name: 1})
