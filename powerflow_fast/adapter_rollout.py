@@ -34,11 +34,14 @@ class AdapterRollout:
         timeout: seconds that one rollout may take.
 
     Raises:
-        ValueError: at the first rollout, for an adapter that vLLM cannot serve (DoRA, say).
+        ValueError: for a url that is none; at the first rollout, for an adapter that vLLM cannot
+            serve (DoRA, say).
         RuntimeError: where the server refuses the adapter or a request.
     """
 
     def __init__(self, url: str, folder: str, timeout: float = 3600.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url: expected one like http://localhost:8000, got {url!r}")
         self.client, self.timeout = VLLMClient(url), timeout
         self.folder = os.path.abspath(folder)
         self.name = ""  # of the adapter on the server

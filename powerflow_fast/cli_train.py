@@ -91,6 +91,10 @@ def _prepare_training(argv: list[str]):
     options, config = parser.parse_args_and_config(argv)
     if not options.model or not options.data:
         raise UsageError("train needs --model and --data (or both in the --config file)")
+    for name, low in (("lora_rank", 0), ("lora_alpha", 1)):
+        if getattr(options, name) < low:
+            got = getattr(options, name)
+            raise UsageError(f"--{name}: expected a whole number >= {low}, got {got}")
     records = read_prompts(options.data, options.chat)
     check_output(config.output_dir, options.overwrite or config.resume_from_checkpoint)
     if config.resume_from_checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -187,6 +188,7 @@ class PowerFlowConfig(GRPOConfig):
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
         if self.bf16 is None:  # TRL's default is bf16, which a machine without accelerator refuses
             self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
+        self._check_json()
         super().__post_init__()
         drawn: Any = self.generation_kwargs or {}  # JSON has been read by now
         for name, option in OWN_OPTIONS.items():
@@ -195,6 +197,16 @@ class PowerFlowConfig(GRPOConfig):
                     f"generation_kwargs: expected no {name!r}, by which completions would be drawn "
                     f"otherwise than they are scored; see {option}"
                 )
+
+    def _check_json(self) -> None:
+        """A dict may come as JSON from a command line; the base class reads it."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"{name}: expected JSON, got {value!r} ({error})") from None
 
     def alpha_at(self, step: int) -> float:
         """alpha of a rollout that is drawn at `step`; it stays that rollout's own."""

@@ -37,7 +37,7 @@ def read_records(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise PromptFileError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except UnicodeDecodeError as error:
         raise PromptFileError(f"{path}: not UTF-8 text ({error.reason})") from None
     # Not splitlines: U+2028 and the like may stand within a line of JSON.

@@ -140,6 +140,8 @@ def test_bad_options_are_refused(capsys, tmp_path, model_folder, prompts):
     assert "--lora_rank" in refused(capsys, *flags, "--quantize", "nf4", "--lora_rank", "0")
     server = ("--adapter_server", "http://localhost:1")
     assert "--adapter_server" in refused(capsys, *flags, *server, "--lora_rank", "0")
+    assert "url: expected" in refused(capsys, *flags, "--adapter_server", "localhost:1")
+    assert "--lora_rank: expected" in refused(capsys, *flags, "--lora_rank", "-2")
     assert "beta" in refused(capsys, *flags, "--beta", "0.1")
     assert "num_generations" in refused(capsys, *flags, "--num_generations", "1")
     assert "nonsense" in refused(capsys, *flags, "--nonsense", "1")

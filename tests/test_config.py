@@ -71,6 +71,11 @@ def test_a_value_out_of_range_is_refused(tmp_path, name, value):
         tiny.config(tmp_path, **{name: value})
 
 
+def test_a_dict_that_is_no_json_is_named(tmp_path):
+    with pytest.raises(ValueError, match="^generation_kwargs: expected JSON, got '{bad'"):
+        tiny.config(tmp_path, generation_kwargs="{bad")
+
+
 @pytest.mark.parametrize("name", ["temperature", "do_sample", "num_beams", "n"])
 def test_no_second_temperature(tmp_path, name):
     for kwargs in ({name: 0.7}, json.dumps({name: 0.7})):

@@ -28,6 +28,14 @@ def test_text_file_is_one_prompt_per_line(tmp_path):
     assert chat[1] == {"prompt": [{"role": "user", "content": "Who are you?"}]}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    assert read_prompts(write(tmp_path, "\ufeffrain\r\nsea\r\n", "prompts.txt")) == [
+        {"prompt": "rain"},
+        {"prompt": "sea"},
+    ]
+    assert read_prompts(write(tmp_path, '\ufeff{"prompt": "rain"}\n')) == [{"prompt": "rain"}]
+
+
 def test_prompts_of_questions_carry_no_answers(tmp_path):
     path = write(tmp_path, json.dumps({"question": "2 + 3?", "answers": ["5"], "topic": "sum"}))
     assert read_prompts(path) == [{"prompt": "2 + 3?", "topic": "sum"}]
