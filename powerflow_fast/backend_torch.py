@@ -38,6 +38,8 @@ from powerflow_fast.tiled_head import (
     tile_shape,
 )
 
+CONVERTS_TILES = True  # of a weight in another type than hidden's
+
 
 def numerators_layout(device: torch.device) -> Layout:
     return Layout(piece=tile_shape(device)[1], multiple=1)
@@ -218,7 +220,7 @@ def _sweep(models: list[OnlineHead]) -> None:
         for model in models:
             tile = weight_tile
             if model.weight is not policy.weight:
-                tile = model.weight[start:stop].to(model.product_dtype)
+                tile = model.factor(model.weight[start:stop])
             for r in model.row_slices():
                 model.update(r, start, stop, tile)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from powerflow_fast.kernels.tiles import Operands
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CONVERTS_TILES = False  # a kernel's operands have one type
 
 
 def numerators_layout(device: torch.device) -> Layout:

@@ -167,7 +167,7 @@ def _multiply(
     `columns` are ascending.
     """
     if weight_tile is None:
-        weight_tile = head.weight.index_select(0, columns).to(head.product_dtype)
+        weight_tile = head.factor(head.weight.index_select(0, columns))
     z = head.logits(r, weight_tile, None if head.bias is None else head.bias[columns])
     slope = None if head.options.softcap is None else softcap_slope(z, head.options)
     drop_targets(z, head.targets[r], columns)

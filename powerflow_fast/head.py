@@ -224,13 +224,14 @@ def head_outputs(
 def _flat(
     model: Sequence[Tensor | None], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden [..., H] -> [N, H] and weight [V, H] in the product's type; bias [V] in its own.
+    """hidden [..., H] -> [N, H] in the product's type; weight [V, H] and bias [V] in their own.
 
-    A bias is added to a product in float32: a rounding to bf16 would move logits by up to 1 in 256.
+    Of a weight in another type a back end converts what it multiplies: nothing of [V, H] is kept. A
+    bias is added to a product in float32: a rounding to bf16 would move logits by up to 1 in 256.
     """
     hidden, weight, bias = model  # the weight is None where the reference shares the policy's
     assert hidden is not None
-    hidden, weight = hidden.to(dtype), None if weight is None else weight.to(dtype)
+    hidden = hidden.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype if dtype == torch.float64 else torch.float32)
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias

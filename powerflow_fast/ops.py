@@ -96,6 +96,7 @@ def head_forward(
     """
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
+    weight, ref_weight = (_operand(backend, hidden, x) for x in (weight, ref_weight))
     ref = None
     if ref_hidden is not None:
         ref = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
@@ -127,6 +128,13 @@ def head_forward(
         kept,
         *numerators,
     )
+
+
+def _operand(backend: ModuleType, hidden: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The weight in its own type if the back end takes it so, else in hidden's, for one call."""
+    if weight is None or backend.CONVERTS_TILES:
+        return weight
+    return weight.to(hidden.dtype)
 
 
 def _kept_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -188,6 +196,7 @@ def head_backward(
     """Gradients of hidden, weight and bias; empty where not needed."""
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
+    dtype, weight = weight.dtype, _operand(backend, hidden, weight)
     arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
@@ -198,6 +207,7 @@ def head_backward(
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
+    grad_weight = grad_weight.to(dtype) if needs[1] else grad_weight
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 

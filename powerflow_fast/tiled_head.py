@@ -77,8 +77,14 @@ class Head:
             if tile.dtype != self.product_dtype:
                 if converted is None:
                     converted = torch.empty_like(tile, dtype=self.product_dtype)
-                tile = converted[: len(tile)].copy_(tile)
+                tile = converted[: len(tile)].copy_(tile.to(self.hidden.dtype))
+            elif tile.dtype != self.hidden.dtype:
+                tile = self.factor(tile)
             yield start, start + len(tile), tile
+
+    def factor(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of the weight in `dtype`, or the product's, with no more digits than hidden has."""
+        return rows.to(self.hidden.dtype).to(dtype or self.product_dtype)
 
     def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
         """Logits of rows r and the tile's columns; the next call may overwrite them."""
@@ -148,7 +154,7 @@ class OnlineHead(Head):
         index = self.targets.where(inside, 0)
         z = torch.empty(len(index), dtype=self.dtype, device=index.device)
         for r in self.row_slices():
-            own = self.weight[index[r]].to(self.dtype)
+            own = self.factor(self.weight[index[r]], self.dtype)
             z[r] = own.mul_(self.hidden[r]).sum(1)
         z = self._transform(z, None if self.bias is None else self.bias[index])
         return z.where(inside, torch.nan)
@@ -262,7 +268,7 @@ class OnlineHead(Head):
         for r in self.row_slices():
             target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
             rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
-            rows.addcmul_(target_rows.to(self.dtype), own[r][:, None])
+            rows.addcmul_(self.factor(target_rows, self.dtype), own[r][:, None])
         return sums
 
 

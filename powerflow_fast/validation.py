@@ -109,11 +109,13 @@ def check_per_sequence(
     positive: bool = False,
 ) -> None:
     """A number, or a tensor [S] (or 0-dim) of finite values; > 0 where `positive`."""
-    shape = f"a number or a tensor [S] with S = {sequences} sequences"
     expected = "finite numbers > 0" if positive else "finite numbers"
     if isinstance(value, Tensor):
         if value.dim() > 1 or (value.dim() == 1 and len(value) != sequences):
-            raise ValueError(f"{name}: expected {shape}, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: expected a number or [S] with S = {sequences} sequences, got shape "
+                f"{tuple(value.shape)}"
+            )
         if wants_values(value, validate):
             bad = ~value.detach().isfinite()
             if positive:
@@ -122,7 +124,7 @@ def check_per_sequence(
                 raise ValueError(f"{name}: expected {expected}, got {value.detach().tolist()}")
     else:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}: expected {shape}, got {value!r}")
+            raise ValueError(f"{name}: expected a number or a tensor [S], got {value!r}")
         if not (0 if positive else -math.inf) < value < math.inf:
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 

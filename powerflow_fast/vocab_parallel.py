@@ -46,7 +46,8 @@ def forward(
     logps, lse, entropy = _combine(local, inside, group)
     direction = None
     if want_direction:
-        direction = _own_direction(local, weight, own_targets, inside, logps, lse, options)
+        own = (local, weight, own_targets, inside, logps, lse, options)
+        direction = _own_direction(*own, hidden.dtype)
         dist.all_reduce(direction, group=group)
         direction.masked_fill_((logps.isnan() & counted)[:, None], torch.nan)
     ref_logps = None
@@ -147,6 +148,7 @@ def _own_direction(
     logps: Tensor,  # [N], of the whole vocabulary
     lse: Tensor,  # [N], likewise
     options: HeadOptions,
+    hidden_dtype: torch.dtype,
 ) -> Tensor:  # [N, H]
     """What this slice adds to the direction over the whole vocabulary.
 
@@ -161,7 +163,7 @@ def _own_direction(
         own *= softcap_slope(local.logps + local.lse, options)
     direction = local.direction
     for r in torch.arange(len(own), device=own.device).split(ROWS):
-        rows = weight[own_targets[r].clamp_min(0)].to(direction.dtype)
+        rows = weight[own_targets[r].clamp_min(0)].to(hidden_dtype).to(direction.dtype)
         # Where the slice has no mass its own direction is no number.
         scaled = (direction[r] * share[r, None]).where(share[r, None] > 0, 0.0)
         direction[r] = scaled + rows * (options.scale * own[r, None])

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from powerflow_fast import backend_torch, linear_logprobs, numerators, tb_loss
 from powerflow_fast.tiled_head import has_bf16_units
@@ -288,3 +289,82 @@ def test_bf16_units_are_used_where_nothing_else_can_see_it(monkeypatch):
     with backend_torch._bf16_products(torch.float32, torch.zeros(1, dtype=torch.bfloat16)):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return out
+
+
+def within(context, function):
+    def inside(*args, **kwargs):
+        with context:
+            return function(*args, **kwargs)
+
+    return inside
+
+
+MIXED = {
+    "autocast": (torch.float32, torch.float32),
+    "wide weight": (torch.bfloat16, torch.float32),
+    "wide hidden": (torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_weight_in_another_type_is_never_converted_whole(kind, entropy, monkeypatch):
+    largest = Largest()
+    for name in ("forward", "backward"):  # to the dispatcher the whole operator is one operation
+        monkeypatch.setattr(backend_torch, name, within(largest, getattr(backend_torch, name)))
+    hidden_dtype, weight_dtype = MIXED[kind]
+    hidden = torch.randn(40, 16, dtype=hidden_dtype, requires_grad=True)
+    weight = torch.randn(60_000, 16, dtype=weight_dtype)
+    with largest:
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = linear_logprobs(
+                hidden, weight, torch.arange(40), backend="torch", return_entropy=entropy
+            )
+        sum(x.sum() for x in (out if entropy else [out])).backward()
+    assert hidden.grad.isfinite().all() and largest.bytes <= weight.numel() * 2 / 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_entropy": True},
+        {"softcap": 9.0},
+        {"grad_tolerance": 0.1},
+        {"round_logits": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_it_counts_with_the_digits_of_the_product(backend, options, trained):
+    """Bit by bit what a weight that was converted before gives, its gradient as wide as itself."""
+    found = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        hidden = (3 * torch.randn(70, 16)).bfloat16().requires_grad_()
+        weight = torch.randn(300, 16)
+        weight = (weight.bfloat16().float() if before else weight).requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = linear_logprobs(hidden, weight, torch.arange(70), backend=backend, **options)
+        out = out if isinstance(out, tuple) else (out,)
+        sum(x.sum() for x in out).backward()
+        if trained:
+            assert weight.grad.dtype == torch.float32
+        found.append([*out, hidden.grad, *([weight.grad] if trained else [])])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
