@@ -103,6 +103,12 @@ class WholeCheckpoints(GRPOTrainer):
 
         def publish() -> None:
             if main:
+                note = self._made_for | {
+                    "model_only": self.args.save_only_model,
+                    "bytes": _sizes(staged),
+                }
+                with open(os.path.join(staged, MODEL_FILE), "w", encoding="utf-8") as file:
+                    json.dump(note, file, indent=1)
                 _flush(staged)
                 _move(staged, final)
 
@@ -145,8 +151,6 @@ class WholeCheckpoints(GRPOTrainer):
         if self.args.should_save:
             if self.log_z is not None:
                 torch.save(self.log_z.state_dict(), os.path.join(staged, LOG_Z_FILE))
-            with open(os.path.join(staged, MODEL_FILE), "w", encoding="utf-8") as file:
-                json.dump(self._made_for, file, indent=1)
             if self.state.best_model_checkpoint == staged:
                 self.state.best_model_checkpoint = final
                 self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
@@ -224,7 +228,13 @@ def config_facts(config) -> dict[str, str]:
 
 
 def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
-    """ValueError unless `checkpoint` was written by a run with the facts `expected`."""
+    """Whether a run with the facts `expected` can go on from `checkpoint`.
+
+    Warns where its optimizer was not saved.
+
+    Raises:
+        ValueError: for one of another model or set-up, or of which something is missing.
+    """
     try:
         with open(os.path.join(checkpoint, MODEL_FILE), encoding="utf-8") as file:
             found = json.load(file)
@@ -239,6 +249,31 @@ def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
                 f"resume_from_checkpoint: {checkpoint} belongs to another model, adapter or "
                 f"set-up: {key} is {found[key]} there and {value} here"
             )
+    sizes = _sizes(checkpoint)
+    for name, size in found.get("bytes", {}).items():
+        if sizes.get(name) != size:
+            state = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is not whole: {name} {state}, expected "
+                f"{size} bytes"
+            )
+    if found.get("model_only"):
+        warnings.warn(
+            f"resume_from_checkpoint: {checkpoint} was saved with save_only_model: the optimizer "
+            "starts anew, and the run is not the one that was stopped",
+            stacklevel=3,
+        )
+
+
+def _sizes(checkpoint: str) -> dict[str, int]:
+    """Bytes of the files in which a run's state is, not those for readers."""
+    folder = Path(checkpoint)
+    kept = (".pt", ".pth", ".bin", ".safetensors", ".distcp")
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in kept or path.name == "trainer_state.json"
+    }
 
 
 def _load(path: str) -> dict[str, Any]:

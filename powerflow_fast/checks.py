@@ -272,8 +272,18 @@ def _take_off(model: Any, adapters: set[str]) -> None:
         del model.peft_config
 
 
-def check_parallel(args) -> None:
-    """ValueError where a sequence would be cut over ranks, of which the loss knows nothing."""
+def check_arguments(args) -> None:
+    """ValueError for TrainingArguments that would act on a side, or not at all, without a word."""
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha: expected None, got {args.neftune_noise_alpha}: noise in "
+            "training parts the policy from its reference, and from what it samples"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor: expected 0, got {args.label_smoothing_factor}: the LA-TB "
+            "loss has no labels to smooth"
+        )
     parallel = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size"):
         size = getattr(parallel, name, None) or 1
@@ -293,7 +303,6 @@ def _check_engine(trainer, base) -> None:
             "fsdp_version: 2"
         )
     args = trainer.args
-    check_parallel(args)
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     shared = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)
     if args.gradient_checkpointing and reentrant and shared:

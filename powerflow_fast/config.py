@@ -186,6 +186,8 @@ class PowerFlowConfig(GRPOConfig):
             raise ValueError("router_aux_loss_coef: no support for the MoE auxiliary loss; set 0")
         if self.log_z == "learned" and self.fp16:
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
+        if self.log_z_lr_scheduled and not self.learning_rate:
+            raise ValueError("learning_rate: expected > 0 beside log_z_lr_scheduled, got 0")
         if self.bf16 is None:  # TRL's default is bf16, which a machine without accelerator refuses
             self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
         self._check_json()

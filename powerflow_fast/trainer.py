@@ -18,7 +18,7 @@ from trl.trainer.grpo_trainer import RewardFunc
 from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_adapter
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
-from powerflow_fast.checks import check_policy, check_reference, given_back
+from powerflow_fast.checks import check_arguments, check_policy, check_reference, given_back
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.data_checks import LONG, check_datasets, check_prompt
 from powerflow_fast.exact_merge import keep_base_exact
@@ -95,6 +95,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         args = PowerFlowConfig("powerflow-output") if args is None else args
         if not isinstance(args, PowerFlowConfig):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
+        check_arguments(args)
         check_reference(model, peft_config, args)
         others = kwargs.get("eval_dataset"), model, kwargs.get("processing_class"), args
         self._context = check_datasets(train_dataset, *others)

@@ -154,6 +154,36 @@ def test_a_checkpoint_of_another_model_is_refused_before_generation(tmp_path):
     refused("not a checkpoint of this trainer")
 
 
+def test_a_checkpoint_of_which_something_is_missing_is_named(tmp_path):
+    make(tmp_path, max_steps=1, log_z="learned").train()
+    checkpoint = tmp_path / "checkpoint-1"
+    state = [path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin")]
+    files = [*state, checkpoint / "adapter_model.safetensors", checkpoint / "trainer_state.json"]
+    assert len(files) == 8
+    trainer = make(tmp_path / "other", log_z="learned", max_steps=2)
+
+    def refused(said):
+        with pytest.raises(ValueError, match=f"{checkpoint} is not whole: {said}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])
+        refused(f"{path.name} has {len(whole) - 9} bytes, expected {len(whole)}")
+        path.unlink()
+        refused(f"{path.name} is missing")
+        path.write_bytes(whole)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 2
+
+
+def test_a_checkpoint_without_an_optimizer_says_so(tmp_path):
+    make(tmp_path, max_steps=1, save_only_model=True).train()
+    trainer = make(tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="saved with save_only_model: the optimizer starts anew"):
+        trainer.train(resume_from_checkpoint="last")
+
+
 @pytest.mark.parametrize("stopped", [2, 3], ids=["between rollouts", "within a rollout"])
 def test_half_the_batch_and_twice_the_accumulation_draws_again(tmp_path, stopped):
     """The usual answer to a full memory; nothing stale is trained on, whatever step it was."""

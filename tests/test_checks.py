@@ -1,5 +1,7 @@
 """Models and adapters that would train something else are refused, and given back as they came."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from peft import (  # noqa: E402
     get_peft_model,
 )
 
-from powerflow_fast import PowerFlowTrainer  # noqa: E402
+from powerflow_fast import PowerFlowTrainer, checks  # noqa: E402
 from powerflow_fast.checks import check_pair, hidden_trial  # noqa: E402
 from powerflow_fast.model_head import disable_dropout  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -314,3 +316,17 @@ def test_sums_in_no_fixed_order_are_not_taken_for_a_reference_that_moves():
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="norm.weight is trained but is no part"):
         check_pair(model, trial=trial)
+
+
+def test_fsdp1_with_a_quantised_base_is_refused_at_construction(tmp_path):
+    trainer, _ = make(tmp_path)
+    model = trainer.model.get_base_model()
+    plugin = SimpleNamespace(fsdp_version=1)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    stub = SimpleNamespace(accelerator=SimpleNamespace(state=state), args=trainer.args)
+    checks._check_engine(stub, model)
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="model: FSDP1 does not shard quantised layers"):
+        checks._check_engine(stub, model)
+    plugin.fsdp_version = 2
+    checks._check_engine(stub, model)

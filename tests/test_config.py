@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 
 from powerflow_fast import PowerFlowConfig  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.integrations.test_transformers import offline  # noqa: E402
 from tests.test_trainer import make  # noqa: E402
 
 REFUSED_OPTIONS = [
@@ -74,6 +75,24 @@ def test_a_value_out_of_range_is_refused(tmp_path, name, value):
 def test_a_dict_that_is_no_json_is_named(tmp_path):
     with pytest.raises(ValueError, match="^generation_kwargs: expected JSON, got '{bad'"):
         tiny.config(tmp_path, generation_kwargs="{bad")
+
+
+ON_THE_SIDE = [
+    ("neftune_noise_alpha", 5.0, "parts the policy from its reference"),
+    ("label_smoothing_factor", 0.1, "no labels to smooth"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), ON_THE_SIDE)
+def test_what_would_act_on_a_side_is_refused_by_both_trainers(tmp_path, name, value, said):
+    for trainer in (make, offline):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}: .*{said}"):
+            trainer(tmp_path, **{name: value})
+
+
+def test_a_scheduled_rate_needs_one_to_follow(tmp_path):
+    with pytest.raises(ValueError, match="^learning_rate: expected > 0 beside log_z_lr_scheduled"):
+        tiny.config(tmp_path, log_z="learned", log_z_lr_scheduled=True, learning_rate=0.0)
 
 
 @pytest.mark.parametrize("name", ["temperature", "do_sample", "num_beams", "n"])

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from powerflow_fast.checks import (
     check_adapter,
+    check_arguments,
     check_pair,
-    check_parallel,
     given_back,
     trial_ids,
 )
@@ -115,7 +115,7 @@ class LATBTrainer(LossFigures, Trainer):
         if ref_model is not None:
             _check_reference(model, ref_model)
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
-        check_parallel(args)
+        check_arguments(args)
         config = base_model(model).config
         vocabulary = config.get_text_config().vocab_size
         ends = end_tokens(model, processing_class)
