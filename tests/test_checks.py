@@ -139,6 +139,13 @@ def test_the_adapter_must_be_the_one_that_the_reference_is_copied_from(tmp_path)
         make(tmp_path, model=two, peft=False)
 
 
+def test_a_path_that_holds_an_adapter_alone_is_named(tmp_path):
+    get_peft_model(tiny.model(), tiny.lora()).save_pretrained(tmp_path)
+    for peft in (False, True):
+        with pytest.raises(ValueError, match=f"model: {tmp_path} holds an adapter alone; pass the"):
+            make(tmp_path / "run", model=str(tmp_path), peft=peft)
+
+
 def test_one_object_serves_one_trainer_after_the_other(tmp_path):
     """The reference is then what the first has made of the adapter."""
     model = get_peft_model(tiny.model(), tiny.lora())

@@ -17,8 +17,8 @@ class RowReader:
 
     Args:
         tokenizer: of text and messages.
-        ends: token ids that end a completion; one given as text or messages gets the tokenizer's
-            if it ends with none of them.
+        ends: token ids that end a completion; one given as text or messages gets the tokenizer's,
+            or the first of these, if it ends with none of them.
         vocabulary: token ids are below it.
         context: what the model's positions reach.
     """
@@ -110,7 +110,13 @@ class RowReader:
     def _ended(self, completion: list[int]) -> list[int]:
         if completion and completion[-1] in self.ends:
             return completion
-        return [*completion, self.tokenizer.eos_token_id]
+        own = self.tokenizer.eos_token_id
+        if own is None and not self.ends:
+            raise ValueError(
+                "processing_class: expected an end-of-sequence token, got none, and the model "
+                "names none either; set tokenizer.eos_token"
+            )
+        return [*completion, self.ends[0] if own is None else own]
 
 
 def _plain(value: Any) -> Any:

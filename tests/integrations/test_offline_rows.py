@@ -96,3 +96,14 @@ def test_rows_beyond_the_context_are_named(tmp_path):
     rows = [ROWS[0] | {"completion": "sea " * 30}] * 2
     with pytest.raises(ValueError, match="row 0 has 36 tokens: beyond the context of 16"):
         offline(tmp_path, rows, adapted(tiny.model(max_position_embeddings=16)))
+
+
+def test_a_tokenizer_without_an_end_takes_the_models(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = None
+    options = dict(args=arguments(tmp_path), train_dataset=ROWS, processing_class=tokenizer)
+    rows = LATBTrainer(adapted(), **options).train_dataset
+    assert all(item["completion"][-1] == tiny.EOS for group in rows for item in group)
+    model = adapted(tiny.model(eos_token_id=None))
+    with pytest.raises(ValueError, match="processing_class: expected an end-of-sequence token"):
+        LATBTrainer(model, **options)
