@@ -82,10 +82,12 @@ def check_parameters(step: int, named: Named, gather) -> None:
 def _not_finite(tensors: Iterable[tuple[str, Any]], gather) -> str | None:
     """ " of <name>" of the first that is not finite, "" if another rank has it, None if none."""
     plain = {name: _plain(x) for name, x in tensors}
-    largest = [x.abs().amax().float() for x in plain.values() if x.numel()]
-    if not largest:  # on every rank alike
+    if not plain:  # on every rank alike
         return None
-    bad = ~torch.stack([x.to(largest[0].device) for x in largest]).isfinite().all()
+    device = next(iter(plain.values())).device
+    # A rank may have no part of a small parameter, but takes part in the answer.
+    largest = [x.abs().amax().float().to(device) for x in plain.values() if x.numel()]
+    bad = ~torch.stack([*largest, torch.zeros((), device=device)]).isfinite().all()
     if not gather(bad[None].float()).any():
         return None
     return next((f" of {name}" for name, x in plain.items() if not x.isfinite().all()), "")

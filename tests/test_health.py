@@ -8,7 +8,12 @@ import torch
 
 pytest.importorskip("trl")
 
-from powerflow_fast.health import PATIENCE, TrainingStopped, distinct_ngrams  # noqa: E402
+from powerflow_fast.health import (  # noqa: E402
+    PATIENCE,
+    TrainingStopped,
+    check_gradients,
+    distinct_ngrams,
+)
 from tests import tiny  # noqa: E402
 from tests.integrations.test_transformers import spoil  # noqa: E402
 from tests.test_trainer import make  # noqa: E402
@@ -188,6 +193,20 @@ def test_parameters_that_an_update_made_infinite_are_not_saved(tmp_path):
     trainer, _ = make(tmp_path, max_steps=1, learning_rate=3e38)  # and at the end, to be saved
     with pytest.raises(TrainingStopped, match="a parameter of"):
         trainer.train()
+
+
+def test_a_rank_without_a_part_of_any_parameter_answers_with_the_others():
+    asked = []
+
+    def gather(own):  # the other rank's is not finite
+        asked.append(own)
+        return torch.cat([own, torch.ones(1)])
+
+    none = torch.nn.Parameter(torch.empty(0, 4))
+    none.grad = torch.empty(0, 4)
+    with pytest.raises(TrainingStopped, match="the gradient at step 3 is not finite"):
+        check_gradients(3, [("lora_A", none)], gather)
+    assert asked == [torch.zeros(1)]
 
 
 def test_a_sampler_that_says_minus_infinity_ends_the_run(tmp_path):

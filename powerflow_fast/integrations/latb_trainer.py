@@ -76,7 +76,8 @@ class LATBTrainer(LossFigures, Trainer):
             ids), and optionally `old_logps` (one log-prob [nats] per completion token, from the
             policy that sampled; they give clipped importance weights) and `psi` (format term,
             nats/token). A completion given as text or messages gets the tokenizer's
-            end-of-sequence token, unless it ends with one of the model's already.
+            end-of-sequence token, unless it ends with one of the model's already. `eval_dataset`
+            may be a dict of such, whose names the figures of each then carry.
         processing_class: the tokenizer.
         ref_model: the frozen reference where it is not the base of `model`.
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
