@@ -40,7 +40,7 @@ from powerflow_fast.rewards import finite_psi, no_psi
 from powerflow_fast.rollout import SAMPLER_GAP, counted, counted_mask, group_log_z, sampler_gap
 from powerflow_fast.sampling import end_tokens, generation_config
 
-OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that its adapter "ref" is a trainer's
+OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that "ref" is an earlier trainer's
 
 
 def _trained(model) -> list[tuple[str, torch.nn.Parameter]]:
@@ -125,7 +125,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
 
     def _build(self, *, psi_funcs, model, args: PowerFlowConfig, **kwargs: Any) -> None:
         """TRL's trainer around the model, and what is refused once it is there."""
-        if getattr(model, OWN_REFERENCE, False):  # an earlier trainer's
+        if getattr(model, OWN_REFERENCE, False) and "ref" in model.peft_config:
             model.delete_adapter("ref")
         args.beta = 1.0  # makes TRL build the reference; with 0 afterwards it skips its own pass
         given = {n: p.data for n, p in _trained(model)} if isinstance(model, PeftModel) else {}

@@ -101,6 +101,18 @@ def test_a_parameter_of_the_base_beside_the_adapter_is_named(tmp_path):
         offline(tmp_path, model=beside(tiny.model()))
 
 
+def test_a_refusal_of_an_adapter_is_no_obstacle_afterwards(tmp_path):
+    model = beside(tiny.model())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is trained but is no part"):
+            make(tmp_path, model=model, peft=False)
+        assert list(model.peft_config) == ["default"]
+    model.get_base_model().model.norm.weight.requires_grad_(False)
+    trainer, seen = make(tmp_path, model=model, peft=False)
+    trainer.train()
+    assert seen.steps
+
+
 def test_a_head_that_is_trained_beside_the_adapter_is_named(tmp_path):
     """What moves all of its rows alike moves no log-prob, and no hidden state sees it at all."""
 
