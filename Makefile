@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint test-kills test-others test-oldest test-newest architectures \
+.PHONY: help setup demo test lint test-kills test-chips test-others test-oldest test-newest architectures \
 	bench bench-gpu gpu-pack report kernels evidence step-70b-small clean
 
 help:  ## show the targets
@@ -31,6 +31,9 @@ test: lint  ## everything that CI checks
 test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the GPU's benchmark
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
 	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
+
+test-chips: $(STAMP)  ## the compiled kernels for every chip, not Ampere and Hopper alone
+	ALL_CHIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_machine_code.py
 
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
 	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
