@@ -53,12 +53,12 @@ def check_reference(model, peft_config, args: PowerFlowConfig) -> None:
     given = dict(getattr(model, "peft_config", {})) if given_adapter else {"": peft_config}
     for adapter in given.values():
         check_adapter(adapter)
-    if isinstance(model, str) and os.path.exists(os.path.join(model, "adapter_config.json")):
-        if not os.path.exists(os.path.join(model, "config.json")):
-            raise ValueError(
-                f"model: {model} holds an adapter alone; pass the PeftModel, "
-                "AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)"
-            )
+    files = set(os.listdir(model)) if isinstance(model, str) and os.path.isdir(model) else set()
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise ValueError(
+            f"model: {model} holds an adapter alone; pass the PeftModel, "
+            "AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)"
+        )
     if given_adapter and model.active_adapters != ["default"]:
         raise ValueError(
             "model: the reference is a copy of the PeftModel's adapter 'default', which must be "

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch.nn import Module
 
+from powerflow_fast.validation import is_finite
+
 Completion = str | list[dict[str, str]]
 PsiFunction = Callable[..., list[float]]
 
@@ -53,15 +55,15 @@ def finite_psi(function: Any) -> Any:
 
 
 def _finite(name: str, values: Any, count: int) -> list[float | None]:
-    expected = "a finite number [nats/token], or None where it does not apply"
     if not hasattr(values, "__len__") or len(values) != count:
         got = f"{len(values)} values" if hasattr(values, "__len__") else type(values).__name__
         raise ValueError(f"psi_funcs: {name} gave {got} for {count} completions; expected {count}")
     numbers = values.tolist() if hasattr(values, "tolist") else list(values)
     for place, value in enumerate(numbers):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        if value is not None and not is_finite(value):
             raise ValueError(
-                f"psi_funcs: {name} gave {value!r} for completion {place}; expected {expected}"
+                f"psi_funcs: {name} gave {value!r} for completion {place}; expected a finite "
+                "number [nats/token], or None where it does not apply"
             )
     return numbers
 

@@ -87,6 +87,11 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def is_finite(value: object) -> bool:
+    """Whether it is a number, of Python's own types, and a finite one."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite number >= 0, or > 0 where `positive`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from powerflow_fast.loss import tb_loss
 from powerflow_fast.metrics import LossFigures
 from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
 from powerflow_fast.sampling import end_tokens
-from powerflow_fast.validation import check_number
+from powerflow_fast.validation import check_number, is_finite
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -42,8 +41,7 @@ def _scores(model: PreTrainedModel) -> Tensor:
 def _check_options(alpha: float, log_z: float | str, clip_eps: float) -> None:
     check_number("alpha", alpha, positive=True)
     check_number("clip_eps", clip_eps)
-    number = isinstance(log_z, (int, float)) and math.isfinite(log_z)
-    if log_z != "group" and (not number or isinstance(log_z, bool)):
+    if log_z != "group" and (not is_finite(log_z) or isinstance(log_z, bool)):
         raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from powerflow_fast.context import Context
+from powerflow_fast.validation import is_finite
 
 Item = dict[str, Any]  # prompt, completion: token ids; psi: number; old_logps: numbers or None
 
@@ -63,10 +63,10 @@ class RowReader:
             raise ValueError(f"{at}: prompt: expected at least one token, got {row['prompt']!r}")
         old, psi = _plain(row.get("old_logps")), _plain(row.get("psi"))
         psi = 0.0 if psi is None else psi
-        if not _is_number(psi):
+        if not is_finite(psi):
             raise ValueError(f"{at}: psi: expected a finite number, got {_short(psi)}")
         if old is not None:
-            if not isinstance(old, list) or not all(map(_is_number, old)):
+            if not isinstance(old, list) or not all(map(is_finite, old)):
                 raise ValueError(f"{at}: old_logps: expected finite numbers, got {_short(old)}")
             if len(old) != len(completion):
                 raise ValueError(
@@ -126,10 +126,6 @@ def _plain(value: Any) -> Any:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _short(value: Any, width: int = 80) -> str:
