@@ -30,6 +30,7 @@ setup(
     # A top-level `kernels` would shadow Hugging Face's package: see powerflow_fast/kernels.py.
     packages=[
         "powerflow_fast",
+        "powerflow_fast.cli",
         "powerflow_fast.kernels",
         "powerflow_fast.data",
         "powerflow_fast.integrations",

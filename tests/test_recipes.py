@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file  # noqa
 from trl import TrlParser  # noqa: E402
 
 from powerflow_fast import PowerFlowConfig  # noqa: E402
-from powerflow_fast.cli_train import TrainArguments  # noqa: E402
+from powerflow_fast.cli.train import TrainArguments  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ALPHA = {  # the paper's, by kind of model and task

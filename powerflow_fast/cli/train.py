@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from powerflow_fast.cli_common import Parser, UsageError, check_output, load_model, user_input
+from powerflow_fast.cli.common import Parser, UsageError, check_output, load_model, user_input
 
 
 @dataclass

@@ -1,0 +1,44 @@
+"""The command `powerflow-fast`: train, demo, eval, forecast, plan, info.
+
+Bad input ends with one line on stderr and exit code 2. Nothing heavy is imported before a command
+needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from powerflow_fast.cli.common import Parser, UsageError, one_line
+from powerflow_fast.cli.demo import add_demo
+from powerflow_fast.cli.info import add_info
+from powerflow_fast.cli.measuring import add_eval, add_forecast
+from powerflow_fast.cli.planning import add_plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
+            from powerflow_fast.cli.train import train
+
+            return train(argv[1:])
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except UsageError as error:
+        print(f"powerflow-fast: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="powerflow-fast",
+        description="Train a language model to sample from a power of itself, without labels.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands.add_parser("train", help="train on a prompt file (flags, or --config FILE.yaml)")
+    for add in (add_demo, add_eval, add_forecast, add_plan, add_info):
+        add(commands)
+    return parser
