@@ -10,9 +10,12 @@ TRAIN = [
     "peft>=0.21",
     "accelerate>=1.15",
     "datasets>=4.7",
+    "matplotlib",
+    "pandas",
     "pyyaml",
+    "rich",
 ]
-DEMO = [*TRAIN, "gguf", "sentencepiece", "matplotlib"]
+DEMO = [*TRAIN, "gguf", "sentencepiece"]
 BENCH = ["pytest", "pytest-benchmark[histogram]", "liger-kernel", "cut-cross-entropy", "matplotlib"]
 EVIDENCE = [*DEMO, "reasoning-gym"]
 DEV = [*DEMO, "bitsandbytes", "hypothesis", "kernels", "mypy", "pytest", "pytest-benchmark"]
@@ -37,7 +40,7 @@ setup(
     ],
     package_dir={"powerflow_fast.kernels": "kernels"},
     package_data={"powerflow_fast": ["py.typed", "data/*"]},
-    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    install_requires=["numpy", "torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "evidence": EVIDENCE, "dev": DEV},
     entry_points={"console_scripts": ["powerflow-fast=powerflow_fast.cli:main"]},
     classifiers=[

@@ -48,7 +48,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from powerflow_fast.extras import needs
+
+        raise ImportError(f"{name}: {needs(error)}", name=error.name) from error
     globals()[name] = value
     return value
 

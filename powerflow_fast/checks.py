@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_reporting_integration_callbacks
 
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.model_head import (
@@ -291,6 +292,7 @@ def check_arguments(args) -> None:
             f"label_smoothing_factor: expected 0, got {args.label_smoothing_factor}: the LA-TB "
             "loss has no labels to smooth"
         )
+    _check_reporters(args.report_to)
     parallel = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size"):
         size = getattr(parallel, name, None) or 1
@@ -299,6 +301,16 @@ def check_arguments(args) -> None:
                 f"parallelism_config: {name}={size} splits each sequence over ranks, which the "
                 "LA-TB loss does not follow; set it to 1 (tp_size and dp_shard_size are fine)"
             )
+
+
+def _check_reporters(names: list[str]) -> None:
+    """ValueError where a package that figures are reported to is unknown, or not installed."""
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise ValueError(f"report_to: {name!r} cannot be used ({error})") from error
 
 
 def _check_engine(trainer, base) -> None:

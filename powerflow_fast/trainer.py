@@ -19,10 +19,19 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, split_tensor_dict, use_a
 
 from powerflow_fast.checkpoint import WholeCheckpoints, describe
 from powerflow_fast.checks import check_arguments, check_policy, check_reference, given_back
+from powerflow_fast.completion_table import CompletionTable
 from powerflow_fast.config import PowerFlowConfig
+from powerflow_fast.curves import Curves
 from powerflow_fast.data_checks import LONG, check_datasets, check_prompt
 from powerflow_fast.exact_merge import keep_base_exact
-from powerflow_fast.health import START_KL, FiniteSteps, Health, check_sampler, check_start
+from powerflow_fast.health import (
+    START_KL,
+    Health,
+    Rollout,
+    SoundSteps,
+    check_sampler,
+    check_start,
+)
 from powerflow_fast.learned_log_z import LearnedLogZ
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.metrics import SIZES, LossFigures, over_rollouts
@@ -36,8 +45,10 @@ from powerflow_fast.model_head import (
     through_head,
 )
 from powerflow_fast.packing import packed_hidden_state
+from powerflow_fast.progress import show_lines
 from powerflow_fast.rewards import finite_psi, no_psi
 from powerflow_fast.rollout import SAMPLER_GAP, counted, counted_mask, group_log_z, sampler_gap
+from powerflow_fast.run_record import RunRecord
 from powerflow_fast.sampling import end_tokens, generation_config
 
 OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that "ref" is an earlier trainer's
@@ -74,11 +85,6 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
     start_kl = START_KL  # nats/token: a run that starts further from its reference ends at once
     _tag_names = ["trl", "powerflow"]
     _name = "PowerFlow"
-    _paper = {
-        "title": "PowerFlow",
-        "id": "2603.18363",
-        "citation": "@article{powerflow, title={PowerFlow}, eprint={2603.18363}, year={2026}}",
-    }
 
     def __init__(
         self,
@@ -97,6 +103,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
             raise ValueError(f"args: expected a PowerFlowConfig, got {type(args).__name__}")
         check_arguments(args)
         check_reference(model, peft_config, args)
+        adapted = peft_config is not None or isinstance(model, PeftModel)
+        args = args.for_run(adapted)
         others = kwargs.get("eval_dataset"), model, kwargs.get("processing_class"), args
         self._context = check_datasets(train_dataset, *others)
         with given_back(model):
@@ -110,15 +118,21 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
             )
         if args.offload_reference:
             self.ref_model.to("cpu")
-        self.add_callback(FiniteSteps(self.accelerator))  # before log Z' takes a step
+        self.sound = SoundSteps(self.accelerator, args.stop_on_collapse)
+        self.add_callback(self.sound)  # before log Z' takes a step
         if args.log_z == "learned":
             size = base_model(self._policy()).config.get_text_config().hidden_size
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
         self.start_figures()
         self._tokens: Tensor | None = None  # of training passes since the last log
+        self.table = CompletionTable()
         self.health = Health(args)
         self.add_callback(self.health)
+        show_lines(self)
+        self.record = RunRecord.of(self)
+        if args.draw_curves:
+            self.add_callback(Curves(self.record))
         engine = "FSDP" if self.is_fsdp_enabled else "none"
         engine = "DeepSpeed" if self.is_deepspeed_enabled else engine
         self._made_for = describe(self._policy()) | {"log_z": args.log_z, "engine": engine}
@@ -215,6 +229,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         count, rank = len(inputs), self.accelerator.process_index
         own = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
         output["psi"], output["group"] = self._psi[own], own // self._group_size()
+        output["row"] = own  # of the whole rollout's
         output["alpha"] = torch.full_like(output["psi"], self.args.alpha_at(self.state.global_step))
         sequences = counted_mask(output).any(1).sum()
         output["num_sequences"] = self.accelerator.gather(sequences).sum()
@@ -252,7 +267,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         drawn = drawn.where(drawn.any(1, keepdim=True), ~padding)
         rows = zip(output["completion_ids"], drawn, strict=True)
         ids = [row[mask].tolist() for row, mask in rows]
-        figures = self.health.rollout_figures(ids, self._group_size(), self.accelerator)
+        group = self._group_size()
+        figures = self.health.rollout_figures(ids, self.eos_token_ids, group, self.accelerator)
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
             figures |= sampler_gap(output, self.accelerator)
         figures["alpha"] = output["alpha"][0].item()
@@ -262,9 +278,11 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):
             check_sampler(gaps[-1])
         if mode == "train":
-            length = metrics["completions/mean_length"][-1]
-            distinct = figures["completions/distinct_ngrams"]
-            self.health.check_rollout(self.state.global_step, length, distinct)
+            self.table.clear()
+            self.sound.alpha = figures["alpha"]
+            names = ("mean_length", "distinct_ngrams", "distinct_per_prompt", "empty")
+            seen = Rollout(*(metrics[f"completions/{name}"][-1] for name in names))
+            self.health.check_rollout(self.state.global_step, seen)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_: Any
@@ -417,6 +435,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         self.sums[mode].add(out)
         if mode == "eval":
             return
+        if self.log_completions:
+            self.table.add(out, inputs["row"], self._gather)
         tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens.to(self._tokens)
         names = ("residual_mean", "residual_std", "kl")
@@ -438,14 +458,30 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
         self._metrics[mode].clear()
         if mode == "eval":
             whole = {f"{self._prefix}_{name}": value for name, value in whole.items()}
+        steps = self.state.global_step - self._logged_step
         figures = whole | self.loss_figures()
         if mode == "train" and "loss" in logs:
             tokens = 0 if self._tokens is None else int(self._gather(self._tokens[None]).sum())
             self._tokens = None
-            figures |= self.health.figures(tokens)
+            figures |= self.health.figures(tokens, steps)
             if self.accelerator.is_main_process:
                 shown = min(self.args.sample_completions, self.num_generations)
                 texts = self._logs["prompt"], self._logs["completion"]
                 self.health.write_sample(self.state.global_step, *map(list, texts), shown)
         logs.update(figures)  # in place: what `evaluate` returns
-        super().log(logs, start_time)
+        with self.table.in_place_of_rewards(self._logs, mode == "train"):
+            super().log(logs, start_time)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Our own in place of TRL's: alpha, prompts, and what was measured before and after."""
+        self._write_record(self.args.output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._write_record(output_dir or self.args.output_dir)
+
+    def _write_record(self, folder: str) -> None:
+        if self.is_world_process_zero():
+            self.record.steps = self.state.global_step
+            self.record.save(folder)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+import powerflow_fast  # noqa: E402
 from powerflow_fast.cli import main  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -65,7 +66,7 @@ def test_help_and_import_are_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "demo", "eval", "forecast", "info"):
+    for command in ("train", "demo", "eval", "forecast", "merge", "plan", "info"):
         assert command in done.stdout
 
 
@@ -83,8 +84,47 @@ def test_errors_have_no_traceback_in_a_real_process(tmp_path):
     assert done.stderr == f"powerflow-fast: error: {tmp_path / 'no.jsonl'}: no such file\n"
 
 
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 0 and "forecast" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("powerflow-fast 0.")
+    argv = [sys.executable, "-m", "powerflow_fast", "--version"]
+    assert subprocess.run(argv, capture_output=True, text=True).stdout.startswith("powerflow-fast")
+
+
+def test_help_of_train_begins_with_ours(capsys):
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert short.index("--model") < short.index("--alpha ") < short.index("--output_dir")
+    assert "--ddp_backend" not in short and "--help-all" in short and short.count("\n") < 130
+    assert main(["train", "--help_all"]) == 0
+    assert "--ddp_backend" in capsys.readouterr().out
+
+
+def test_both_spellings_and_the_nearest_name(capsys, tmp_path):
+    nothing = str(tmp_path / "no.jsonl")
+    for flag in ("--max-new-tokens=3", "--max_new_tokens=3"):
+        assert "no such file" in refused(capsys, "eval", flag, "--data", nothing)
+    assert "did you mean --max-new-tokens?" in refused(capsys, "eval", "--max_new_token_s", "3")
+    assert "did you mean --gpus?" in refused(capsys, "plan", "Llama-3-70B", "--gpu_s", "2")
+    assert "did you mean --max-steps?" in refused(capsys, "train", "--max-stps", "3")
+    (tmp_path / "run.yaml").write_text("alhpa: 2\n")
+    assert "did you mean --alpha?" in refused(capsys, "train", "--config", tmp_path / "run.yaml")
+
+
+def test_what_is_missing_is_named_with_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for name in ("powerflow_fast.trainer", "powerflow_fast.config"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert "pip install 'powerflow-fast[train]'" in refused(capsys, "train", "--model", "m")
+    monkeypatch.setattr(powerflow_fast, "_HOME", {"PowerFlowConfig": "config"})
+    monkeypatch.delitem(vars(powerflow_fast), "PowerFlowConfig", raising=False)
+    with pytest.raises(ImportError, match=r"PowerFlowConfig: trl is not installed: pip install"):
+        powerflow_fast.PowerFlowConfig  # noqa: B018
+
+
 def test_bad_commands(capsys, tmp_path):
-    assert "command" in refused(capsys)
     assert "invalid choice" in refused(capsys, "fly")
     assert "--steps" in refused(capsys, "demo", "--steps", "many")
     assert "alpha" in refused(capsys, "demo", "--alpha", "-1", "--output-dir", tmp_path / "a")
@@ -97,9 +137,9 @@ def test_bad_commands(capsys, tmp_path):
 
 def test_bad_prompt_file_is_named_with_its_line(capsys, tmp_path, model_folder):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "rain"}\n\n')
+    bad.write_text('{"prompt": "rain"}\n{"prompt": \n')
     line = refused(capsys, *train_flags(model_folder, bad, tmp_path / "out"))
-    assert f"{bad}: line 2 is empty" in line
+    assert f"{bad}: line 2: not JSON" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +152,12 @@ def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
     assert "--config" in refused(capsys, "train", "--config")
     assert "--model and --data" in refused(capsys, "train", "--output_dir", out)
     assert "adapter_config.json" in refused(capsys, "eval", "--adapter", nothing)
+    assert "--data: expected questions" in refused(capsys, "eval", "--model", model_folder)
     flags = train_flags(model_folder, prompts, out)
+    assert "--chat, --raw" in refused(capsys, *flags, "--chat", "--raw")
+    assert "no chat template" in refused(capsys, *flags, "--chat")
+    assert "wandb" in refused(capsys, *flags, "--report_to", "wandb")
+    assert "report_to: " in refused(capsys, *flags, "--report_to", "paper")
     assert "no such folder" in refused(capsys, *flags, "--resume_from_checkpoint", nothing)
     nowhere = train_flags(model_folder, prompts, "/proc/powerflow")
     assert "/proc/powerflow: cannot be written" in refused(capsys, *nowhere)
@@ -172,11 +217,79 @@ def test_train_from_yaml_then_eval_with_the_adapter(capsys, tmp_path, model_fold
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "rain", "answers": ["sea"]}\n')
     capsys.readouterr()
-    argv = ["eval", "--model", model_folder, "--adapter", adapter, "--data", questions, "--json"]
-    assert main([str(a) for a in [*argv, "--max-new-tokens", 3, "--samples", 5]]) == 0
-    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert 0 <= scores["accuracy_sampled"] <= 1 and scores["samples"] == 5
-    assert scores["base_logp"] < 0 and 1 <= scores["mean_length"] <= 3
+    argv = ["eval", "--adapter", adapter, "--data", questions]  # the model is the run's
+    assert main([str(a) for a in [*argv, "--max_new_tokens", 3, "--samples", 5, "--json"]]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for scores in (found["before"], found["after"]):
+        assert 0 <= scores["accuracy_sampled"] <= 1 and scores["samples"] == 5
+        assert scores["base_logp"] < 0 and 1 <= scores["mean_length"] <= 3
+    change = found["after"]["mean_length"] - found["before"]["mean_length"]
+    assert found["change"]["mean_length"] == pytest.approx(change)
+    assert main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    assert "before" in out and "change" in out and "at most 4 tokens" in out  # the run's length
+    argv = ["eval", "--model", model_folder, "--data", questions, "--json"]
+    assert main([str(a) for a in argv]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["samples"] == 4 and alone["mean_length"] <= 256
+
+
+CHAT = (
+    "{% for m in messages %}the {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}a b{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    tiny.model().save_pretrained(folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_chat_is_decided_once_and_kept(capsys, tmp_path, chat_folder, prompts):
+    """Text prompts become messages where there is a template; eval reads it off the run."""
+    questions = tmp_path / "q.csv"
+    questions.write_text("question,answer\nrain,sea\nthe sea is a b c,a\n")
+    for extra, said in (([], "messages of the chat template (--raw"), (["--raw"], "plain text")):
+        out = tmp_path / f"out{len(extra)}"
+        flags = train_flags(chat_folder, prompts, out)
+        assert main([*flags, *extra, "--questions", str(questions)]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed and "change" in printed and "  after:   " in printed
+        assert "step 2/2" in printed and "log pi" in printed and "tok/s" in printed
+        record = json.loads((out / "run.json").read_text())
+        assert record["chat"] is not bool(extra) and record["held_out"]["before"]["samples"] == 4
+        assert record["model"] == str(chat_folder) and record["steps"] == 2
+        card = (out / "README.md").read_text()
+        assert "alpha = 4" in card and "| before | after | change |" in card
+        assert (out / "curves.png").stat().st_size > 20_000
+        assert main(["eval", "--adapter", str(out), "--data", str(questions)]) == 0
+        assert ("in plain text" if extra else "in the chat format") in capsys.readouterr().out
+
+
+def test_merged_is_the_policy(capsys, tmp_path, model_folder, prompts):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    flags = train_flags(model_folder, prompts, out)
+    assert main([*flags, "--learning_rate", "0.1"]) == 0
+    argv = ["merge", "--adapter", str(out), "--output", str(merged)]
+    assert main(argv) == 0 and "eval --model" in capsys.readouterr().out
+    ids = torch.arange(2, 9)[None]
+    load = AutoModelForCausalLM.from_pretrained
+    policy = PeftModel.from_pretrained(load(model_folder), out)
+    torch.testing.assert_close(load(merged)(ids).logits, policy(ids).logits)
+    assert (policy(ids).logits - load(model_folder)(ids).logits).abs().max() > 0.1
+    assert "merged into the base" in (merged / "README.md").read_text()
+    capsys.readouterr()
+    assert "holds another run" in refused(capsys, *argv)
+    assert main(["eval", "--model", str(merged), "--data", str(prompts)]) == 0
 
 
 def test_forecast_of_a_model(capsys, tmp_path, model_folder):
@@ -204,6 +317,8 @@ def test_a_run_goes_on_from_its_last_checkpoint(capsys, tmp_path, model_folder, 
     capsys.readouterr()
     moved = [str(other) if word == str(model_folder) else word for word in flags]
     assert "belongs to another model" in refused(capsys, *moved)  # before it is loaded
+    assert main([*flags, "--resume_from_checkpoint", "True", "--max_steps", "3"]) == 0
+    assert "Already finished: " in capsys.readouterr().out
     (tmp_path / "out" / ".saving").write_text("in the way")
     assert main([*flags, "--max_steps", "4"]) == 1
     assert "stopped: could not write" in capsys.readouterr().err.splitlines()[-1]

@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("trl")
 
 from peft import PeftModel  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from powerflow_fast import demo, smollm2  # noqa: E402
-from powerflow_fast.prompts import read_questions  # noqa: E402
+from powerflow_fast.prompts import prompt_ids, read_questions  # noqa: E402
 from tests import tiny  # noqa: E402
 
 SMALL = dict(steps=2, prompts_per_step=2, num_generations=2, max_new_tokens=3, held_out=3)
@@ -18,7 +19,9 @@ SMALL = dict(steps=2, prompts_per_step=2, num_generations=2, max_new_tokens=3, h
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (tiny.model(), tiny.tokenizer()))
+    model = tiny.model()
+    model.name_or_path = smollm2.HUB_NAME
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (model, tiny.tokenizer()))
 
 
 @pytest.mark.parametrize("alpha", [4.0, 0.5])
@@ -29,38 +32,41 @@ def test_demo_leaves_adapter_card_curves_and_numbers(tmp_path, tiny_model, capsy
     assert "before" in out and "after" in out and ("accuracy" in out) == (alpha > 1)
     folder = tmp_path / "run"
     assert json.loads((folder / "summary.json").read_text()) == summary
+    assert out.startswith("Loading") and "Next" in out and f"merge --adapter {folder}" in out
+    assert len(summary["examples"]) == 3 and out.count("  after:   ") == 3
     assert [row["step"] for row in json.loads((folder / "curves.json").read_text())] == [1, 2]
     pytest.importorskip("matplotlib")
     assert (folder / "curves.png").stat().st_size > 5000
-    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == smollm2.HUB_NAME
-    card = (folder / "adapter" / "README.md").read_text()
-    assert f"base_model: {smollm2.HUB_NAME}" in card and f"alpha = {alpha}" in card
-    loaded = PeftModel.from_pretrained(tiny.model(), folder / "adapter").eval()
+    card = (folder / "README.md").read_text()
+    assert f"base_model: {smollm2.HUB_NAME}" in card and f"alpha = {alpha:g}" in card
+    loaded = PeftModel.from_pretrained(tiny.model(), folder).eval()
     ids = torch.arange(2, 9)[None]
     assert (loaded(ids).logits - tiny.model().eval()(ids).logits).abs().max() > 1e-6
 
 
 def test_the_trainer_never_sees_an_answer(tmp_path, tiny_model):
     settings = demo.DemoSettings(output_dir=str(tmp_path), **SMALL)
-    trainer, _ = demo._make_trainer(settings, tiny.model(), tiny.tokenizer())
+    trainer = demo._make_trainer(settings, tiny.model(), tiny.tokenizer())
     assert trainer.train_dataset.column_names == ["prompt"]
     assert [f.__name__ for f in trainer.reward_funcs] == ["no_psi"]
     trained_on = set(trainer.train_dataset["prompt"])
-    held_out = {demo.chat_prompt(q.prompt) for q in read_questions(split="heldout")}
+    held_out = {q.prompt for q in read_questions(split="heldout")}
     assert len(trained_on) > 200 and not trained_on & held_out
 
 
 def test_packaged_tokenizer_agrees_with_the_demos_format():
-    """The short chat format is the template's own without its system turn, and gains no BOS."""
+    """The short chat format is the model's own without its system turn, and gains no BOS."""
     try:
         tokenizer = smollm2.load_smollm2_tokenizer()
     except (FileNotFoundError, ImportError) as error:
         pytest.skip(str(error))
-    text = demo.chat_prompt("What is 1 + 2?")
+    text = smollm2.chat_prompt("What is 1 + 2?")
     messages = [{"role": "user", "content": "What is 1 + 2?"}]
-    full = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert full.endswith(text)
+    own = AutoTokenizer.from_pretrained(smollm2.find_smollm2(), gguf_file=smollm2.GGUF_NAME)
+    full = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert full.endswith(text) and prompt_ids(tokenizer, [messages]) == tokenizer([text]).input_ids
     assert tokenizer(text)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(tokenizer(text)["input_ids"]) < 20
 

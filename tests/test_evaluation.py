@@ -6,17 +6,22 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from datasets import Dataset  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 
+from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from powerflow_fast.evaluation import (  # noqa: E402
     Sampling,
+    _distinct_share,
+    _ratio,
     complete,
     distinct_ngrams,
     distinct_per_prompt,
     evaluate,
     is_correct,
 )
-from powerflow_fast.prompts import Question  # noqa: E402
+from powerflow_fast.prompts import Question, in_chat  # noqa: E402
+from powerflow_fast.sampling import sample  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -90,10 +95,85 @@ def test_samples_follow_the_models_distribution():
 def test_evaluate_is_repeatable_and_open_prompts_have_no_accuracy():
     model, tokenizer = tiny.model(), tiny.tokenizer()
     questions = [Question("rain", ("sea",)), Question("the sea is", ("a",))]
-    prompts = [q.prompt for q in questions]
     sampling = Sampling(samples=3, max_new_tokens=4)
-    first = evaluate(model, tokenizer, questions, sampling, prompts)
-    assert first == evaluate(model, tokenizer, questions, sampling, prompts)
-    assert 0 <= first.accuracy_sampled <= 1 and 1 <= first.distinct_answers <= 3
-    opened = evaluate(model, tokenizer, [Question("rain")], sampling, ["rain"])
+    first = evaluate(model, tokenizer, questions, sampling).scores.as_dict()
+    assert first == evaluate(model, tokenizer, questions, sampling).scores.as_dict()
+    assert 0 <= first["accuracy_sampled"] <= 1 and 1 <= first["distinct_answers"] <= 3
+    opened = evaluate(model, tokenizer, [Question("rain")], sampling).scores
     assert opened.accuracy_sampled is None and opened.accuracy_greedy is None
+    assert opened.as_dict()["standard_errors"] == {}  # of one prompt
+
+
+def test_standard_errors():
+    """Of a mean over prompts the usual one; of a change, of the paired differences."""
+    right = torch.tensor([0, 3, 4, 1, 2])
+    figure, later = _ratio(right, torch.tensor(4)), _ratio(right.flip(0), torch.tensor(4))
+    shares = right.double() / 4
+    assert figure.value == pytest.approx(0.5)
+    assert figure.error == pytest.approx(float(shares.std() / 5**0.5))
+    change, error = later.difference(figure)
+    assert change == pytest.approx(0)
+    assert error == pytest.approx(float((shares.flip(0) - shares).std() / 5**0.5))
+
+
+def test_word_pairs_without_one_prompt():
+    groups = [["a b c", "a b"], ["b c d"], ["x"]]
+    figure = _distinct_share(groups)
+    assert figure.value == distinct_ngrams([text for group in groups for text in group])
+    for i, without in enumerate(figure.without.tolist()):
+        rest = [text for j, group in enumerate(groups) for text in group if j != i]
+        assert without == pytest.approx(distinct_ngrams(rest))
+
+
+def test_the_base_is_measured_where_the_adapter_is_off_already():
+    """Nested `disable_adapter` would switch it on again after the first batch."""
+    model = get_peft_model(tiny.model(), tiny.lora()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1.0)
+    sampling = Sampling(samples=2, max_new_tokens=5, batch_size=1)
+    prompts = ["rain", "the sea is"]
+    with model.disable_adapter():
+        drawn = complete(model, tiny.tokenizer(), prompts, sampling)
+    own = complete(tiny.model().eval(), tiny.tokenizer(), prompts, sampling)
+    assert drawn.texts == own.texts and torch.equal(drawn.base_logps, own.base_logps)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", [None, "chat"])
+def test_prompts_are_token_for_token_those_of_training(tmp_path, bos, template, monkeypatch):
+    from powerflow_fast import evaluation
+
+    tokenizer = tiny.tokenizer()
+    if bos:
+        tokenizer = tiny.with_bos(tokenizer)
+    if template:
+        tokenizer.chat_template = (
+            "{% for m in messages %}the {{ m['content'] }} <eos> {% endfor %}"
+            "{% if add_generation_prompt %}a b{% endif %}"
+        )
+    prompts = in_chat(tiny.PROMPTS, tokenizer)
+    seen = []
+    trainer = PowerFlowTrainer(
+        model=tiny.model(),
+        args=tiny.config(tmp_path, max_steps=1, per_device_train_batch_size=16),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+        peft_config=tiny.lora(),
+    )
+    made = trainer._tokenize_prompts
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda p: seen.append(made(p)) or seen[-1])
+    trainer.train()
+    trained = {tuple(row) for row in seen[0][0]}
+    measured = []
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda model, ids, mask, **k: measured.append((ids, mask)) or sample(model, ids, mask, **k),
+    )
+    complete(tiny.model(), tokenizer, prompts, Sampling(samples=1, max_new_tokens=2))
+    (ids, mask) = measured[0]
+    rows = {tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)}
+    assert rows == trained and len(rows) == 4
+    assert all((row[0] == 1) == (bos and not template) for row in rows)

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from powerflow_fast import tb_loss  # noqa: E402
-from powerflow_fast.evaluation import Sampling  # noqa: E402
+from powerflow_fast.evaluation import Sampling, complete  # noqa: E402
 from powerflow_fast.forecast import forecast, power_weights, report  # noqa: E402
 from powerflow_fast.prompts import Question  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -56,18 +56,15 @@ def test_equals_the_optimum_of_the_loss(model, alpha):
     prompt = "the capital of France is"
     p, lengths, texts, _ = optimum(model, prompt, alpha)
     answer = max(zip(p, texts, strict=True), key=lambda pair: pair[0] * bool(pair[1]))[1].split()[0]
-    [found] = forecast(
-        model,
-        tiny.tokenizer(),
-        [Question(prompt, (answer,))],
-        Sampling(samples=6000, max_new_tokens=2, batch_size=2000),
-        [prompt],
-        [alpha],
-    )
+    sampling = Sampling(samples=6000, max_new_tokens=2, batch_size=2000)
+    drawn = complete(model, tiny.tokenizer(), [prompt], sampling)
+    [found] = forecast(drawn, [Question(prompt, (answer,))], 6000, [alpha])
     right = torch.tensor([answer in text.split() for text in texts])
     assert found.accuracy == pytest.approx(float(p[right].sum()), abs=0.03)
     assert found.mean_length == pytest.approx(float((p * lengths).sum()), abs=0.03)
     assert 1 < float((p * lengths).sum()) < 2
+    per_token = float((p * p.log()).sum() / (p * lengths).sum())
+    assert found.policy_logp == pytest.approx(per_token, abs=0.03)
     if alpha >= 1:
         assert found.likeliest == (texts[int(p.argmax())],)
     if alpha == 1:
@@ -105,10 +102,10 @@ def test_weights_by_hand():
 def test_report_without_answers(model):
     questions = [Question("rain"), Question("the sea")]
     sampling = Sampling(samples=4, max_new_tokens=3)
-    prompts = [q.prompt for q in questions]
-    found = forecast(model, tiny.tokenizer(), questions, sampling, prompts, [1.0, 4.0])
+    drawn = complete(model, tiny.tokenizer(), [q.prompt for q in questions], sampling)
+    found = forecast(drawn, questions, 4, [1.0, 4.0])
     lines = report(found, 4).splitlines()
     assert lines[0].split() == ["alpha", "1", "4"]
     assert lines[1].split() == ["accuracy", "-", "-"]
-    assert lines[4].split()[:7] == ["samples", "that", "carry", "it,", "of", "4", "4.0"]
+    assert lines[5].split()[:7] == ["samples", "that", "carry", "it,", "of", "4", "4.0"]
     assert all(len(f.likeliest) == 2 for f in found)

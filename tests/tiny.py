@@ -5,7 +5,7 @@ import os
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 os.environ.setdefault("CI", "1")  # no telemetry from tests
@@ -23,6 +23,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, which now begins every text with a token of its own, as Llama's do."""
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", EOS)]
+    )
+    return tokenizer
 
 
 def model(**options) -> LlamaForCausalLM:
@@ -67,6 +75,7 @@ def config(folder, **options):
         gradient_checkpointing=False,
         save_strategy="no",
         disable_tqdm=True,
+        draw_curves=False,
         shuffle_dataset=False,
     )
     return PowerFlowConfig(str(folder), **defaults | options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 
 from powerflow_fast.cli.common import UsageError, check_output, usable_cores, user_input
@@ -37,15 +38,18 @@ def _demo(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(args.threads or usable_cores())
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     run_demo(settings)
     return 0
 
 
 def _find_demo_parts() -> None:
-    import importlib
-
+    """What it needs is there, before seconds of imports and of loading."""
     from powerflow_fast.smollm2 import find_smollm2
 
+    for name in ("transformers", "trl", "peft", "datasets", "gguf", "sentencepiece"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     find_smollm2()
-    for name in ("gguf", "sentencepiece", "trl", "peft", "datasets"):
-        importlib.import_module(name)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from powerflow_fast.cli.common import UsageError, load_model, user_input
+from powerflow_fast.cli.common import (
+    SMOLLM2,
+    UsageError,
+    load_model,
+    load_tokenizer,
+    say,
+    user_input,
+)
 
 if TYPE_CHECKING:
     from powerflow_fast.evaluation import Sampling
     from powerflow_fast.prompts import Question
+    from powerflow_fast.run_record import RunRecord
 
 
 def add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("eval", help="accuracy, diversity and likelihood on questions")
     _add_sampling(command, samples=4)
-    command.add_argument("--adapter", help="PEFT adapter folder")
+    command.add_argument("--adapter", help="folder of a run with LoRA: base and adapter, compared")
     command.set_defaults(run=_eval)
 
 
@@ -30,27 +40,71 @@ def add_forecast(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_sampling(command: argparse.ArgumentParser, samples: int) -> None:
-    command.add_argument("--model", default="smollm2", help="folder or name (smollm2: packaged)")
-    command.add_argument("--data", help="questions .jsonl (the demo's held-out questions)")
-    command.add_argument("--samples", type=int, default=samples, help="per prompt, at T=1")
-    command.add_argument("--max-new-tokens", type=int, default=16)
-    command.add_argument("--batch-size", type=int, default=96)
+    command.add_argument("--model", help="folder or name (the run's; else smollm2, the packaged)")
+    command.add_argument("--data", help="questions: .jsonl, .csv, ... or a data set of the Hub")
+    command.add_argument("--data-split", help="split of the data set, or rows with this split")
+    command.add_argument("--prompt-column", help="(prompt, question, messages or text)")
+    command.add_argument("--answer-column", help="(answers or answer)")
+    command.add_argument("--limit", type=int, help="so many questions, evenly spread (all)")
+    command.add_argument("--samples", type=int, default=samples, help=f"per prompt ({samples})")
+    command.add_argument("--max-new-tokens", type=int, help="of a completion (the run's; else 256)")
+    command.add_argument("--temperature", type=float, help="of sampling (the run's; else 1)")
+    command.add_argument("--batch-size", type=int, default=96, help="completions at once (96)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--raw", action="store_true", help="prompts as they are, no chat format")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="text prompts as they are")
+    form.add_argument(
+        "--chat", action="store_true", help="in the chat format (the run's; else auto)"
+    )
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
+@dataclass
+class _Task:
+    """What is sampled, and how: flags first, then what the run's folder says, then defaults."""
+
+    model: Any
+    tokenizer: Any
+    questions: list[Question]
+    sampling: Sampling
+    title: str  # one line that says all this
+
+
 def _eval(args: argparse.Namespace) -> int:
-    from powerflow_fast.evaluation import evaluate
+    task = _task(args, args.adapter)
+    from powerflow_fast.comparison import heading, legend, rows, table
+    from powerflow_fast.evaluation import evaluate, without_adapter
+    from powerflow_fast.measured_run import compare
 
-    scores = evaluate(*_to_sample(args, args.adapter)).as_dict()
-    if args.json:
-        import json
+    if not args.json:
+        say(task.title)
 
-        print(json.dumps(scores))
+    def measure(title: str):
+        sampling = replace(task.sampling, progress=title)
+        return evaluate(task.model, task.tokenizer, task.questions, sampling)
+
+    if args.adapter is None:
+        scores = measure("measuring").scores
+        figures: dict[str, Any] = scores.as_dict()
+        head = heading(len(task.questions), False)
+        text = table(head, rows(scores, None, task.sampling.temperature)) + f"\n({legend(scores)})"
     else:
-        for name, value in scores.items():
-            print(f"{name:<18} {'-' if value is None else format(value, '.4g')}")
+        with without_adapter(task.model):
+            before = measure("measuring the base")
+        measured = compare(
+            before, measure("measuring with the adapter"), task.questions, task.sampling
+        )
+        changes = {
+            name: figure.difference(before.scores.figures()[name])
+            for name, figure in measured.after.scores.figures().items()
+        }
+        figures = {name: measured.summary[name] for name in ("before", "after")}
+        figures["change"] = {name: change for name, (change, _) in changes.items()}
+        figures["change"]["standard_errors"] = {
+            name: error for name, (_, error) in changes.items() if error == error
+        }
+        text = measured.text()
+    print(json.dumps(figures) if args.json else text)
     return 0
 
 
@@ -61,70 +115,104 @@ def _forecast(args: argparse.Namespace) -> int:
         raise UsageError(f"--alphas: expected numbers, as 1,2,4, got {args.alphas!r}") from None
     if not all(0 < alpha < math.inf for alpha in alphas):
         raise UsageError(f"--alphas: expected finite numbers > 0, got {args.alphas}")
+    task = _task(args)
+    from powerflow_fast.evaluation import complete
     from powerflow_fast.forecast import forecast, report
+    from powerflow_fast.prompts import text_of
 
-    sampled = _to_sample(args)
-    found = forecast(*sampled, alphas)
+    if not args.json:
+        say(task.title)
+    prompts = [question.prompt for question in task.questions]
+    sampling = replace(task.sampling, progress="sampling the base")
+    drawn = complete(task.model, task.tokenizer, prompts, sampling)
+    found = forecast(drawn, task.questions, args.samples, alphas)
     if args.json:
-        import json
-
         print(json.dumps([f.as_dict() for f in found]))
         return 0
     print(report(found, args.samples))
-    for i, question in enumerate(sampled.questions[: max(args.show, 0)]):
-        print(f"\n{question.prompt}")
+    for i, prompt in enumerate(prompts[: max(args.show, 0)]):
+        print(f"\n{text_of(prompt)}")
         for f in found:
             print(f"  likeliest at alpha {f.alpha:g}: {f.likeliest[i]!r}")
     return 0
 
 
-class _Sampled(NamedTuple):
-    """The arguments that `evaluate` and `forecast` begin with."""
+def _task(args: argparse.Namespace, adapter: str | None = None) -> _Task:
+    for name in ("samples", "batch_size", "max_new_tokens", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
+        raise UsageError(f"--temperature: expected a finite number > 0, got {args.temperature}")
+    return user_input(_read_task, args, adapter)
 
-    model: Any
-    tokenizer: Any
-    questions: list[Question]
-    sampling: Sampling
-    prompts: list[str]
 
+def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
+    from powerflow_fast.prompts import QUESTIONS, Columns, in_chat_all, read_questions
 
-def _to_sample(args: argparse.Namespace, adapter: str | None = None) -> _Sampled:
-    from powerflow_fast.prompts import QUESTIONS, read_questions
-
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1")
-    split = None if args.data else "heldout"
-    questions = user_input(read_questions, args.data or QUESTIONS, split)
-    model, tokenizer = user_input(_load_with_adapter, args.model, adapter)
+    run = run_of(adapter or args.model)
+    name = args.model or base_of(adapter, run)
+    columns = Columns(args.prompt_column, args.answer_column)
+    own = args.data is None
+    if own and name != SMOLLM2:
+        raise UsageError(f"--data: expected questions for {name}; the packaged are for smollm2")
+    questions = read_questions(
+        QUESTIONS if own else args.data, "heldout" if own else args.data_split, columns
+    )
+    if args.limit is not None:
+        questions = questions[:: max(1, len(questions) // args.limit)][: args.limit]
+    tokenizer = load_tokenizer(name)
+    chat = True if args.chat else False if args.raw else run.chat if run else None
+    questions = in_chat_all(questions, tokenizer, chat)
+    model = _load(name, adapter)
     from powerflow_fast.evaluation import Sampling
 
-    prompts = [_format(tokenizer, args, question.prompt) for question in questions]
-    sampling = Sampling(args.samples, args.max_new_tokens, args.batch_size, args.seed)
-    return _Sampled(model, tokenizer, questions, sampling, prompts)
+    tokens = args.max_new_tokens or (run.max_completion_length if run else 16 if own else 256)
+    temperature = args.temperature or (run.temperature if run else 1.0)
+    sampling = Sampling(args.samples, tokens, args.batch_size, args.seed, temperature)
+    form = "plain text" if isinstance(questions[0].prompt, str) else "the chat format"
+    source = "the demo's held-out questions" if own else args.data
+    beside = f" with {adapter}" if adapter else ""
+    title = (
+        f"{name}{beside} on {len(questions)} of {source}, in {form}: "
+        f"{args.samples} samples each at T={temperature:g}, at most {tokens} tokens"
+    )
+    return _Task(model, tokenizer, questions, sampling, title)
 
 
-def _format(tokenizer, args: argparse.Namespace, prompt: str) -> str:
-    if args.raw or not getattr(tokenizer, "chat_template", None):
-        return prompt
-    if args.model == "smollm2":
-        from powerflow_fast.demo import chat_prompt
+def run_of(folder: str | None) -> RunRecord | None:
+    """The record of the run that wrote `folder`, or the folder around that checkpoint."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    from powerflow_fast.run_record import RunRecord
 
-        return chat_prompt(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return RunRecord.load(folder) or RunRecord.load(Path(folder).absolute().parent)
 
 
-def _load_with_adapter(model: str, adapter: str | None):
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+def base_of(adapter: str | None, run: RunRecord | None) -> str:
+    """The base of an adapter's folder; without one the packaged model."""
+    if adapter is None:
+        return SMOLLM2
+    path = Path(adapter) / "adapter_config.json"
+    if not path.is_file():
         raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
-    loaded, tokenizer = load_model(model)
+    from powerflow_fast.smollm2 import HUB_NAME
+
+    named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = (run.model if run else None) or named
+    if not name:
+        raise UsageError(f"--model: {path} names no base; give its folder or name")
+    return SMOLLM2 if name == HUB_NAME else name
+
+
+def _load(name: str, adapter: str | None):
+    model = load_model(name)
     import torch
 
     if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
+        model.to(torch.accelerator.current_accelerator())
     if adapter:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded, tokenizer
+        model = PeftModel.from_pretrained(model, adapter)
+    return model

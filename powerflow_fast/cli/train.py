@@ -3,128 +3,243 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from powerflow_fast.cli.common import Parser, UsageError, check_output, load_model, user_input
+from powerflow_fast.cli.common import (
+    Parser,
+    UsageError,
+    check_output,
+    load_model,
+    load_tokenizer,
+    say,
+    unknown_option,
+    user_input,
+)
+
+if TYPE_CHECKING:
+    from powerflow_fast.config import PowerFlowConfig
+    from powerflow_fast.evaluation import Sampling
+    from powerflow_fast.prompts import Question
+
+
+def _option(default: Any, text: str, *choices: str) -> Any:
+    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainArguments:
     """Options of `train` beside those of PowerFlowConfig."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Model folder or name; 'smollm2' is the packaged one."}
+    model: str | None = _option(None, "Model folder or name; 'smollm2' is the packaged one.")
+    data: str | None = _option(
+        None,
+        "Prompts: .txt, .jsonl, .json, .csv, .parquet, or a data set of the Hub (NAME:CONFIG).",
     )
-    data: str | None = field(default=None, metadata={"help": "Prompt file, .txt or .jsonl."})
-    chat: bool = field(
-        default=False, metadata={"help": "Give text prompts to the chat template as user messages."}
+    data_split: str | None = _option(None, "Split of the data set; rows of a file with this split.")
+    prompt_column: str | None = _option(
+        None, "Column of the prompts. Default: prompt, question, ..."
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains all parameters."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale, divided by the rank."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules for LoRA, separated by commas."}
+    questions: str | None = _option(
+        None, "Questions to measure before and after, with or without answers; a file as --data."
     )
-    dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA."})
-    quantize: str = field(
-        default="none",
-        metadata={
-            "help": "Hold the base in 4 bits (QLoRA; bitsandbytes).",
-            "choices": ["none", "nf4"],
-        },
+    chat: bool = _option(
+        False, "Insist on the chat format. Default: where the tokenizer has a chat template."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "flash_attention_2 (if installed), sdpa, ..."}
+    raw: bool = _option(False, "Text prompts as they are, whatever chat template there is.")
+    lora_rank: int = _option(16, "Rank of LoRA; 0 trains all parameters.")
+    lora_alpha: int = _option(32, "LoRA's scale, divided by the rank.")
+    lora_targets: str = _option("all-linear", "Modules for LoRA, separated by commas.")
+    dora: bool = _option(False, "DoRA instead of LoRA.")
+    quantize: str = _option("none", "Hold the base in 4 bits (QLoRA; bitsandbytes).", "none", "nf4")
+    attn_implementation: str | None = _option(None, "flash_attention_2 (if installed), sdpa, ...")
+    adapter_server: str | None = _option(
+        None, "URL of a vLLM server that is sent the adapter alone; not with use_vllm."
     )
-    adapter_server: str | None = field(
-        default=None,
-        metadata={
-            "help": "URL of a vLLM server that is sent the adapter alone; not with use_vllm."
-        },
-    )
-    boxed_penalty: float = field(
-        default=0.0, metadata={"help": r"psi of completions without \boxed{}, e.g. -0.5; 0 is off."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Write into an output folder that holds another run."}
-    )
+    boxed_penalty: float = _option(0.0, r"psi of completions without \boxed{}, e.g. -0.5; 0: off.")
+    overwrite: bool = _option(False, "Write into an output folder that holds another run.")
+
+
+@dataclass
+class Prepared:
+    """A trainer, and what to measure it on."""
+
+    trainer: Any
+    questions: list[Question]
+    sampling: Sampling
 
 
 def train(argv: list[str]) -> int:
-    trainer = user_input(_prepare_training, argv)
-    from powerflow_fast.checkpoint import CheckpointError
-    from powerflow_fast.health import TrainingStopped
+    argv = [part for word in argv for part in _split_config(word)]
+    asked = {word.replace("_", "-") for word in argv}
+    if asked & {"-h", "--help", "--help-all"}:
+        from powerflow_fast.cli.train_help import train_help
 
+        print(train_help(TrainArguments, everything="--help-all" in asked))
+        return 0
+    prepared = user_input(_prepare_training, argv)
+    if prepared is None:  # it is finished
+        return 0
+    from powerflow_fast.checkpoint import CheckpointError
+    from powerflow_fast.curves import save as save_curves
+    from powerflow_fast.health import TrainingStopped
+    from powerflow_fast.measured_run import train_and_measure
+
+    trainer, config = prepared.trainer, prepared.trainer.args
+    measured = None
     try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        resume = config.resume_from_checkpoint
+        if prepared.questions:
+            measured = train_and_measure(trainer, prepared.questions, prepared.sampling, resume)
+        else:
+            trainer.train(resume_from_checkpoint=resume)
     except (CheckpointError, TrainingStopped) as error:
+        if config.draw_curves and trainer.is_world_process_zero():
+            save_curves(trainer.state.log_history, config.output_dir, trainer.record)
         print(f"powerflow-fast: stopped: {error}", file=sys.stderr)
         return 1
-    trainer.save_model(trainer.args.output_dir)
-    print(f"Saved to {trainer.args.output_dir}")
+    trainer.save_model(config.output_dir)
+    if measured is not None:
+        say("", measured.text(), "")
+    _say_what_next(config.output_dir, trainer.record)
     return 0
 
 
-def _prepare_training(argv: list[str]):
-    """The trainer that flags and YAML file describe; every check of input happens here."""
-    # transformers' notes about TRL's own use of it would stand before the one line of an error.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    argv = [part for word in argv for part in _split_config(word)]
+def _say_what_next(folder: str, record) -> None:
+    files = [name for name in ("curves.png", "samples.txt") if Path(folder, name).is_file()]
+    what = "the adapter" if record.adapter else "the model"
+    say(f"Saved to {folder}: {', '.join([what, 'its card (README.md)', *files])}", "Next:")
+    given = f"--adapter {folder}" if record.adapter else f"--model {folder}"
+    say(f"  powerflow-fast eval {given} --data questions.jsonl")
+    if record.adapter:
+        say(f"  powerflow-fast merge --adapter {folder} --output {folder}-merged")
+
+
+def _parse(argv: list[str]) -> tuple[TrainArguments, PowerFlowConfig]:
+    """Flags and YAML file; a name that is no option gets the nearest one."""
     _check_config_file(argv)
-    from datasets import Dataset
-    from peft import LoraConfig
     from trl import TrlParser
 
-    from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
-    from powerflow_fast.data_checks import check_lengths
-    from powerflow_fast.prompts import read_prompts
-    from powerflow_fast.rewards import missing_boxed
+    from powerflow_fast import PowerFlowConfig
 
     class TrainParser(TrlParser):
         error = Parser.error
 
     types: Any = (TrainArguments, PowerFlowConfig)
     parser = TrainParser(types, prog="powerflow-fast train")
-    options, config = parser.parse_args_and_config(argv)
+    *found, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise UsageError(unknown_option(unknown[0], known))
+    options, config = found
     if not options.model or not options.data:
         raise UsageError("train needs --model and --data (or both in the --config file)")
+    if options.chat and options.raw:
+        raise UsageError("--chat, --raw: expected one of the two")
     for name, low in (("lora_rank", 0), ("lora_alpha", 1)):
         if getattr(options, name) < low:
             got = getattr(options, name)
             raise UsageError(f"--{name}: expected a whole number >= {low}, got {got}")
-    records = read_prompts(options.data, options.chat)
-    check_output(config.output_dir, options.overwrite or config.resume_from_checkpoint)
+    if str(config.resume_from_checkpoint).lower() == "true":
+        config.resume_from_checkpoint = "last"
+    return options, config
+
+
+def _prepare_training(argv: list[str]) -> Prepared | None:
+    """What flags and YAML file describe; every check of input happens here."""
+    options, config = _parse(argv)
+    from datasets import Dataset
+
+    from powerflow_fast import PowerFlowTrainer
+    from powerflow_fast.checks import check_arguments
+    from powerflow_fast.data_checks import check_lengths
+    from powerflow_fast.evaluation import Sampling
+    from powerflow_fast.prompts import Columns, in_chat, read_prompts
+    from powerflow_fast.rewards import missing_boxed
+
+    check_arguments(config)
+    columns = Columns(options.prompt_column)
+    prompts = read_prompts(options.data, options.data_split, columns)
+    check_output(config.output_dir, options.overwrite or bool(config.resume_from_checkpoint))
     if config.resume_from_checkpoint:
         _check_checkpoint(options.model, config)
-    data = Dataset.from_list([{"prompt": r["prompt"]} for r in records])
-    if Path(options.model).is_dir():  # else the trainer checks, once the model is there
-        check_lengths({"train_dataset": data}, options.model, None, config)
+        if _is_finished(config):
+            return None
     rollout = _adapter_rollout(options, config)
-    model, tokenizer = load_model(options.model, _loading(options))
-    lora = None
-    if options.lora_rank > 0:
-        targets = options.lora_targets.split(",")
-        if config.learning_rate == PowerFlowConfig.learning_rate:
-            note = f"learning_rate is {config.learning_rate:g}, meant for training all parameters"
-            print(f"note: {note}; LoRA usually takes 1e-4 to 3e-4", file=sys.stderr)
-        lora = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            use_dora=options.dora,
-        )
-    return PowerFlowTrainer(
-        model=model,
+    loading = _loading(options)
+    tokenizer = load_tokenizer(options.model)
+    chat = True if options.chat else False if options.raw else None
+    prompts = in_chat(prompts, tokenizer, chat)
+    questions = _questions(options, config, tokenizer, chat)
+    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    if Path(options.model).is_dir():  # else the trainer checks, once the model is there
+        check_lengths({"train_dataset": data}, options.model, tokenizer, config)
+    lora = _lora(options)
+    trainer = PowerFlowTrainer(
+        model=load_model(options.model, loading),
         args=config,
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora,
         psi_funcs=missing_boxed(options.boxed_penalty) if options.boxed_penalty else None,
         rollout_func=rollout,
+    )
+    trainer.record.model, trainer.record.quantize = options.model, options.quantize
+    _say_what_is_trained(options, trainer, chat)
+    size = config.per_device_eval_batch_size or config.per_device_train_batch_size
+    sampling = Sampling(
+        samples=4,
+        max_new_tokens=config.max_completion_length,
+        batch_size=max(size, 8),
+        seed=config.seed,
+        temperature=config.temperature,
+    )
+    return Prepared(trainer, questions, sampling)
+
+
+def _say_what_is_trained(options: TrainArguments, trainer, chat: bool | None) -> None:
+    record = trainer.record
+    form = "messages of the chat template" if record.chat else "plain text"
+    hint = " (--raw: as plain text)" if record.chat and chat is None else ""
+    what = f"LoRA of rank {options.lora_rank}" if record.adapter else "all parameters"
+    say(
+        f"{options.model}: {what}, learning rate {trainer.args.learning_rate:g}, "
+        f"alpha {record.alpha:g}",
+        f"{record.prompts} prompts from {options.data}, as {form}{hint}; {record.num_generations} "
+        f"completions each of at most {record.max_completion_length} tokens",
+    )
+
+
+def _questions(options: TrainArguments, config, tokenizer, chat: bool | None) -> list[Question]:
+    """Those of --questions, in the format of the prompts."""
+    if options.questions is None:
+        return []
+    if config.world_size > 1:
+        raise UsageError(
+            f"--questions: expected one process, got {config.world_size}; measure afterwards with "
+            "powerflow-fast eval"
+        )
+    from powerflow_fast.prompts import in_chat_all, read_questions
+
+    return in_chat_all(read_questions(options.questions), tokenizer, chat)
+
+
+def _lora(options: TrainArguments):
+    from peft import LoraConfig
+
+    if options.lora_rank < 1:
+        return None
+    targets = options.lora_targets.split(",")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        use_dora=options.dora,
     )
 
 
@@ -170,16 +285,38 @@ def _adapter_rollout(options: TrainArguments, config):
 
 def _check_checkpoint(model: str, config) -> None:
     """The checkpoint to go on from exists and fits the model, as far as its configuration says."""
-    from powerflow_fast.checkpoint import check_made_for, config_facts, last_checkpoint
+    from powerflow_fast.checkpoint import check_made_for, config_facts
 
-    name = config.resume_from_checkpoint
-    checkpoint = last_checkpoint(config.output_dir) if name == "last" else name
+    checkpoint = _checkpoint(config)
     if checkpoint and not Path(checkpoint).is_dir():
         raise UsageError(f"--resume_from_checkpoint {checkpoint}: no such folder (or 'last')")
     if checkpoint and model != "smollm2":
         from transformers import AutoConfig
 
         check_made_for(checkpoint, config_facts(AutoConfig.from_pretrained(model)))
+
+
+def _checkpoint(config) -> str | None:
+    from powerflow_fast.checkpoint import last_checkpoint
+
+    name = config.resume_from_checkpoint
+    return last_checkpoint(config.output_dir) if name == "last" else name
+
+
+def _is_finished(config) -> bool:
+    """Whether the checkpoint to go on from is the run's last; says so."""
+    checkpoint = _checkpoint(config)
+    state = Path(checkpoint or "", "trainer_state.json")
+    if not state.is_file():
+        return False
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    step, epochs = saved["global_step"], saved.get("num_train_epochs", 0)
+    last = config.max_steps if config.max_steps > 0 else saved["max_steps"]
+    longer = config.max_steps <= 0 and config.num_train_epochs > epochs
+    if step < last or longer:
+        return False
+    say(f"Already finished: {checkpoint} is step {step} of {last}. To go on, raise max_steps")
+    return True
 
 
 def _split_config(word: str) -> list[str]:

@@ -18,12 +18,13 @@ from powerflow_fast.checks import (
     trial_ids,
 )
 from powerflow_fast.context import Context
-from powerflow_fast.health import FiniteSteps
+from powerflow_fast.health import SoundSteps
 from powerflow_fast.integrations.head_patch import patch_head
 from powerflow_fast.integrations.offline_rows import Item, RowReader
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.metrics import LossFigures
 from powerflow_fast.model_head import base_model, disable_dropout, keep_gradient
+from powerflow_fast.progress import show_lines
 from powerflow_fast.sampling import end_tokens
 from powerflow_fast.validation import check_number, is_finite
 
@@ -144,7 +145,10 @@ class LATBTrainer(LossFigures, Trainer):
             for part in (model, ref_model):
                 if part is not None:
                     check_pair(part, trial=partial(_scores, part))
-        self.add_callback(FiniteSteps(self.accelerator))
+        sound = SoundSteps(self.accelerator)
+        sound.alpha = alpha
+        self.add_callback(sound)
+        show_lines(self)
         self.loss_is_scaled_for_ga = True
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
         self.ref_model = None
