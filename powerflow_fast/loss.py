@@ -97,7 +97,7 @@ def tb_loss(
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
     alpha, psi = (x.detach() if isinstance(x, Tensor) else x for x in (alpha, psi))
     layout = Layout.of(logps, cu_seqlens, mask, validate)
-    for name, values in (("ref_logps", ref_logps), ("old_logps", old_logps)):
+    for name, values in (("logps", logps), ("ref_logps", ref_logps), ("old_logps", old_logps)):
         if values is not None:
             layout.check_tokens(name, values)
             validation.check_finite(name, layout.keep(values), validate)

@@ -311,6 +311,19 @@ def test_module_takes_either_order_and_per_call_options():
         ("old_logps", {"old_logps": torch.zeros(12)}),
         ("mask", {"mask": torch.ones(12)}),
         ("mask", {"mask": [1] * 11}),
+        ("mask", {"mask": torch.full((11,), 0.5)}),
+        ("mask", {"mask": torch.full((11,), 2)}),
+        ("mask", {"mask": torch.full((11,), float("nan"))}),
+        ("logps", {"logps": torch.zeros(11).tolist()}),
+        ("logps", {"logps": torch.full((11,), float("nan"))}),
+        ("ref_logps", {"ref_logps": [0.0] * 11}),
+        ("old_logps", {"old_logps": [0.0] * 11}),
+        ("alpha", {"alpha": "4"}),
+        ("alpha", {"alpha": [2.0] * 4}),
+        ("psi", {"psi": [0.0] * 4}),
+        ("log_z", {"log_z": [0.0] * 4}),
+        ("normalizer", {"normalizer": [4]}),
+        ("group_size", {"log_z": "group", "group_size": "2"}),
         ("alpha", {"alpha": 0.0}),
         ("alpha", {"alpha": None}),
         ("alpha", {"alpha": torch.ones(3)}),
@@ -348,7 +361,39 @@ def test_bad_input_names_the_argument(name, change):
     logps, ref_logps, _ = tokens()
     keywords = {"ref_logps": ref_logps, "log_z": 0.0, "alpha": 2.0, "cu_seqlens": CU_SEQLENS}
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        tb_loss(logps, **keywords | change)
+        tb_loss(**{"logps": logps} | keywords | change)
+
+
+@pytest.mark.parametrize("mask", [torch.arange(6) < 3, torch.arange(6) % 2, torch.ones(6)], ids=str)
+def test_masks_of_two_values_are_fine(mask):
+    hidden, weight, targets, ref_hidden, _ = head_inputs()
+    call = (hidden[:6], weight, targets[:6], ref_hidden[:6])
+    options = {"log_z": 0.0, "alpha": 2.0, "cu_seqlens": torch.tensor([0, 4, 6])}
+    out = fused_linear_tb_loss(*call, mask=mask, **options)
+    assert out.lengths.sum() == mask.sum()
+    with pytest.raises(ValueError, match="^mask: expected true and false, or 1 and 0, got 3"):
+        fused_linear_tb_loss(*call, mask=3 * mask.int(), **options)
+
+
+def test_a_learned_log_z_is_the_trainers():
+    logps, ref_logps, _ = tokens()
+    with pytest.raises(ValueError, match="^log_z: 'learned' .* the output .* of a LogZHead"):
+        tb_loss(logps, ref_logps, log_z="learned", alpha=2.0, cu_seqlens=CU_SEQLENS)
+
+
+@pytest.mark.parametrize("name", ["alpha", "log_z"])
+def test_the_module_chooses_no_objective_of_its_own(name):
+    hidden, weight, targets, ref_hidden, keywords = head_inputs()
+    options = {"alpha": 2.0, "log_z": 0.1}
+    value = options.pop(name)
+    loss_fn = FusedLinearTBLoss(**options)
+    with pytest.raises(ValueError, match=rf"^{name}: expected in FusedLinearTBLoss\(...\) or"):
+        loss_fn(hidden, weight, targets, ref_hidden, **keywords)
+    assert loss_fn(hidden, weight, targets, ref_hidden, **{name: value}, **keywords).loss > 0
+    with pytest.raises(ValueError, match="^importance: expected"):
+        FusedLinearTBLoss(importance="max")
+    with pytest.raises(ValueError, match="^hidden: expected a tensor, got list"):
+        loss_fn([0.0], weight, targets, ref_hidden)
 
 
 def test_fused_needs_exactly_one_reference():

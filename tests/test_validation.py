@@ -1,10 +1,19 @@
 """A bad input gets an error that names the argument and says what was expected."""
 
+import warnings
+
 import pytest
 import torch
 
-from powerflow_fast import linear_logprobs, paired_linear_logprobs
+from powerflow_fast import (
+    FusedLinearTBLoss,
+    fused_linear_tb_loss,
+    linear_logprobs,
+    paired_linear_logprobs,
+)
 from tests.test_head import draw
+
+OFFSETS = torch.tensor([0, 5, 13])
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,11 @@ from tests.test_head import draw
         ("grad_tolerance", {"grad_tolerance": -0.1}),
         ("return_entropy", {"return_entropy": "yes"}),
         ("round_logits", {"round_logits": "no"}),
+        ("validate", {"validate": None}),
+        ("hidden", {"hidden": [[0.0] * 24] * 13}),
+        ("weight", {"weight": torch.nn.Linear(24, 101)}),
+        ("targets", {"targets": [1] * 13}),
+        ("bias", {"bias": [0.0] * 101}),
         ("process_group", {"process_group": "default"}),
     ],
 )
@@ -43,3 +57,95 @@ def test_bad_reference_names_the_argument():
         paired_linear_logprobs(hidden, weight, targets, torch.randn(13, 8))
     with pytest.raises(ValueError, match="^ref_weight: expected"):
         paired_linear_logprobs(hidden, weight, targets, hidden, torch.randn(99, 24))
+
+
+def test_a_transposed_weight_is_told():
+    hidden, weight, targets, _ = draw()
+    said = r"weight: looks transposed: expected \[V, H\] with H = 24 .* got \(24, 101\)"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        linear_logprobs(hidden, weight.T, targets)
+    with pytest.raises(
+        ValueError, match=f"^ref_{said.replace('as in hidden', 'as in ref_hidden')}"
+    ):
+        paired_linear_logprobs(hidden, weight, targets, hidden, weight.T)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "ref_hidden", "ref_weight"])
+def test_the_input_that_is_not_finite_is_named(name, value):
+    hidden, weight, targets, bias = draw(bias=True)
+    given = {"hidden": hidden, "weight": weight, "bias": bias}
+    given |= {"ref_hidden": hidden.clone(), "ref_weight": weight.clone()}
+    given[name].flatten()[24 * 3] = value  # of hidden, the token at 3
+    place = r" on every counted token, got nan or inf at \[3\]" if "hidden" in name else ", got"
+    with pytest.raises(ValueError, match=f"^{name}: expected finite numbers{place}"):
+        paired_linear_logprobs(targets=targets, **given)
+
+
+def test_a_vocabulary_padded_with_minus_infinity_is_fine():
+    hidden, weight, targets, bias = draw(bias=True)
+    bias[90:], targets[targets >= 90] = -torch.inf, 0
+    assert linear_logprobs(hidden, weight, targets, bias=bias).isfinite().all()
+    targets[5] = 95
+    assert linear_logprobs(hidden, weight, targets, bias=bias)[5] == -torch.inf
+
+
+def the_same(hidden):
+    """Ways in which one tensor comes twice, and ways in which two only look alike."""
+    return [hidden, hidden.detach(), hidden.view(13, 24)], [hidden.clone(), hidden[::1] * 1]
+
+
+def test_a_reference_that_is_the_policy_is_told():
+    hidden, weight, targets, _ = draw()
+    same, other = the_same(hidden)
+
+    def fused(*call):
+        return fused_linear_tb_loss(*call, cu_seqlens=OFFSETS, log_z=0.0, alpha=2.0)
+
+    for function in (paired_linear_logprobs, fused):
+        for ref_hidden in same:
+            with pytest.warns(UserWarning, match=r"ref_hidden: it is hidden itself.*disable_adap"):
+                function(hidden, weight, targets, ref_hidden)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for ref_hidden in other:
+                function(hidden, weight, targets, ref_hidden)
+            function(hidden, weight, targets, hidden, weight.clone())  # a reference of its own
+
+
+def test_the_hint_comes_once_for_a_line_of_the_callers():
+    hidden, weight, targets, _ = draw()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            paired_linear_logprobs(hidden, weight, targets, hidden)
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
+def test_the_hint_breaks_no_graph():
+    torch._dynamo.reset()
+    hidden, weight, targets, _ = draw()
+    call = (hidden, weight, targets, hidden)
+    compiled = torch.compile(paired_linear_logprobs, fullgraph=True, backend="aot_eager")
+    logps, ref_logps = compiled(*call)
+    torch.testing.assert_close(logps, linear_logprobs(*call[:3]))
+    assert torch.equal(logps, ref_logps)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "near"),
+    [
+        (paired_linear_logprobs, "temprature", "temperature"),
+        (paired_linear_logprobs, "reference_bias", "ref_bias"),
+        (fused_linear_tb_loss, "soft_cap", "softcap"),
+        (fused_linear_tb_loss, "cu_seqlen", "cu_seqlens"),
+        (FusedLinearTBLoss, "groupsize", "group_size"),
+    ],
+)
+def test_an_unknown_keyword_is_told_with_the_nearest(function, name, near):
+    hidden, weight, targets, _ = draw()
+    options = {"log_z": 0.0, "alpha": 2.0} if function is not paired_linear_logprobs else {}
+    call = () if function is FusedLinearTBLoss else (hidden, weight, targets, hidden.clone())
+    said = rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'; did you mean"
+    with pytest.raises(TypeError, match=f"{said} '{near}'"):
+        function(*call, **options, **{name: 1})
