@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import types
@@ -116,7 +117,8 @@ def patch_head(
     check_head(model)
     patches = getattr(model, "_fused_head_patches", ())
 
-    # The signature stays: generate() and Trainer look at it.
+    # The signature stays, at which generate() and Trainer look, not by `__wrapped__`: what takes
+    # wrappers off, as unwrap_model of accelerate does, would take the patch off too.
     @functools.wraps(type(model).forward)
     def forward(
         self,
@@ -138,6 +140,8 @@ def patch_head(
             raise ValueError("fused_lm_head: expected labels, and by keyword all but input_ids")
         return score(self, options, outputs, cast_lm_head_to_fp32, *args, **rest, **given)
 
+    vars(forward)["__signature__"] = inspect.signature(forward)
+    del vars(forward)["__wrapped__"]
     vars(model)["_fused_head_patches"] = (*patches, (forward, vars(model).get("forward")))
     model.forward = types.MethodType(forward, model)
     vars(model)["_fused_head_options"] = head

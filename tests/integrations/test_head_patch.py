@@ -1,6 +1,7 @@
 """What a patched model returns, to a caller and to Trainer, and how the patch comes off again."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_a_patch_comes_off_through_an_adapter(adapter):
     assert "forward" not in vars(model.get_base_model())
 
 
+def test_a_patched_forward_keeps_its_signature():
+    model = tiny.model()
+    before = inspect.signature(model.forward)
+    patch_head(model)
+    assert inspect.signature(model.forward) == before and "labels" in before.parameters
+
+
 def test_what_cannot_be_unpatched_is_refused():
     with pytest.raises(ValueError, match="^model: expected one of transformers, unwrapped"):
         unpatch_head(torch.nn.DataParallel(tiny.model()))
@@ -82,10 +90,8 @@ def test_what_cannot_be_unpatched_is_refused():
         with pytest.raises(ValueError, match="was wrapped after patch_head"):
             unpatch_head(model)
         assert isinstance(scored(wrapped), FusedHeadOutput)  # a refusal takes nothing off
-        model = tiny.model()
-        patch_head(model)
-        accelerator.prepare_model(model)
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert isinstance(scored(model), FusedHeadOutput)
         unpatch_head(model)
         assert "forward" not in vars(model)
     finally:
