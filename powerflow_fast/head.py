@@ -35,6 +35,7 @@ class HeadKeywords(TypedDict, total=False):
     round_logits: bool
     shift: bool
     validate: bool
+    check_finite: bool
 
 
 HEAD_KEYWORDS = tuple(HeadKeywords.__annotations__)
@@ -57,6 +58,7 @@ def linear_logprobs(
     round_logits: bool = False,
     shift: bool = False,
     validate: bool = False,
+    check_finite: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target, in float32, without ever holding the [tokens, vocab] logits.
 
@@ -92,6 +94,9 @@ def linear_logprobs(
             predicts targets[..., t].
         validate: check target values on a GPU too, which synchronises. (On a CPU it is always
             done.) Unchecked, a target outside [0, V) yields NaN for its row.
+        check_finite: where values are checked, refuse NaN or inf in hidden, weight or bias that
+            reaches a log-prob, at the cost of one look at those. False: NaN in, NaN out, for a
+            trainer that watches for it by itself.
 
     Returns:
         logps [...] float32 [nats], or (logps, entropy).
@@ -115,6 +120,7 @@ def linear_logprobs(
         round_logits=round_logits,
         shift=shift,
         validate=validate,
+        check_finite=check_finite,
     )
     return out.logps if out.entropy is None else (out.logps, out.entropy)
 
@@ -193,13 +199,14 @@ def head_outputs(
     bias: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     shift: bool = False,
-    validate: bool = False,
-    **transform: Any,
+    **keywords: Any,
 ) -> HeadOutputs:
     """Check, shift, flatten and call the operator, for all public functions."""
-    validation.check_flag("shift", shift)
-    validation.check_flag("validate", validate)
-    options = _options(process_group, **transform)
+    flags = {"validate": False, "check_finite": True}
+    validate, check_finite = (keywords.pop(name, default) for name, default in flags.items())
+    for name, flag in (("shift", shift), ("validate", validate), ("check_finite", check_finite)):
+        validation.check_flag(name, flag)
+    options = _options(process_group, **keywords)
     weight, bias = (
         plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
     )
@@ -217,7 +224,7 @@ def head_outputs(
         validation.check_targets(targets, vocab, options.ignore_index)
 
     out = _call((hidden, weight, bias), targets.reshape(-1), ref, options)
-    if reads:
+    if reads and check_finite:
         counted = targets != options.ignore_index
         named = {"hidden": hidden, "weight": weight, "bias": bias}
         validation.check_result(out.logps, named, counted)

@@ -56,6 +56,7 @@ def tb_loss(
     group_ids: Tensor | None = None,
     backend: str = "auto",
     validate: bool = False,
+    check_finite: bool = True,
 ) -> TBOutput:
     """LA-TB loss of token log-probs (arXiv 2603.18363, eq. 10).
 
@@ -82,6 +83,8 @@ def tb_loss(
         group_ids: [S] integers, equal for completions of one prompt.
         backend: as in `linear_logprobs`; the triton one forms the residuals in one kernel.
         validate: check values on a GPU too, which synchronises. On a CPU it is always done.
+        check_finite: where values are checked, refuse logps that are not finite. False: the loss is
+            not finite either, for a trainer that watches for it by itself.
 
     An empty sequence counts for nothing. With no counted token the loss is 0 and still has a graph.
 
@@ -100,7 +103,8 @@ def tb_loss(
     for name, values in (("logps", logps), ("ref_logps", ref_logps), ("old_logps", old_logps)):
         if values is not None:
             layout.check_tokens(name, values)
-            validation.check_finite(name, layout.keep(values), validate)
+            if check_finite or name != "logps":
+                validation.check_finite(name, layout.keep(values), validate)
     sequences = layout.sequences
     validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
     validation.check_per_sequence("psi", psi, sequences, validate)
@@ -209,6 +213,7 @@ def fused_linear_tb_loss(
         group_ids=group_ids,
         backend=head.get("backend", "auto"),
         validate=validate,
+        check_finite=head.get("check_finite", True),
     )
     metrics = dict(result.metrics)
     if out.entropy is not None:

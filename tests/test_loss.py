@@ -396,6 +396,19 @@ def test_the_module_chooses_no_objective_of_its_own(name):
         loss_fn([0.0], weight, targets, ref_hidden)
 
 
+def test_a_trainer_may_watch_for_nan_by_itself():
+    hidden, weight, targets, ref_hidden, keywords = head_inputs()
+    hidden[3] = torch.nan
+    options = {"log_z": 0.0, "alpha": 2.0, **keywords}
+    with pytest.raises(ValueError, match=r"^hidden: expected finite numbers .* at \[3\]"):
+        fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options)
+    options["check_finite"] = False
+    assert fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options).loss.isnan()
+    ref_hidden[4] = torch.nan
+    with pytest.raises(ValueError, match=r"^ref_logps: expected finite numbers .* at \[4\]"):
+        fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options)
+
+
 def test_fused_needs_exactly_one_reference():
     hidden, weight, targets, ref_hidden, keywords = head_inputs()
     for ref in ({}, {"ref_hidden": ref_hidden, "ref_logps": torch.zeros(11)}):

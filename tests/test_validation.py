@@ -37,6 +37,7 @@ OFFSETS = torch.tensor([0, 5, 13])
         ("return_entropy", {"return_entropy": "yes"}),
         ("round_logits", {"round_logits": "no"}),
         ("validate", {"validate": None}),
+        ("check_finite", {"check_finite": 0}),
         ("hidden", {"hidden": [[0.0] * 24] * 13}),
         ("weight", {"weight": torch.nn.Linear(24, 101)}),
         ("targets", {"targets": [1] * 13}),
@@ -80,6 +81,8 @@ def test_the_input_that_is_not_finite_is_named(name, value):
     place = r" on every counted token, got nan or inf at \[3\]" if "hidden" in name else ", got"
     with pytest.raises(ValueError, match=f"^{name}: expected finite numbers{place}"):
         paired_linear_logprobs(targets=targets, **given)
+    logps, ref_logps = paired_linear_logprobs(targets=targets, check_finite=False, **given)
+    assert (ref_logps if "ref" in name else logps).isnan().any()
 
 
 def test_a_vocabulary_padded_with_minus_infinity_is_fine():
