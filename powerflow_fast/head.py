@@ -156,8 +156,8 @@ def paired_linear_logprobs(
     """
     validation.check_keywords("paired_linear_logprobs", keywords, HEAD_KEYWORDS, ("ref_bias",))
     ref = (ref_hidden, ref_weight, ref_bias)
-    warn_if_same(hidden, ref)
     out = head_outputs(hidden, weight, targets, ref, **keywords)
+    warn_if_same(hidden, ref)
     assert out.ref_logps is not None
     pair = (out.logps, out.ref_logps)
     return pair if out.entropy is None else (*pair, out.entropy)
@@ -168,8 +168,6 @@ def warn_if_same(hidden: Tensor, ref: Model) -> None:
     ref_hidden, ref_weight, ref_bias = ref
     if torch.compiler.is_compiling() or ref_weight is not None or ref_bias is not None:
         return
-    if not (isinstance(hidden, Tensor) and isinstance(ref_hidden, Tensor)):
-        return  # an error, which says more
     # Of tensors without memory (meta) only the object itself is compared.
     held = not (hidden.is_meta or ref_hidden.is_meta) and hidden.device == ref_hidden.device
     if ref_hidden is hidden or (held and hidden.is_set_to(ref_hidden)):

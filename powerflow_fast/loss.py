@@ -192,10 +192,11 @@ def fused_linear_tb_loss(
     ref = None
     if ref_hidden is not None:
         ref = (ref_hidden, ref_weight, ref_bias)
-        warn_if_same(hidden, ref)
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
     out = head_outputs(hidden, weight, targets, ref, **head)
+    if ref is not None:
+        warn_if_same(hidden, ref)
     result = tb_loss(
         out.logps,
         ref_logps if ref is None else out.ref_logps,
