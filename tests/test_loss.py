@@ -364,51 +364,6 @@ def test_bad_input_names_the_argument(name, change):
         tb_loss(**{"logps": logps} | keywords | change)
 
 
-@pytest.mark.parametrize("mask", [torch.arange(6) < 3, torch.arange(6) % 2, torch.ones(6)], ids=str)
-def test_masks_of_two_values_are_fine(mask):
-    hidden, weight, targets, ref_hidden, _ = head_inputs()
-    call = (hidden[:6], weight, targets[:6], ref_hidden[:6])
-    options = {"log_z": 0.0, "alpha": 2.0, "cu_seqlens": torch.tensor([0, 4, 6])}
-    out = fused_linear_tb_loss(*call, mask=mask, **options)
-    assert out.lengths.sum() == mask.sum()
-    with pytest.raises(ValueError, match="^mask: expected true and false, or 1 and 0, got 3"):
-        fused_linear_tb_loss(*call, mask=3 * mask.int(), **options)
-
-
-def test_a_learned_log_z_is_the_trainers():
-    logps, ref_logps, _ = tokens()
-    with pytest.raises(ValueError, match="^log_z: 'learned' .* the output .* of a LogZHead"):
-        tb_loss(logps, ref_logps, log_z="learned", alpha=2.0, cu_seqlens=CU_SEQLENS)
-
-
-@pytest.mark.parametrize("name", ["alpha", "log_z"])
-def test_the_module_chooses_no_objective_of_its_own(name):
-    hidden, weight, targets, ref_hidden, keywords = head_inputs()
-    options = {"alpha": 2.0, "log_z": 0.1}
-    value = options.pop(name)
-    loss_fn = FusedLinearTBLoss(**options)
-    with pytest.raises(ValueError, match=rf"^{name}: expected in FusedLinearTBLoss\(...\) or"):
-        loss_fn(hidden, weight, targets, ref_hidden, **keywords)
-    assert loss_fn(hidden, weight, targets, ref_hidden, **{name: value}, **keywords).loss > 0
-    with pytest.raises(ValueError, match="^importance: expected"):
-        FusedLinearTBLoss(importance="max")
-    with pytest.raises(ValueError, match="^hidden: expected a tensor, got list"):
-        loss_fn([0.0], weight, targets, ref_hidden)
-
-
-def test_a_trainer_may_watch_for_nan_by_itself():
-    hidden, weight, targets, ref_hidden, keywords = head_inputs()
-    hidden[3] = torch.nan
-    options = {"log_z": 0.0, "alpha": 2.0, **keywords}
-    with pytest.raises(ValueError, match=r"^hidden: expected finite numbers .* at \[3\]"):
-        fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options)
-    options["check_finite"] = False
-    assert fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options).loss.isnan()
-    ref_hidden[4] = torch.nan
-    with pytest.raises(ValueError, match=r"^ref_logps: expected finite numbers .* at \[4\]"):
-        fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options)
-
-
 def test_fused_needs_exactly_one_reference():
     hidden, weight, targets, ref_hidden, keywords = head_inputs()
     for ref in ({}, {"ref_hidden": ref_hidden, "ref_logps": torch.zeros(11)}):
