@@ -40,7 +40,11 @@ SHAPING = (
     "sequence_bias begin_suppress_tokens min_tokens min_new_tokens forced_bos_token_id "
     "forced_eos_token_id exponential_decay_length_penalty guidance_scale watermarking_config"
 ).split()
-PATCHED = ("forward", "_fused_head_options")  # what `patch_head` sets on a model
+PATCHED = (
+    "forward",
+    "_fused_head_options",
+    "_fused_head_patches",
+)  # what `patch_head` sets on a model
 
 
 def check_reference(model, peft_config, args: PowerFlowConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -10,9 +11,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from powerflow_fast import validation
+from powerflow_fast.layout import to_predictors, to_tokens, without_first
 from powerflow_fast.ops import head_forward
 from powerflow_fast.options import HeadOptions
 from powerflow_fast.vocab_parallel import plain_tensor, slice_sizes
+
+Model = tuple[Tensor, Tensor | None, Tensor | None]
+"""hidden [..., H], weight [V, H] and bias [V]; no weight: the reference shares the policy's."""
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -28,7 +33,12 @@ class HeadKeywords(TypedDict, total=False):
     grad_tolerance: float
     process_group: ProcessGroup | None
     round_logits: bool
+    shift: bool
     validate: bool
+    check_finite: bool
+
+
+HEAD_KEYWORDS = tuple(HeadKeywords.__annotations__)
 
 
 def linear_logprobs(
@@ -46,7 +56,9 @@ def linear_logprobs(
     grad_tolerance: float = 0.0,
     process_group: ProcessGroup | None = None,
     round_logits: bool = False,
+    shift: bool = False,
     validate: bool = False,
+    check_finite: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target, in float32, without ever holding the [tokens, vocab] logits.
 
@@ -74,8 +86,17 @@ def linear_logprobs(
             are this rank's slices (of any size), `hidden` and `targets` the same everywhere. A
             DTensor gives its own slice; without `process_group` it is gathered, once per call.
         round_logits: round logits to the input dtype first, as samplers without a float32 head do.
+        shift: hidden and targets come as a model and its tokenizer give them, and hidden[..., t, :]
+            predicts targets[..., t + 1]. The result still lies where the tokens lie: column t has
+            the log-prob of targets[..., t]. Column 0, which nothing predicts, has 0 as an ignored
+            token has. The last axis of targets is one sequence: of packed ones, set the first
+            token of each to `ignore_index`. Hidden states are not copied. False: hidden[..., t, :]
+            predicts targets[..., t].
         validate: check target values on a GPU too, which synchronises. (On a CPU it is always
             done.) Unchecked, a target outside [0, V) yields NaN for its row.
+        check_finite: where values are checked, refuse NaN or inf in hidden, weight or bias that
+            reaches a log-prob, at the cost of one look at those. False: NaN in, NaN out, for a
+            trainer that watches for it by itself.
 
     Returns:
         logps [...] float32 [nats], or (logps, entropy).
@@ -97,7 +118,9 @@ def linear_logprobs(
         grad_tolerance=grad_tolerance,
         process_group=process_group,
         round_logits=round_logits,
+        shift=shift,
         validate=validate,
+        check_finite=check_finite,
     )
     return out.logps if out.entropy is None else (out.logps, out.entropy)
 
@@ -115,22 +138,48 @@ def paired_linear_logprobs(
     """Log-probs of policy and frozen reference for the same targets, computed together.
 
     Args:
-        hidden, weight, targets: the policy's, as in `linear_logprobs`.
-        ref_hidden: [..., H] hidden states of the reference, which gets no gradient.
+        hidden: [..., H], weight: [V, H], targets: [...] int64, all as in `linear_logprobs`.
+        ref_hidden: [..., H] hidden states of the reference, which gets no gradient. If it is
+            `hidden` itself and shares its weight, a warning says so.
         ref_weight: [V, H]; None shares the policy's head, its bias included (LoRA). Then one tile
             of the weight serves both models.
         ref_bias: [V] bias of the reference head.
         **keywords: every keyword of `linear_logprobs`, applied to both models.
 
     Returns:
-        (logps, ref_logps), each [...] float32, 0 where ignored; with `return_entropy` also the
-        policy's entropy.
+        (logps, ref_logps), each [...] float32 [nats], 0 where ignored; with `return_entropy` also
+        the policy's entropy [...].
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+        TypeError: for an unknown keyword, with the nearest known one.
     """
+    validation.check_keywords("paired_linear_logprobs", keywords, HEAD_KEYWORDS, ("ref_bias",))
     ref = (ref_hidden, ref_weight, ref_bias)
     out = head_outputs(hidden, weight, targets, ref, **keywords)
+    warn_if_same(hidden, ref)
     assert out.ref_logps is not None
     pair = (out.logps, out.ref_logps)
     return pair if out.entropy is None else (*pair, out.entropy)
+
+
+def warn_if_same(hidden: Tensor, ref: Model) -> None:
+    """A hint where the reference is the policy: most often a forgotten `disable_adapter()`."""
+    ref_hidden, ref_weight, ref_bias = ref
+    if torch.compiler.is_compiling() or ref_weight is not None or ref_bias is not None:
+        return
+    if _place(hidden) == _place(ref_hidden):
+        warnings.warn(
+            "ref_hidden: it is hidden itself, with the same weight: policy and reference are one, "
+            "their KL is 0 and only alpha and log_z pull; run the reference's pass inside "
+            "disable_adapter(), or with the reference model",
+            stacklevel=3,
+        )
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors of the same numbers in memory, on any device and without reading it."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 class HeadOutputs(NamedTuple):
@@ -146,50 +195,100 @@ def head_outputs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    ref: tuple[Tensor, Tensor | None, Tensor | None] | None = None,  # hidden, weight, bias
+    ref: Model | None = None,
     *,
     bias: Tensor | None = None,
-    return_entropy: bool | str = False,
     process_group: ProcessGroup | None = None,
-    validate: bool = False,
-    **transform: Any,
+    shift: bool = False,
+    **keywords: Any,
 ) -> HeadOutputs:
-    """Check, flatten, choose the route and call the operator, for all public functions."""
-    if not isinstance(process_group, (ProcessGroup, type(None))):
-        got = type(process_group).__name__
-        raise ValueError(f"process_group: expected a ProcessGroup or None, got {got}")
-    options = HeadOptions(
-        entropy=_wants_entropy(return_entropy),
-        detach_entropy=return_entropy == "detached",
-        group_name=None if process_group is None else process_group.group_name,
-        **transform,
-    )
+    """Check, shift, flatten and call the operator, for all public functions."""
+    flags = {"validate": False, "check_finite": True}
+    validate, check_finite = (keywords.pop(name, default) for name, default in flags.items())
+    for name, flag in (("shift", shift), ("validate", validate), ("check_finite", check_finite)):
+        validation.check_flag(name, flag)
+    options = _options(process_group, **keywords)
     weight, bias = (
         plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
     )
     validation.check_head(hidden, weight, bias, targets, "")
     if ref is not None:
-        ref_hidden, ref_weight, ref_bias = ref
-        ref_weight = plain_tensor("ref_weight", ref_weight, process_group)
-        ref_bias = plain_tensor("ref_bias", ref_bias, process_group)
-        if ref_weight is None and ref_bias is None:
-            ref_bias = bias
-        ref = (ref_hidden, ref_weight, ref_bias)
-        ref_weight = weight if ref_weight is None else ref_weight
-        validation.check_head(ref_hidden, ref_weight, ref_bias, targets, "ref_")
-        if ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"ref_weight: expected the policy's vocabulary, {weight.shape[0]} rows, "
-                f"got {ref_weight.shape[0]}"
-            )
-    if validation.wants_values(targets, validate):
+        ref = _checked_reference(ref, weight, bias, targets, process_group)
+    if shift:
+        validation.check_time_axis(targets)
+        targets = to_predictors(without_first(targets, None, options.ignore_index))
+    reads = validation.wants_values(targets, validate)
+    if reads:
         vocab = weight.shape[0]
         if process_group is not None:
             vocab = int(slice_sizes(weight, process_group).sum())
         validation.check_targets(targets, vocab, options.ignore_index)
 
+    out = _call((hidden, weight, bias), targets.reshape(-1), ref, options)
+    if reads and check_finite:
+        counted = targets != options.ignore_index
+        named = {"hidden": hidden, "weight": weight, "bias": bias}
+        validation.check_result(out.logps, named, counted)
+        if ref is not None:
+            named = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), ref, strict=True))
+            validation.check_result(out.ref_logps, named, counted)
+
+    def in_place(values: Tensor) -> Tensor:
+        values = values.reshape(targets.shape)
+        return to_tokens(values) if shift else values
+
+    return HeadOutputs(
+        in_place(out.logps),
+        None if out.ref_logps is None else in_place(out.ref_logps),
+        None if out.entropy is None else in_place(out.entropy),
+        out.certificate,
+    )
+
+
+def _options(
+    process_group: ProcessGroup | None, return_entropy: bool | str = False, **transform: Any
+) -> HeadOptions:
+    if not isinstance(process_group, (ProcessGroup, type(None))):
+        got = type(process_group).__name__
+        raise ValueError(f"process_group: expected a ProcessGroup or None, got {got}")
+    return HeadOptions(
+        entropy=_wants_entropy(return_entropy),
+        detach_entropy=return_entropy == "detached",
+        group_name=None if process_group is None else process_group.group_name,
+        **transform,
+    )
+
+
+def _checked_reference(
+    ref: Model,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    process_group: ProcessGroup | None,
+) -> Model:
+    """`ref` in plain tensors, with the policy's bias where it shares the policy's head."""
+    ref_hidden, ref_weight, ref_bias = ref
+    ref_weight = plain_tensor("ref_weight", ref_weight, process_group)
+    ref_bias = plain_tensor("ref_bias", ref_bias, process_group)
+    if ref_weight is None and ref_bias is None:
+        ref_bias = bias
+    own = weight if ref_weight is None else ref_weight
+    validation.check_head(ref_hidden, own, ref_bias, targets, "ref_")
+    if own.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: expected the policy's vocabulary, {weight.shape[0]} rows, "
+            f"got {own.shape[0]}"
+        )
+    return ref_hidden, ref_weight, ref_bias
+
+
+def _call(
+    model: Model, targets: Tensor, ref: Model | None, options: HeadOptions
+) -> HeadOutputs:  # each [N]
+    """Choose the route and call the operator."""
+    hidden, weight, bias = model
+    assert weight is not None
     dtype = _product_dtype(hidden, weight)
-    flat = _flat((hidden, weight, bias), dtype)
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
     if ref is not None:
         flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
@@ -205,8 +304,8 @@ def head_outputs(
     reads_entropy = options.detach_entropy or not options.entropy
     want_numerators = gradients and whole and exact_head and reads_entropy
     logps, ref_logps, entropy, _, _, certificate, *_ = head_forward(
-        *flat,
-        targets.reshape(-1),
+        *_flat(model, dtype),
+        targets,
         *flat_ref,
         options.encode(),
         want_direction,
@@ -214,9 +313,9 @@ def head_outputs(
         want_numerators,
     )
     return HeadOutputs(
-        logps.reshape(targets.shape),
-        None if ref is None else ref_logps.reshape(targets.shape),
-        entropy.reshape(targets.shape) if options.entropy else None,
+        logps,
+        None if ref is None else ref_logps,
+        entropy if options.entropy else None,
         certificate,
     )
 

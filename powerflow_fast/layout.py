@@ -1,4 +1,4 @@
-"""Padded [B, T] or packed [N] tokens: which of them count, and sums per sequence."""
+"""Padded [B, T] or packed [N] tokens: which of them count, sums per sequence, and the shift."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from powerflow_fast.validation import check_cu_seqlens, check_tensor
+from powerflow_fast.validation import check_mask, check_packed
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,9 @@ class Layout:
     ) -> Layout:
         """The layout of `logps`, with every argument checked."""
         if mask is not None:
-            check_tensor("mask", mask)
-        if mask is not None and mask.shape != logps.shape:
-            raise ValueError(
-                f"mask: expected the shape of logps, {tuple(logps.shape)}, got {tuple(mask.shape)}"
-            )
-        mask = None if mask is None else mask.bool()
+            mask = check_mask("mask", mask, logps.shape, "logps", validate)
         if cu_seqlens is not None:
-            if logps.dim() != 1:
-                raise ValueError(
-                    f"logps: expected packed [N] with cu_seqlens, got {tuple(logps.shape)}"
-                )
-            check_cu_seqlens(cu_seqlens, len(logps), validate)
+            check_packed("logps", logps, cu_seqlens, validate)
             cu_seqlens = cu_seqlens.long()
             lengths = cu_seqlens.diff()
             if mask is not None:
@@ -86,3 +77,30 @@ class Layout:
 
 def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, axis=0, initial=0.0, unsafe=True)
+
+
+def without_first(targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """`targets` with the first token of every sequence ignored: no position predicts that token.
+
+    The last axis is one sequence, or packed ones with `cu_seqlens` [S + 1].
+    """
+    tokens = targets.shape[-1]
+    if cu_seqlens is None:
+        first = torch.arange(tokens, device=targets.device) == 0
+    else:  # one place more than tokens: there an empty last sequence begins
+        first = torch.zeros(tokens + 1, dtype=torch.bool, device=targets.device)
+        first = first.index_fill(0, cu_seqlens[:-1].long(), True)[:tokens]
+    return targets.where(~first, ignore_index)
+
+
+def to_predictors(targets: Tensor) -> Tensor:
+    """From each token's own place to the place of the position that predicts the token.
+
+    The first token, which `without_first` ignores, comes to the last place.
+    """
+    return targets.roll(-1, -1)
+
+
+def to_tokens(values: Tensor) -> Tensor:
+    """Back again: what the last position gave, 0 for an ignored token, comes to the first."""
+    return values.roll(1, -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from powerflow_fast import validation
+
 
 class LogZHead(nn.Module):
     """log Z'(q) [nats/token] from the mean final hidden state of a prompt, by a small float32 MLP.
@@ -38,19 +40,28 @@ class LogZHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden states [S, T, H] with prompt mask [S, T], or pooled [S, H] -> [S] float32."""
+        """log Z' [S] float32 [nats/token].
+
+        Args:
+            hidden: [S, T, H] final hidden states, or pooled over the prompts [S, H]; any float.
+            mask: [S, T], true or 1 on the tokens of the prompt; with [S, T, H] only.
+
+        Raises:
+            ValueError: naming the argument, what came and what was expected.
+        """
+        validation.check_tensor("hidden", hidden)
         if hidden.dim() not in (2, 3) or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden: expected [S, T, {self.hidden_size}] with mask [S, T], or pooled "
                 f"[S, {self.hidden_size}], got {tuple(hidden.shape)}"
             )
-        if hidden.dim() == 3 and (mask is None or mask.shape != hidden.shape[:2]):
-            got = None if mask is None else tuple(mask.shape)
-            raise ValueError(f"mask: expected [S, T] = {tuple(hidden.shape[:2])}, got {got}")
+        kept = None
+        if hidden.dim() == 3:
+            shape = hidden.shape[:2]
+            kept = validation.check_mask("mask", mask, shape, "hidden [S, T]", False)[..., None]
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = hidden.float()
-            if hidden.dim() == 3:
-                kept = mask.bool()[..., None]
+            if kept is not None:
                 pooled = pooled.where(kept, 0.0).sum(1) / kept.sum(1).clamp(min=1)
             return self.out(self.body(pooled))[:, 0]
 

@@ -8,14 +8,15 @@ For a completion y of |y| counted tokens, with means over those tokens (arXiv 26
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack
+import inspect
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from powerflow_fast import validation
-from powerflow_fast.head import HeadKeywords, head_outputs
-from powerflow_fast.layout import Layout
+from powerflow_fast.head import HEAD_KEYWORDS, HeadKeywords, head_outputs, warn_if_same
+from powerflow_fast.layout import Layout, without_first
 from powerflow_fast.ops import choose_backend, sequence_residual
 from powerflow_fast.options import BACKENDS
 
@@ -55,6 +56,7 @@ def tb_loss(
     group_ids: Tensor | None = None,
     backend: str = "auto",
     validate: bool = False,
+    check_finite: bool = True,
 ) -> TBOutput:
     """LA-TB loss of token log-probs (arXiv 2603.18363, eq. 10).
 
@@ -81,6 +83,8 @@ def tb_loss(
         group_ids: [S] integers, equal for completions of one prompt.
         backend: as in `linear_logprobs`; the triton one forms the residuals in one kernel.
         validate: check values on a GPU too, which synchronises. On a CPU it is always done.
+        check_finite: where values are checked, refuse logps that are not finite. False: the loss is
+            not finite either, for a trainer that watches for it by itself.
 
     An empty sequence counts for nothing. With no counted token the loss is 0 and still has a graph.
 
@@ -96,14 +100,15 @@ def tb_loss(
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
     alpha, psi = (x.detach() if isinstance(x, Tensor) else x for x in (alpha, psi))
     layout = Layout.of(logps, cu_seqlens, mask, validate)
-    for name, values in (("ref_logps", ref_logps), ("old_logps", old_logps)):
+    for name, values in (("logps", logps), ("ref_logps", ref_logps), ("old_logps", old_logps)):
         if values is not None:
             layout.check_tokens(name, values)
-            validation.check_finite(name, layout.keep(values), validate)
+            if check_finite or name != "logps":
+                validation.check_finite(name, layout.keep(values), validate)
     sequences = layout.sequences
     validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
     validation.check_per_sequence("psi", psi, sequences, validate)
-    _check_log_z(log_z, sequences, group_size, group_ids, validate)
+    validation.check_log_z(log_z, sequences, group_size, group_ids, validate)
 
     delta0 = _residual_without_log_z(layout, logps, ref_logps, alpha, psi, balance, backend)
     counted = layout.lengths > 0
@@ -152,34 +157,46 @@ def fused_linear_tb_loss(
     """The LA-TB loss from hidden states: `tb_loss(*paired_linear_logprobs(...))` in one call.
 
     Args:
-        hidden: [B, T, H] padded or [N, H] packed: hidden[t] predicts targets[t] (shifted already).
+        hidden: [B, T, H] padded or [N, H] packed, fp32/bf16/fp16. hidden[t] predicts targets[t]:
+            both are shifted already. As a model and its tokenizer give them, pass `shift=True`.
         weight: [V, H] head weight. Frozen (LoRA), it costs no [V, H] buffer.
         targets: [B, T] or [N] int64. A token counts where `mask` is true and its target is not
             `ignore_index`.
         ref_hidden, ref_weight, ref_bias: the frozen reference, as in `paired_linear_logprobs`.
-        ref_logps: the reference's log-probs [B, T] or [N], instead of `ref_hidden`.
-        **head: every keyword of `linear_logprobs`.
+        ref_logps: the reference's log-probs [B, T] or [N] float, instead of `ref_hidden`.
+        **head: every keyword of `linear_logprobs`. With `shift=True` hidden[t] predicts
+            targets[t + 1] of the same sequence. Everything else, `mask`, `old_logps` and
+            `ref_logps` as well as the result, lies where the tokens lie: place t belongs to
+            targets[t]. The first token of a sequence (`cu_seqlens`) has no prediction and never
+            counts, whatever the mask says.
 
     The other arguments and the result are those of `tb_loss`.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+        TypeError: for an unknown keyword, with the nearest known one.
     """
+    validation.check_keywords("fused_linear_tb_loss", head, HEAD_KEYWORDS, TB_KEYWORDS)
     if (ref_hidden is None) == (ref_logps is None):
         raise ValueError("ref_hidden, ref_logps: expected exactly one of the two")
     validation.check_tensor("targets", targets)
-    ignore_index = head.get("ignore_index", -100)
+    ignore_index, validate = head.get("ignore_index", -100), head.get("validate", False)
     if mask is not None:
-        validation.check_tensor("mask", mask)
-        if mask.shape != targets.shape:
-            raise ValueError(
-                f"mask: expected the shape of targets, {tuple(targets.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
-        targets = targets.where(mask.bool(), ignore_index)
+        mask = validation.check_mask("mask", mask, targets.shape, "targets", validate)
+        targets = targets.where(mask, ignore_index)
+    if head.get("shift"):
+        if cu_seqlens is not None:
+            validation.check_packed("targets", targets, cu_seqlens, validate)
+        validation.check_time_axis(targets)
+        targets = without_first(targets, cu_seqlens, ignore_index)
     ref = None
     if ref_hidden is not None:
         ref = (ref_hidden, ref_weight, ref_bias)
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
     out = head_outputs(hidden, weight, targets, ref, **head)
+    if ref is not None:
+        warn_if_same(hidden, ref)
     result = tb_loss(
         out.logps,
         ref_logps if ref is None else out.ref_logps,
@@ -196,7 +213,8 @@ def fused_linear_tb_loss(
         group_size=group_size,
         group_ids=group_ids,
         backend=head.get("backend", "auto"),
-        validate=head.get("validate", False),
+        validate=validate,
+        check_finite=head.get("check_finite", True),
     )
     metrics = dict(result.metrics)
     if out.entropy is not None:
@@ -206,25 +224,42 @@ def fused_linear_tb_loss(
     return result._replace(entropy=out.entropy, metrics=metrics)
 
 
+_PARAMETERS = inspect.signature(fused_linear_tb_loss).parameters.values()
+TB_KEYWORDS = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY)
+
+
 class FusedLinearTBLoss(nn.Module):
     """`fused_linear_tb_loss` as an object: options here, tensors in the call.
 
     Called as `loss_fn(hidden, weight, targets, ref_hidden, ...)`, or with the weight first as
     Liger's modules are: the tensor whose leading shape is that of `targets` is the hidden states.
-    (Where both are, pass them by keyword, or hidden first.)
+    (Where both are, pass them by keyword, or hidden first.) The result is that of the function.
 
     Args:
-        alpha: default for calls that give none.
-        log_z: likewise; "group" needs `group_size` or `group_ids`.
-        **options: any other keyword of `fused_linear_tb_loss`.
+        alpha, log_z: as in `fused_linear_tb_loss`, which has no default for them either: give
+            each here or in the call. "group" needs `group_size` or `group_ids`.
+        **options: any other keyword of `fused_linear_tb_loss`, `shift` for one. The call may give
+            options too, which count instead of those given here.
+
+    Raises:
+        ValueError: here for an unknown balance or importance; in the call as the function does,
+            and without an alpha or a log_z.
+        TypeError: for an unknown keyword, with the nearest known one.
     """
 
     def __init__(
-        self, alpha: Tensor | float = 4.0, log_z: Tensor | float | str = "group", **options
+        self,
+        alpha: Tensor | float | None = None,
+        log_z: Tensor | float | str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
+        validation.check_keywords("FusedLinearTBLoss", options, HEAD_KEYWORDS, TB_KEYWORDS)
         validation.check_choice("balance", options.get("balance", "length"), BALANCES)
-        self.options = {"alpha": alpha, "log_z": log_z, **options}
+        validation.check_choice("importance", options.get("importance", "mean"), IMPORTANCES)
+        given = {"alpha": alpha, "log_z": log_z}
+        self.options = {name: value for name, value in given.items() if value is not None}
+        self.options |= options
 
     def forward(
         self,
@@ -233,11 +268,16 @@ class FusedLinearTBLoss(nn.Module):
         targets: Tensor,
         ref_hidden: Tensor | None = None,
         ref_weight: Tensor | None = None,
-        **options,
+        **options: Any,
     ) -> TBOutput:
+        for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+            validation.check_tensor(name, value)
         if hidden.shape[:-1] != targets.shape and weight.shape[:-1] == targets.shape:
             hidden, weight = weight, hidden
         options = {**self.options, **options}
+        for name in ("alpha", "log_z"):
+            if name not in options:
+                raise ValueError(f"{name}: expected in FusedLinearTBLoss(...) or in its call")
         return fused_linear_tb_loss(hidden, weight, targets, ref_hidden, ref_weight, **options)
 
     def extra_repr(self) -> str:
@@ -288,48 +328,6 @@ def _wide(name: str, values: Tensor) -> Tensor:
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     """A number is filled in, not copied from the host: a copy could not be captured in a graph."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
-
-
-def _check_log_z(
-    log_z: Tensor | float | str,
-    sequences: int,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    validate: bool,
-) -> None:
-    """log_z is a number or [S], or "group" with groups of at least two."""
-    if not isinstance(log_z, str):
-        if group_size is not None or group_ids is not None:
-            raise ValueError(
-                "group_size, group_ids: have no effect beside a log_z that is given; leave them "
-                "out, or log_z='group'"
-            )
-        if log_z is None:
-            raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")
-        validation.check_per_sequence("log_z", log_z, sequences, validate)
-        return
-    validation.check_choice("log_z", log_z, ("group",))
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
-    whole = isinstance(group_size, int)
-    if group_size is not None and (not whole or group_size < 2 or sequences % group_size):
-        raise ValueError(
-            "group_size: expected at least 2 completions per prompt and a divisor of the "
-            f"{sequences} sequences, got {group_size}"
-        )
-    if group_ids is not None:
-        validation.check_tensor("group_ids", group_ids)
-        if group_ids.shape != (sequences,) or group_ids.is_floating_point():
-            raise ValueError(
-                f"group_ids: expected integers [S] with S = {sequences}, "
-                f"got {group_ids.dtype} {tuple(group_ids.shape)}"
-            )
-        if validation.wants_values(group_ids, validate):
-            _, counts = group_ids.unique(return_counts=True)
-            if (counts < 2).any():
-                raise ValueError(
-                    "group_ids: expected at least 2 completions per prompt, got a group of 1"
-                )
 
 
 def _group_mean(

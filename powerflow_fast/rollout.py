@@ -37,6 +37,7 @@ def group_log_z(rollout: dict[str, Any], group_size: int, args, accelerator) -> 
         psi=rollout["psi"],
         balance=args.balance,
         backend=args.loss_backend,
+        check_finite=False,
     )
     residual = accelerator.gather(scored.residual)
     not_empty = accelerator.gather(mask.any(1)).view(-1, group_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ def check_head(
             "weight (ZeRO-3, FSDP) must be gathered, or the loss called inside the wrapped forward"
         )
     vocab, size = weight.shape
+    if hidden.dim() >= 1 and hidden.shape[-1] == vocab != size:
+        raise ValueError(
+            f"{prefix}weight: looks transposed: expected [V, H] with H = {hidden.shape[-1]} as in "
+            f"{prefix}hidden [..., H], got {tuple(weight.shape)}"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != size:
         raise ValueError(
             f"{prefix}hidden: expected [..., H] with H = {size} as in {prefix}weight [V, H], "
@@ -69,6 +76,34 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
+def check_time_axis(targets: Tensor) -> None:
+    if targets.dim() == 0:
+        raise ValueError("targets: expected [..., T] with shift=True, got a tensor without axes")
+
+
+def check_result(logps: Tensor, inputs: Mapping[str, Tensor | None], counted: Tensor) -> None:
+    """Of log-probs that are not finite, the input that made them so.
+
+    `inputs` are hidden [..., H], weight [V, H] and bias [V] by name; `counted` is bool [...].
+    Where every input is finite, as under a bias of -inf for columns that pad the vocabulary, the
+    log-probs are what they are.
+    """
+    if logps.detach().isfinite().all():
+        return
+    (hidden_name, hidden), *head = inputs.items()
+    rows = hidden.detach().isfinite().all(-1) | ~counted
+    if not rows.all():
+        raise ValueError(
+            f"{hidden_name}: expected finite numbers on every counted token, got nan or inf at "
+            f"{(~rows).nonzero()[0].tolist()}"
+        )
+    for name, values in head:
+        if values is None or values.detach().isfinite().all():
+            continue
+        if values.dim() == 2 or not (values.detach() < math.inf).all():
+            raise ValueError(f"{name}: expected finite numbers, got nan or inf")
+
+
 def check_finite(name: str, values: Tensor, validate: bool) -> None:
     """Values of counted tokens; 0 elsewhere."""
     if not wants_values(values, validate):
@@ -85,6 +120,37 @@ def check_finite(name: str, values: Tensor, validate: bool) -> None:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_keywords(function: str, given: Iterable[str], *known: Sequence[str]) -> None:
+    """TypeError, as Python's own, for a keyword that `function` does not take."""
+    names = [name for part in known for name in part]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected of {sorted(names)}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_mask(name: str, mask: Tensor, shape: torch.Size, like: str, validate: bool) -> Tensor:
+    """`mask` as bool. It has the shape of `like`, and no values but true and false, or 1 and 0."""
+    check_tensor(name, mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name}: expected the shape of {like}, {tuple(shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and wants_values(mask, validate):
+        other = (mask != 0) & (mask != 1)
+        if other.any():
+            raise ValueError(
+                f"{name}: expected true and false, or 1 and 0, got {mask[other][0].item()}"
+            )
+    return mask.bool()
 
 
 def is_finite(value: object) -> bool:
@@ -134,8 +200,10 @@ def check_per_sequence(
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
-    """[S + 1] int32 or int64, from 0 to the number of tokens, never decreasing."""
+def check_packed(name: str, tokens: Tensor, cu_seqlens: Tensor, validate: bool) -> None:
+    """`tokens` are [N], and cu_seqlens [S + 1] int32 or int64 from 0 to N, never decreasing."""
+    if tokens.dim() != 1:
+        raise ValueError(f"{name}: expected packed [N] with cu_seqlens, got {tuple(tokens.shape)}")
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
@@ -145,11 +213,59 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, validate: bool) -> None:
         return
     if (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens: expected non-decreasing offsets, got {cu_seqlens.tolist()}")
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(tokens):
         raise ValueError(
-            f"cu_seqlens: expected offsets from 0 to the number of tokens, {tokens}, "
+            f"cu_seqlens: expected offsets from 0 to the number of tokens, {len(tokens)}, "
             f"got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
         )
+
+
+def check_log_z(
+    log_z: Tensor | float | str,
+    sequences: int,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    validate: bool,
+) -> None:
+    """log_z is a number or [S], or "group" with groups of at least two."""
+    if not isinstance(log_z, str):
+        if group_size is not None or group_ids is not None:
+            raise ValueError(
+                "group_size, group_ids: have no effect beside a log_z that is given; leave them "
+                "out, or log_z='group'"
+            )
+        if log_z is None:
+            raise ValueError("log_z: expected a number, a tensor [S] or 'group', got None")
+        check_per_sequence("log_z", log_z, sequences, validate)
+        return
+    if log_z == "learned":
+        raise ValueError(
+            "log_z: 'learned' is an option of the trainer; expected here the output [S] of a "
+            "LogZHead, a number, or 'group'"
+        )
+    if log_z != "group":
+        raise ValueError(f"log_z: expected a number, a tensor [S] or 'group', got {log_z!r}")
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("log_z='group': expected exactly one of group_size and group_ids")
+    whole = isinstance(group_size, int)
+    if group_size is not None and (not whole or group_size < 2 or sequences % group_size):
+        raise ValueError(
+            "group_size: expected at least 2 completions per prompt and a divisor of the "
+            f"{sequences} sequences, got {group_size!r}"
+        )
+    if group_ids is not None:
+        check_tensor("group_ids", group_ids)
+        if group_ids.shape != (sequences,) or group_ids.is_floating_point():
+            raise ValueError(
+                f"group_ids: expected integers [S] with S = {sequences}, "
+                f"got {group_ids.dtype} {tuple(group_ids.shape)}"
+            )
+        if wants_values(group_ids, validate):
+            _, counts = group_ids.unique(return_counts=True)
+            if (counts < 2).any():
+                raise ValueError(
+                    "group_ids: expected at least 2 completions per prompt, got a group of 1"
+                )
 
 
 def _refuse_dtensor(name: str, x: Tensor) -> None:

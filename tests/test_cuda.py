@@ -57,13 +57,14 @@ def test_captured_in_a_cuda_graph(trained_head):
     assert loss.item() == expected.item() and torch.equal(captured, fresh.grad)
 
 
-def test_no_synchronisation():
+@pytest.mark.parametrize("shift", [False, True])
+def test_no_synchronisation(shift):
     arguments = case()
     arguments[0].requires_grad_()
-    loss_of(*arguments).backward()
+    loss_of(*arguments, shift=shift).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_of(*arguments).backward()
+        loss_of(*arguments, shift=shift).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

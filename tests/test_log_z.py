@@ -53,6 +53,9 @@ def test_bad_input_names_the_argument():
         head(torch.randn(3, 5, 8))
     with pytest.raises(ValueError, match="^mask: expected"):
         head(torch.randn(3, 5, 8), torch.ones(3, 4))
+    for mask in ([[1] * 5] * 3, torch.full((3, 5), 0.5)):
+        with pytest.raises(ValueError, match="^mask: expected"):
+            head(torch.randn(3, 5, 8), mask)
     with pytest.raises(ValueError, match="^estimate: expected"):
         head.warm_start(float("nan"))
     with pytest.raises(ValueError, match="^hidden_size"):

@@ -311,6 +311,19 @@ def test_module_takes_either_order_and_per_call_options():
         ("old_logps", {"old_logps": torch.zeros(12)}),
         ("mask", {"mask": torch.ones(12)}),
         ("mask", {"mask": [1] * 11}),
+        ("mask", {"mask": torch.full((11,), 0.5)}),
+        ("mask", {"mask": torch.full((11,), 2)}),
+        ("mask", {"mask": torch.full((11,), float("nan"))}),
+        ("logps", {"logps": torch.zeros(11).tolist()}),
+        ("logps", {"logps": torch.full((11,), float("nan"))}),
+        ("ref_logps", {"ref_logps": [0.0] * 11}),
+        ("old_logps", {"old_logps": [0.0] * 11}),
+        ("alpha", {"alpha": "4"}),
+        ("alpha", {"alpha": [2.0] * 4}),
+        ("psi", {"psi": [0.0] * 4}),
+        ("log_z", {"log_z": [0.0] * 4}),
+        ("normalizer", {"normalizer": [4]}),
+        ("group_size", {"log_z": "group", "group_size": "2"}),
         ("alpha", {"alpha": 0.0}),
         ("alpha", {"alpha": None}),
         ("alpha", {"alpha": torch.ones(3)}),
@@ -348,7 +361,7 @@ def test_bad_input_names_the_argument(name, change):
     logps, ref_logps, _ = tokens()
     keywords = {"ref_logps": ref_logps, "log_z": 0.0, "alpha": 2.0, "cu_seqlens": CU_SEQLENS}
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        tb_loss(logps, **keywords | change)
+        tb_loss(**{"logps": logps} | keywords | change)
 
 
 def test_fused_needs_exactly_one_reference():

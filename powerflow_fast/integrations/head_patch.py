@@ -1,8 +1,12 @@
-"""`patch_head`: a causal language model of transformers whose forward returns log-probs."""
+"""`patch_head`: a causal language model of transformers whose forward returns log-probs.
+
+`unpatch_head` undoes it, and `FusedHeadOutput` is what such a forward returns.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import types
@@ -31,10 +35,29 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ROWS = 256  # of full logits at a time, for the one statistic that needs them
 
 
+NO_LOGITS = (
+    "logits: a fused head never forms them; read log_probs or loss, ask patch_head for more by "
+    "outputs=(...), or call the model with fused_lm_head=False"
+)
+
+
 @dataclass
 class FusedHeadOutput(ModelOutput):
     """What a patched model returns: per token [B, T - 1] ([B, T] with `shift_labels`), 0 where the
-    label is -100, None where not asked for. Names and meanings are those of TRL."""
+    label is -100, None where not asked for. Names and meanings are those of TRL.
+
+    There are no `logits`. What transformers' Trainer calls so, in `compute_metrics` (as
+    `predictions`) and `preprocess_logits_for_metrics`, is the tuple of what is here but `loss`, in
+    this order. The accuracy of the next token, say, with `outputs=("is_top1",)`::
+
+        def compute_metrics(prediction):
+            log_probs, is_top1, label_mask = prediction.predictions
+            counted = prediction.label_ids[:, 1:] != -100
+            return {"accuracy": is_top1[counted].mean()}
+
+    It counts by the labels: where rows differ in length, Trainer fills up those with -100, but
+    `label_mask` and `is_top1` with True.
+    """
 
     loss: Tensor | None = None  # mean of -log_probs over scored tokens, + weighted aux_loss
     log_probs: Tensor | None = None  # float32 [nats]
@@ -44,6 +67,15 @@ class FusedHeadOutput(ModelOutput):
     is_top1: Tensor | None = None  # bool: no other token is as likely as the label
     label_mask: Tensor | None = None  # bool
     aux_loss: Tensor | None = None  # MoE load balancing, where router logits are asked for
+
+    @property
+    def logits(self) -> Tensor:
+        raise AttributeError(NO_LOGITS)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise KeyError(NO_LOGITS)
+        return super().__getitem__(key)
 
 
 def patch_head(
@@ -58,7 +90,8 @@ def patch_head(
     """Let `model(..., labels=labels, fused_lm_head=True)` return log-probs instead of logits.
 
     Only hidden states that predict a label other than -100 reach the head; the logits never exist.
-    Other calls, and so generation, are unchanged.
+    Such a call returns a `FusedHeadOutput`, or with `return_dict=False` the tuple of its fields
+    that are not None. Other calls, and so generation, are unchanged. `unpatch_head` undoes it.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one.
@@ -78,19 +111,14 @@ def patch_head(
     if unknown:
         raise ValueError(f"outputs: expected a choice of {FIELDS}, got {unknown}")
     check_door_options(head)
-    given, model = model, base_model(model)
-    if "forward" in vars(getattr(given, "base_model", given)) and given is not model:
-        kind = type(given.base_model).__name__
-        raise ValueError(
-            f"model: {kind} has kept the forward of the model from before; patch it first, then "
-            "put the adapter on"
-        )
+    model = _patchable(model)
     head = getattr(model, "_fused_head_options", {}) | head
     options = HeadOptions(temperature=temperature, **head)
     check_head(model)
-    original = model.forward
+    patches = getattr(model, "_fused_head_patches", ())
 
-    # The signature stays: generate() and Trainer look at it.
+    # The signature stays, at which generate() and Trainer look, not by `__wrapped__`: what takes
+    # wrappers off, as unwrap_model of accelerate does, would take the patch off too.
     @functools.wraps(type(model).forward)
     def forward(
         self,
@@ -107,13 +135,67 @@ def patch_head(
         given = {name: value for name, value in given.items() if value is not None}
         has_labels = labels is not None or shift_labels is not None
         if not (with_labels and has_labels if fused_lm_head is None else fused_lm_head):
-            return original(*args, **rest, **given)
+            return _forward_before(self, len(patches), *args, **rest, **given)
         if not has_labels or len(args) > 1:
             raise ValueError("fused_lm_head: expected labels, and by keyword all but input_ids")
         return score(self, options, outputs, cast_lm_head_to_fp32, *args, **rest, **given)
 
+    vars(forward)["__signature__"] = inspect.signature(forward)
+    del vars(forward)["__wrapped__"]
+    vars(model)["_fused_head_patches"] = (*patches, (forward, vars(model).get("forward")))
     model.forward = types.MethodType(forward, model)
     vars(model)["_fused_head_options"] = head
+
+
+def unpatch_head(model: PreTrainedModel) -> None:
+    """Undo every `patch_head` of `model`: its forward is the one from before. Twice is once.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one, patched or not.
+
+    Raises:
+        ValueError: where something else has wrapped the forward since.
+    """
+    model = _patchable(model)
+    patches, forward = vars(model).get("_fused_head_patches", ()), vars(model).get("forward")
+    for patch, before in reversed(patches):
+        if getattr(forward, "__func__", None) is not patch:
+            raise ValueError(
+                f"model: the forward of {type(model).__name__} was wrapped after patch_head, by "
+                "accelerate for one; undo that first (accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False))"
+            )
+        forward = before
+    if patches:
+        if forward is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = forward
+        del vars(model)["_fused_head_patches"], vars(model)["_fused_head_options"]
+
+
+def _patchable(model: Any) -> PreTrainedModel:
+    """The model of transformers in `model`, whose forward everything around it calls."""
+    inner = base_model(model)
+    if not hasattr(inner, "get_output_embeddings"):
+        raise ValueError(f"model: expected one of transformers, unwrapped, got {type(model)}")
+    tuner = getattr(model, "base_model", model)
+    if model is not inner and tuner is not inner and "forward" in vars(tuner):
+        raise ValueError(
+            f"model: {type(tuner).__name__} has kept the forward of the model from before; patch "
+            "or unpatch the model first, then put the adapter on"
+        )
+    return inner
+
+
+def _forward_before(model: PreTrainedModel, patch: int, *args: Any, **kwargs: Any) -> Any:
+    """The forward that patch number `patch` covers. It is kept on the model, not in a closure, so
+    that a copy of the model runs its own."""
+    patches: Any = model._fused_head_patches
+    _, before = patches[patch]
+    return (
+        type(model).forward(model, *args, **kwargs) if before is None else before(*args, **kwargs)
+    )
 
 
 def score(
@@ -126,10 +208,11 @@ def score(
     shift_labels: Tensor | None = None,  # [B, T]
     num_items_in_batch: Tensor | int | None = None,
     **inputs: Any,
-) -> FusedHeadOutput:
+) -> FusedHeadOutput | tuple[Tensor, ...]:
     """The forward pass of a patched model."""
     config = model.config.get_text_config()
     inputs["use_cache"] = False
+    as_tuple = inputs.pop("return_dict", None) is False
     if getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
     inner = backbone(model)
@@ -160,7 +243,8 @@ def score(
     if inputs.get("output_router_logits"):
         aux_loss = _aux_loss(model, out.router_logits, inputs.get("attention_mask"))
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
-    return FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
+    found = FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
+    return found.to_tuple() if as_tuple else found
 
 
 def _statistics(
@@ -173,7 +257,8 @@ def _statistics(
     """The fields of `FusedHeadOutput` in `outputs`, and always log_probs."""
     temperature = options.temperature
     keywords: dict[str, Any] = {"backend": options.backend, "round_logits": options.round_logits}
-    keywords |= {"bias": head.bias, **head.transform}
+    # As the model's own forward, it gives NaN for NaN: to stop is the trainer's business.
+    keywords |= {"bias": head.bias, "check_finite": False, **head.transform}
 
     def logprobs(temperature: float, rows: Any = slice(None), **more: Any) -> Any:
         more |= {"temperature": temperature, **keywords}

@@ -1,17 +1,23 @@
-"""For models and the Trainer of transformers: `patch_head` and `LATBTrainer`."""
+"""For models and the Trainer of transformers.
+
+`patch_head`: the model's forward returns log-probs instead of logits. `unpatch_head` undoes it.
+`FusedHeadOutput`: what such a forward returns, and what Trainer's `compute_metrics` gets of it.
+`LATBTrainer`: LA-TB on completions that exist already.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["FusedHeadOutput", "LATBTrainer", "patch_head"]
+__all__ = ["FusedHeadOutput", "LATBTrainer", "patch_head", "unpatch_head"]
 
 _HOME = {
     "FusedHeadOutput": "head_patch",
     "patch_head": "head_patch",
+    "unpatch_head": "head_patch",
     "LATBTrainer": "latb_trainer",
 }
 if TYPE_CHECKING:
-    from powerflow_fast.integrations.head_patch import FusedHeadOutput, patch_head
+    from powerflow_fast.integrations.head_patch import FusedHeadOutput, patch_head, unpatch_head
     from powerflow_fast.integrations.latb_trainer import LATBTrainer
 
 

@@ -104,6 +104,7 @@ def la_tb_policy_loss(
         old_logps=old_log_prob,
         clip_eps=config.clip_ratio,
         normalizer=None if size is None else size / ranks,
+        check_finite=False,
     )
     return out.loss, {f"la_tb/{name}": out.metrics[name].item() for name in METRICS}
 
@@ -149,6 +150,7 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
         process_group=dist_process_group,
+        check_finite=False,
         **HEAD,
     )
     return logps, entropy

@@ -53,11 +53,12 @@ def test_losses_are_compared_up_to_the_first_different_rollout():
 def test_bf16_logits_reach_the_trainers_loss_and_leave_it_again():
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 16), torch.randn(40, 16)
+    reference = hidden.clone()
     options = dict(alpha=2.0, log_z=0.5, mask=None, cu_seqlens=torch.tensor([0, 3, 6]).int())
     call = (hidden, weight, torch.arange(6))
-    plain = trainer.fused_linear_tb_loss(*call, ref_hidden=hidden, **options)
+    plain = trainer.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
     with ablations.bf16_logits():
-        rounded = trainer.fused_linear_tb_loss(*call, ref_hidden=hidden, **options)
+        rounded = trainer.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
     assert trainer.fused_linear_tb_loss is fused_linear_tb_loss
     logits = (hidden.bfloat16().double() @ weight.bfloat16().double().T).bfloat16().double()
     expected = logits.log_softmax(-1)[torch.arange(6), torch.arange(6)].float()

@@ -162,7 +162,7 @@ class Flat(transformers.PreTrainedModel):
 def test_the_compiled_model_with_the_loss_has_no_graph_break():
     torch._dynamo.reset()
     model = get_peft_model(tiny.model(), tiny.lora()).train()
-    base, loss_fn = model.get_base_model(), FusedLinearTBLoss(alpha=4.0, group_size=2)
+    base, loss_fn = model.get_base_model(), FusedLinearTBLoss(4.0, "group", group_size=2)
     with torch.no_grad(), model.disable_adapter():
         reference = last_hidden_state(base, IDS, torch.ones_like(IDS))[:, :-1]
 
