@@ -92,7 +92,7 @@ def test_wheel_holds_the_kernels_and_no_top_level_package_of_that_name(tmp_path)
     [metadata] = site.glob("*.dist-info/METADATA")
     requires = [x for x in metadata.read_text().splitlines() if x.startswith("Requires-Dist")]
     core = [x.split(":")[1].strip().split(">")[0] for x in requires if "extra ==" not in x]
-    assert core == ["torch", "triton"]
+    assert core == ["numpy", "torch", "triton"]
 
 
 def test_python_files_keep_the_house_rules():
