@@ -1,6 +1,6 @@
 """LA-TB in a loop of your own: `accelerate launch examples/plain_loop.py Qwen/Qwen2.5-0.5B`."""
 
-import sys
+import argparse
 
 import torch
 from accelerate import Accelerator
@@ -38,4 +38,8 @@ def train(name, prompts, steps=100, group=8, max_new_tokens=64, lr=1e-4):
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], ["What is 17 * 3?", "Name a river in France."])
+    parser = argparse.ArgumentParser(description="LA-TB with LoRA in a loop of one's own")
+    parser.add_argument("model", help="folder or name of a causal language model")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    train(arguments.model, ["What is 17 * 3?", "Name a river in France."], arguments.steps)

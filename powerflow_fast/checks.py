@@ -40,6 +40,7 @@ SHAPING = (
     "sequence_bias begin_suppress_tokens min_tokens min_new_tokens forced_bos_token_id "
     "forced_eos_token_id exponential_decay_length_penalty guidance_scale watermarking_config"
 ).split()
+TEXT = "train_dataset: prompts are plain text, though the tokenizer has a chat template"
 PATCHED = (
     "forward",
     "_fused_head_options",
@@ -335,6 +336,20 @@ def _check_engine(trainer, base) -> None:
         )
 
 
+def _warn_of_text(trainer) -> None:
+    """Warns where an instruct model is to be given bare text, which it may answer with nothing."""
+    tokenizer, data = trainer._tokenizer, trainer.train_dataset
+    if not getattr(tokenizer, "chat_template", None) or not hasattr(data, "__len__"):
+        return
+    prompt = data[0]["prompt"]
+    if isinstance(prompt, str) and not any(t in prompt for t in tokenizer.all_special_tokens):
+        warnings.warn(
+            f"{TEXT}: an instruct model then often writes nothing, and learns to. Give messages, "
+            "[{'role': 'user', 'content': ...}], if it is one",
+            stacklevel=5,
+        )
+
+
 def check_policy(trainer, policy) -> None:
     """ValueError where the built `trainer` cannot train `policy`, its model unwrapped."""
     if trainer._is_vlm:
@@ -359,6 +374,7 @@ def check_policy(trainer, policy) -> None:
                 "flash_attention_2, or leave padding_free off",
                 stacklevel=4,
             )
+    _warn_of_text(trainer)
     check_pair(policy, lambda: trainer.as_reference(policy))
     if trainer.ref_model is not None:
         check_copy(policy, trainer.ref_model)

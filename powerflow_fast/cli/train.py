@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     from datasets import Dataset
 
     from powerflow_fast import PowerFlowTrainer
-    from powerflow_fast.checks import check_arguments
+    from powerflow_fast.checks import TEXT, check_arguments
     from powerflow_fast.data_checks import check_lengths
     from powerflow_fast.evaluation import Sampling
     from powerflow_fast.prompts import Columns, in_chat, read_prompts
@@ -174,6 +175,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     tokenizer = load_tokenizer(options.model)
     chat = True if options.chat else False if options.raw else None
     prompts = in_chat(prompts, tokenizer, chat)
+    warnings.filterwarnings("ignore", message=TEXT)  # --raw has said so
     questions = _questions(options, config, tokenizer, chat)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     if Path(options.model).is_dir():  # else the trainer checks, once the model is there
