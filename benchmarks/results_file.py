@@ -1,4 +1,4 @@
-"""Results files: one JSON per measurement and device under benchmarks/results/."""
+"""Results files: one JSON per measurement and device; the pages show benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -37,18 +37,6 @@ PACKAGES = (
     "bitsandbytes",
     "pytest-benchmark",
 )
-FIGURES = {  # of a row, as the end of a run shows them
-    "ratio_to_floor": "{:.2f}x the floor",
-    "tflops": "{:.4g} TFLOP/s",
-    "tokens_per_second": "{:.0f} tokens/s",
-    "peak_bytes": "peak {:.4g} bytes",
-    "extra_bytes": "extra {} bytes",
-    "exact_seconds": "exact {:.4g} s",
-    "entropy": "entropy {:.2f} nats",
-    "grad_tolerance": "tolerance {:.0e}",
-    "columns_kept": "columns kept {:.1%}",
-    "error": "error {:.0e}",
-}
 
 
 def device_name() -> str:
@@ -89,20 +77,25 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write(measurement: str, content: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write `content` under the device's name, with date, commit and versions; returns the path."""
-    folder = FOLDER if folder is None else folder
-    device = device_name()
+def complete(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with what every results file says: format, device, date, commit and versions."""
     head = {
         "format": FORMAT,
-        "device": device,
+        "device": device_name(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "versions": versions(),
     }
+    return head | content
+
+
+def write(measurement: str, content: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write `content`, completed, under the device's name; returns the path."""
+    folder = FOLDER if folder is None else folder
+    results = complete(content)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{measurement}-{slug(device)}.json"
-    path.write_text(json.dumps({**head, **content}, indent=1) + "\n")
+    path = folder / f"{measurement}-{slug(results['device'])}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
 
@@ -112,22 +105,6 @@ def source(results: dict[str, Any], *, short: bool = False) -> str:
     names = ("torch", "triton") if short else found
     packages = ", ".join(f"{name} {found[name]}" for name in names)
     return f"{results['device']}; {results['date']}; {packages}."
-
-
-def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines for the end of a run: every row's figures, then the slopes."""
-    lines = []
-    for row in rows:
-        names = ("shape_name", "model", "source", "dtype", "peer", "setting")
-        where = " ".join(str(row[name]) for name in names if row.get(name))
-        figures = [f"{row['seconds']:.4g} s ({row['rounds']} runs)"]
-        figures += [
-            text.format(row[name]) for name, text in FIGURES.items() if row.get(name) is not None
-        ]
-        lines.append(f"{row['group']} {where}: {', '.join(figures)}")
-    for (peer, axis), value in slopes(rows).items():
-        lines.append(f"slope of {peer} in {axis}: seconds grow with the power {value:.2f}")
-    return lines
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:

@@ -139,11 +139,12 @@ def in_child_processes(head: str, adapter: bool, sizes: dict[str, int]) -> dict[
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full"])
-def test_grpo_is_no_slower_and_no_larger_with_this_head(adapter):
+def test_grpo_is_no_slower_and_no_larger_with_this_head(adapter, session):
     sizes = GPU if torch.cuda.is_available() else CPU
     theirs, ours = (in_child_processes(head, adapter, sizes) for head in ("trl", "ours"))
     for name, row in (("TRL's head", theirs), ("this head", ours)):
-        print(f"\n{name}: {row['seconds']:.2f} s a step, {row['bytes'] / 1e6:.0f} MB extra")
+        cost = f"{row['seconds']:.2f} s a step, {row['bytes'] / 1e6:.0f} MB extra"
+        session.notes.append(f"GRPO with {name}: {cost}")
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-3)
     assert ours["seconds"] <= theirs["seconds"]
     assert ours["bytes"] <= theirs["bytes"]

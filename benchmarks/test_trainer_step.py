@@ -1,6 +1,6 @@
 """Steps per minute: PowerFlowTrainer against TRL's GRPOTrainer, same model and rollouts.
 
-    pytest benchmarks/test_trainer_step.py --results benchmarks/results
+    pytest benchmarks/test_trainer_step.py --results runs/bench
 
 GRPO runs with beta > 0, since only then does it compute a reference, as PowerFlow always does. Both
 have LoRA on every linear layer of SmolLM2-135M-Instruct, the same completions (drawn beforehand),
@@ -14,8 +14,6 @@ import time
 
 import pytest
 import torch
-
-from benchmarks import results_file
 
 pytest.importorskip("trl")
 
@@ -92,13 +90,11 @@ def step_times(kind: str, folder) -> list[float]:
     return times[1:]
 
 
-def test_steps_per_minute(tmp_path, request):
+def test_steps_per_minute(tmp_path, session):
     times: dict[str, list[float]] = {"powerflow": [], "grpo": []}
     for turn in range(2):  # in turns, so that a change of the machine's load meets both
         for kind in times:
             times[kind] += step_times(kind, tmp_path / f"{kind}{turn}")
     rate = {kind: 60 / statistics.median(seconds) for kind, seconds in times.items()}
-    print({kind: round(value, 2) for kind, value in rate.items()}, "steps per minute")
-    if folder := request.config.getoption("results"):
-        results_file.write("trainer", {"steps_per_minute": rate, "seconds": times}, folder)
+    session.trainer = {"steps_per_minute": rate, "seconds": times}
     assert rate["powerflow"] >= BAR * rate["grpo"]

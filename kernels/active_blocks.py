@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.config import LAUNCH
+
 CHUNK = 64  # blocks looked at together by the one program: two rounds for 16384 rows
 
 
@@ -77,5 +79,6 @@ def active_blocks(
             BLOCK_N=block,
             CHUNK=CHUNK,
             num_warps=8,
+            **LAUNCH,
         )
     return ActiveBlocks(blocks, count)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.config import LAUNCH
 from powerflow_fast.kernels.direction import Kept
 
 BLOCK = 4096
@@ -89,5 +90,6 @@ def choose_columns(
             STEPS=STEPS,
             BLOCK=BLOCK,
             num_warps=8,
+            **LAUNCH,
         )
     return Kept(columns, counts, lowest)

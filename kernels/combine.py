@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.config import LAUNCH
 from powerflow_fast.kernels.statistics import Statistics
 from powerflow_fast.kernels.tiles import LN2, above_shift
 
@@ -120,5 +121,6 @@ def combine(
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
             **BLOCKS,
+            **LAUNCH,
         )
     return row_shift, row_total

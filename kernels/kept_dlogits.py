@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import numerators_layout
+from powerflow_fast.kernels.config import LAUNCH, numerators_layout
 from powerflow_fast.kernels.tiles import round_to
 from powerflow_fast.numerators import Numerators
 
@@ -91,4 +91,5 @@ def write_kept_dlogits(
             stride_dn=dlogits.stride(0),
             PIECE=piece,
             BLOCK_N=BLOCK,
+            **LAUNCH,
         )

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from powerflow_fast.kernels.config import LAUNCH
+
 BLOCK = 1024
 
 # balance -> (policy log-probs are averaged, reference log-probs are averaged)
@@ -139,6 +141,7 @@ def sequence_residual_forward(
                 MEAN_POLICY=mean_policy,
                 MEAN_REFERENCE=mean_reference,
                 BLOCK=BLOCK,
+                **LAUNCH,
             )
     return delta, policy, reference, lengths
 
@@ -170,5 +173,6 @@ def sequence_residual_backward(
             num_halvings=num_s.bit_length(),
             MEAN_POLICY=BALANCES[balance][0],
             BLOCK=BLOCK,
+            **LAUNCH,
         )
     return grad_logps

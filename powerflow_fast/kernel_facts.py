@@ -20,21 +20,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from powerflow_fast import kernel_table
+
 
 class Chip(NamedTuple):
     row: str  # of the tile table
     shared: int  # bytes of shared memory that one program may take
     matrix: str  # its matrix instruction in machine code
     matrix_name: str  # and as its makers call it
+    devices: str  # that have it
+    registers: int = 255  # that a thread may have
 
 
 CHIPS = {
     # The row serves sm_86 and sm_89 too, which have less shared memory than the 163 KiB of sm_80.
-    "sm_80": Chip("sm_80", 99 << 10, r"\bHMMA", "mma"),
-    "sm_90": Chip("sm_90", 227 << 10, r"\bHGMMA", "wgmma"),
-    "sm_100": Chip("sm_100", 227 << 10, r"\bUTCHMMA", "tcgen05"),
-    "sm_120": Chip("sm_80", 99 << 10, r"\bHMMA", "mma"),
-    "gfx942": Chip("gfx942", 64 << 10, r"\bv_mfma", "mfma"),
+    "sm_80": Chip("sm_80", 99 << 10, r"\bHMMA", "mma", "A100"),
+    "sm_90": Chip("sm_90", 227 << 10, r"\bHGMMA", "wgmma", "H100, H200"),
+    "sm_100": Chip("sm_100", 227 << 10, r"\bUTCHMMA", "tcgen05", "B200"),
+    "sm_120": Chip("sm_80", 99 << 10, r"\bHMMA", "mma", "RTX 50"),
+    # AMD counts those of the matrix unit in: 256 and 256.
+    "gfx942": Chip("gfx942", 64 << 10, r"\bv_mfma", "mfma", "MI300X", registers=512),
 }
 TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
@@ -210,6 +215,8 @@ def compile_variant(variant: Variant, chip: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from powerflow_fast.kernels.config import LAUNCH
+
     kernel, operands, constants, tile, use_tma = _source(variant, chip)
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
@@ -229,7 +236,7 @@ def compile_variant(variant: Variant, chip: str):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     is_amd = chip.startswith("gfx")
     target = GPUTarget("hip", chip, 64) if is_amd else GPUTarget("cuda", int(chip[3:]), 32)
-    options = {} if tile is None else tile.launch_options
+    options = LAUNCH if tile is None else tile.launch_options
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target, options=options
     )
@@ -320,44 +327,42 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return outputs[0], outputs[1]
 
 
-def table(rows: list[Facts]) -> str:
-    lines = [
-        f"{'chip':7} {'kernel':18} {'flags':32} {'regs':>5} {'spills':>7} {'shared':>7} "
-        f"{'matrix':>12} {'flight':>6} {'fma':>5} {'TMA':>4} {'s':>5}"
-    ]
-    for row in rows:
-        variant = row.variant
-        named = ("entropy", "softcap", "soft", "bias", "certified", "persistent")
-        flags = ["two models"] * (variant.models == 2)
-        flags += [name for name in named if getattr(variant, name)]
-        flags += ["tma"] * (row.tma > 0)
-        spills = f"{row.spill_stores}/{row.spill_loads}"
-        matrix = f"{row.matrix} {CHIPS[row.chip].matrix_name}" if row.matrix else "-"
-        lines.append(
-            f"{row.chip:7} {row.variant.kernel:18} {' '.join(flags):32} {row.registers:>5} "
-            f"{spills:>7} {row.shared:>7} {matrix:>12} {row.in_flight or '-':>6} {row.fma:>5} "
-            f"{row.tma or '-':>4} {row.seconds:>5}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile every kernel and report its machine code")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     parser.add_argument("--all", action="store_true", help="every combination of flags")
     parser.add_argument("--chip", choices=CHIPS, action="append", help="only this chip")
-    parser.add_argument("--kernel", action="append", help="only this kernel")
+    kernels = sorted({variant.kernel for variant in EVERY})
+    parser.add_argument("--kernel", choices=kernels, action="append", help="only this kernel")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("kernel_facts: unset TRITON_INTERPRET; interpreted kernels cannot be compiled")
-    variants = EVERY if arguments.all else DEFAULT
+    variants = [
+        variant
+        for variant in (EVERY if arguments.all else DEFAULT)
+        if arguments.kernel is None or variant.kernel in arguments.kernel
+    ]
+    chips = arguments.chip or list(CHIPS)
+    if arguments.json:
+        rows = [facts_of(variant, chip) for chip in chips for variant in variants]
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        print_table(variants, chips)
+
+
+def print_table(variants: list[Variant], chips: list[str]) -> None:
+    """A line a kernel as soon as it is compiled: all of them take a minute."""
+    count = f"{len(variants) * len(chips)} kernels to compile in bf16"
+    print(f"{count}, each shown as soon as it is.\n{kernel_table.LEGEND}", flush=True)
     rows = []
-    for chip in arguments.chip or CHIPS:
+    for name in chips:
+        chip = CHIPS[name]
+        unit = f"matrix unit: {chip.matrix_name}"
+        print(f"\n{name} ({chip.devices}), {unit}\n{kernel_table.HEAD}", flush=True)
         for variant in variants:
-            if arguments.kernel and variant.kernel not in arguments.kernel:
-                continue
-            rows.append(facts_of(variant, chip))
-    print(json.dumps([asdict(row) for row in rows]) if arguments.json else table(rows))
+            rows.append(facts_of(variant, name))
+            print(kernel_table.line(rows[-1]), flush=True)
+    print(f"\n{kernel_table.verdict(rows, CHIPS)}")
 
 
 if __name__ == "__main__":

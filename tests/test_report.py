@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import plots, report, results_file
+from benchmarks import markdown, plots, report, results_file
 
 
 def test_pages_and_plots_are_what_the_results_say():
@@ -21,6 +21,38 @@ def test_plots_of_two_machines_are_told_from_plots_of_two_results():
     assert nudged != text and plots.same(text, nudged)
     assert not plots.same(text, plots.svg(lambda figure: figure.subplots().plot([1, 2], [3, 5])))
     assert not plots.same(text, text.replace("<g", "<h", 1))
+
+
+def test_what_changed_is_said(tmp_path, monkeypatch, capsys):
+    page, same, stale = tmp_path / "page.md", tmp_path / "same.md", tmp_path / "gone.svg"
+    for path in (page, same, stale):
+        path.write_text("old")
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "files", lambda: {page: "new", same: "old"})
+    report.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "removed gone.svg: no results stand behind it",
+        "changed page.md",
+    ]
+    assert page.read_text() == "new" and not stale.exists()
+    report.main()
+    assert capsys.readouterr().out == (
+        "nothing changed: 2 pages and plots agree with benchmarks/results/\n"
+    )
+
+
+def test_a_terminal_shows_a_table_in_columns():
+    text = markdown.table(("one long title", "b"), [("**x**", "12345"), ("y", "`1`")])
+    assert markdown.plain(text).splitlines() == [
+        "one long   b",
+        "title",
+        "---------  -----",
+        "x          12345",
+        "y          1",
+    ]
+    lines = markdown.plain("word " * 30).splitlines()
+    assert [len(line) for line in lines] == [99, 49]
 
 
 def test_results_of_another_format_are_refused(tmp_path, monkeypatch):
@@ -77,7 +109,7 @@ def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
         "| **powerflow-fast** | 2.00 s (1.60x) | 2.00 s (1.60x) |",
         "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 128 | 1.00 GB |",
         "| 0.50 nats (random) | 1e-03 | 2.00x | 0.50x | 2.0 % | 9e-04 | 500 MB, 120 MB |",
-        "the exponent: tokens 1.00.",
+        "| tokens: **powerflow-fast** | 2.00 s | 4.00 s | 1.00 |",
         "Not measured here: verl (its Triton kernel needs a GPU).",
         "Dropped for lack of time: 1 cases",
     ):

@@ -22,6 +22,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.names import listed, pick
+
 DRY = 5  # times the limits in a dry run: a CPU is slow and does other things
 NEEDED = ("torch", "triton", "transformers", "pytest", "pytest_benchmark")
 
@@ -74,8 +76,8 @@ def arguments(argv: list[str] | None, stages: Sequence) -> argparse.Namespace:
     peers = list(dict.fromkeys(part.name for part in parts))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--out", type=Path, default=Path("runs") / f"gpu-{stamp}", metavar="FOLDER")
-    parser.add_argument("--stages", type=listed(names), help=f"of: {', '.join(names)}")
-    parser.add_argument("--peers", type=listed(peers), help=f"of: {', '.join(peers)}")
+    parser.add_argument("--stages", type=some_of(names), help=f"of: {listed(names)}")
+    parser.add_argument("--peers", type=some_of(peers), help=f"of: {listed(peers)}")
     parser.add_argument(
         "--patience", type=positive, default=1.0, help="times the limits; 5 where kernels compile"
     )
@@ -93,16 +95,14 @@ def positive(text: str) -> float:
     return value
 
 
-def listed(known: list[str]):
+def some_of(known: list[str]):
     """A type for argparse: names of `known`, separated by commas."""
 
     def parse(text: str) -> set[str]:
-        names = {name.strip() for name in text.split(",")}
-        if unknown := sorted(names - set(known)):
-            raise argparse.ArgumentTypeError(
-                f"expected some of {', '.join(known)}; got {', '.join(unknown)}"
-            )
-        return names
+        try:
+            return pick([text], known)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
 

@@ -1,7 +1,8 @@
-"""`pytest benchmarks/` as a user starts it, in tiny sizes."""
+"""`pytest benchmarks/` as a user starts it, in tiny sizes; how names are picked."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,11 @@ import torch
 
 from benchmarks import results_file
 from benchmarks.cases import table
+from benchmarks.conftest import Session
 from benchmarks.heads import TOLERANCE
+from benchmarks.names import pick
+from benchmarks.peers import PEERS, ROUNDED
+from tests.test_report import head_results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +40,9 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path):
     save = ("--benchmark-autosave", "--benchmark-json", str(output), "--results", str(tmp_path))
     first = benchmarks(*chosen, *store, *save)
     assert first.returncode == 0, first.stdout
-    (path,) = tmp_path.glob("head-*.json")
+    (path,) = tmp_path.glob("*-*.json")
+    assert path.name.startswith("tiny-")  # `make report` never takes it for a measurement
+    assert f"Written to {path}" in first.stdout
     results = json.loads(path.read_text())
     assert results["format"] == results_file.FORMAT
     assert results["unavailable"] == {"forward: verl": "its Triton kernel needs a GPU"}
@@ -55,23 +62,82 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path):
     own = json.loads(output.read_text())["benchmarks"]
     ratios = sorted(one["extra_info"]["ratio_to_floor"] for one in own)
     assert ratios == sorted(row["ratio_to_floor"] for row in rows)
-    assert "slope of powerflow-fast in tokens" in first.stdout
+    assert f"{len(rows)} cases walked through in tiny sizes: right, not timed." in first.stdout
+    assert "Not measured here: verl (its Triton kernel needs a GPU)." in first.stdout
+    for figure in ("floor", "TFLOP", "time in", "power"):
+        assert figure not in first.stdout
 
-    forward = ("--groups", "forward", "--peers", "powerflow-fast")
+    # Times are shown at full size alone.
+    quick = ("benchmarks", "--groups", "forward", "--peers", "powerflow-fast")
     histogram = find_spec("pygal") is not None  # pytest-benchmark[histogram]
-    compare = ["--benchmark-compare"]
+    compare = ["--benchmark-compare", "--case-seconds", "0.01"]
     compare += ["--benchmark-histogram", str(tmp_path / "plot")] if histogram else []
-    second = benchmarks(*forward, *store, *compare)
+    second = run("pytest", *quick, *store, *compare, "-q", "-p", "no:cacheprovider")
     assert second.returncode == 0, second.stdout
     assert "Comparing against benchmarks from" in second.stdout + second.stderr
     assert list(tmp_path.glob("plot*.svg")) or not histogram
+    theirs, _, ours = second.stdout.partition("1 passed")
+    assert "time in" in theirs and re.search(r"\npowerflow-fast +[\d.]+ m?s \([\d.]+x\)", ours)
+    assert "Written to" not in ours
 
 
 def test_unknown_names_are_refused():
-    for option, name in (("--groups", "forwards"), ("--peers", "powerflow")):
+    for option, name, near in (
+        ("--groups", "forwards", "forward"),
+        ("--peers", "round_logits", ROUNDED),
+    ):
         done = benchmarks(option, name, "--collect-only")
         assert done.returncode == 4
-        assert f"{option}: expected some of " in done.stderr and f"got {name}" in done.stderr
+        assert f"{option}: expected some of " in done.stderr
+        assert f"got {name} (nearest: {near})" in done.stderr
+    assert f'powerflow-fast, "{ROUNDED}", naive PyTorch' in done.stderr
+
+
+def test_names_with_a_comma_can_be_picked():
+    assert pick(["powerflow-fast, round_logits"], PEERS) == {ROUNDED}
+    assert pick(["powerflow-fast,naive PyTorch"], PEERS) == {"powerflow-fast", "naive PyTorch"}
+    three = {"powerflow-fast", ROUNDED, "verl"}
+    assert pick(["verl, powerflow-fast,powerflow-fast,round_logits"], PEERS) == three
+    assert pick(["powerflow-fast", ROUNDED, "verl"], PEERS) == three
+    with pytest.raises(ValueError, match=r"got liger \(nearest: Liger \w+.*\), an empty name$"):
+        pick(["liger,", "verl"], PEERS)
+
+
+def test_what_cannot_be_run_or_written_is_said(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    done = benchmarks("--results", str(file), "--collect-only")
+    assert done.returncode == 4
+    assert f"--results: expected a folder, got {file} (File exists)" in done.stderr
+    folder = tmp_path / "folder"
+    done = benchmarks("--groups", "scaling", "--peers", ROUNDED, "--results", str(folder))
+    assert f'No case in these groups on this device for: "{ROUNDED}".' in done.stdout
+    assert f"Nothing was measured, nothing written to {folder}" in done.stdout
+
+
+def test_the_end_of_a_run(tmp_path, monkeypatch):
+    """The tables of the pages, where the file is, and how to contribute it."""
+    session = Session.__new__(Session)
+    session.tiny, session.rows, session.trainer, session.notes = False, [], None, ["a note"]
+    results = head_results()
+    session.rows, session.ceilings = results["rows"], {}
+    session.unavailable = results["unavailable"]
+    session.trainer = {"steps_per_minute": {"powerflow": 30.0, "grpo": 20.0}}
+    text = re.sub(" +", " ", "\n".join(session.report(tmp_path, ["one"])))
+    for shown in (
+        "naive PyTorch 1.00 s (one run) 1.60x 10 MB 3e-07",
+        "Dropped for lack of time: 1 cases",
+        "30.0 20.0 1.50x",
+        "a note",
+        f"Written to {tmp_path}/head-",
+        f"Written to {tmp_path}/trainer-",
+        "To contribute it: copy it to benchmarks/results/ and run `make report`.",
+    ):
+        assert shown in text
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    assert "To contribute" not in "\n".join(session.report(tmp_path, []))
+    assert "Written" not in "\n".join(session.report(None, []))
 
 
 def test_whole_trainers_run_on_request_alone():
