@@ -8,6 +8,8 @@ over prompts it is the usual one, and it holds for ratios of sums, too.
 from __future__ import annotations
 
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -173,6 +175,7 @@ def complete(
     order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
     texts = [""] * len(repeated)
     lengths, base_logps = torch.zeros(2, len(repeated))
+    began = time.perf_counter()
     hidden = sampling.progress is None or None  # None: shown on a terminal alone
     bar = tqdm(total=len(repeated), desc=sampling.progress, disable=hidden, leave=False)
     with bar, modes_kept(model), torch.random.fork_rng():
@@ -201,6 +204,9 @@ def complete(
                 base_logps[batch] = of_each.sum(1).cpu()
             lengths[batch] = mask.sum(1).float().cpu()
             bar.update(len(batch))
+            left = (time.perf_counter() - began) * (len(order) / len(batch) - 1)
+            if start == 0 and bar.disable and not hidden and left > 10:  # in a log file
+                print(f"{sampling.progress}: about {left:.0f} s more", file=sys.stderr, flush=True)
     return Completions(texts, lengths, base_logps)
 
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, and a real run of `train` and `eval`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -328,3 +329,15 @@ def test_info_says_which_back_end_and_why(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "torch" in out and "back end" in out and "(" in out.splitlines()[-1]
+
+
+def test_an_unreachable_hub_is_told_at_once(tmp_path):
+    """Not after half a minute of retries; a proxy, or a variable that is set, decides instead."""
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env |= {"HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path)}
+    env.pop("HF_HUB_OFFLINE", None)
+    argv = [sys.executable, "-m", "powerflow_fast", "eval", "--model", "nobody/nothing"]
+    argv += ["--data", "nobody/questions"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "Retrying" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "nobody/questions" in done.stderr

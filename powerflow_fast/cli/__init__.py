@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from powerflow_fast.cli.common import Parser, UsageError, one_line, quiet
+from powerflow_fast.cli.common import Parser, UsageError, offline_without_hub, one_line, quiet
 from powerflow_fast.cli.demo import add_demo
 from powerflow_fast.cli.info import add_info
 from powerflow_fast.cli.measuring import add_eval, add_forecast
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet()
     try:
+        if argv and argv[0] in ("train", "eval", "forecast", "merge", "plan"):
+            offline_without_hub()
         if argv[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
             from powerflow_fast.cli.train import train
 

@@ -6,7 +6,9 @@ import argparse
 import difflib
 import logging
 import os
+import socket
 import tempfile
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -76,6 +78,21 @@ def quiet() -> None:
     # could not be had; what it falls back to works.
     for name in ("kernels", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def offline_without_hub() -> None:
+    """Where the Hub cannot be reached, its cache alone is asked, at once and not after retries.
+
+    To be called before anything imports huggingface_hub, which reads the variable then.
+    """
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if proxied or "HF_HUB_OFFLINE" in os.environ:
+        return
+    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=2).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def load_tokenizer(name: str):
