@@ -2,8 +2,11 @@
 
 Sources: the `config.json` of each model's repository on the Hugging Face Hub, read through
 litgpt's table of them (Lightning-AI/litgpt at 26857050, litgpt/config.py; `padded_vocab_size` is
-the head's rows) and the defaults of transformers 5.23 (Gemma2Config is Gemma 2 2B). A test compares
-parameter counts with transformers models on the meta device and with the published counts.
+the head's rows) and the defaults of transformers 5.23 (Gemma2Config is Gemma 2 2B, SmolLM3Config
+SmolLM3 3B, the text model of Mistral3Config Mistral Small 3.1 24B). Elsewhere: Mistral Nemo's
+config.json as kevinstephano/thunder_model_blocks quotes it, DeepSeek-R1-Distill-Qwen-1.5B's in
+Captainphiora/qwen-ascend-llm. A test compares parameter counts with transformers models on the meta
+device and with the published counts. `model_names` finds an entry by the names people write.
 """
 
 from __future__ import annotations
@@ -21,17 +24,26 @@ class Family(NamedTuple):
     norms: int = 2  # RMS norms of the hidden size in each layer
     qkv_bias: bool = False
     qk_norm: bool = False  # RMS norms of queries and keys, of the head's size
+    fused: bool = False  # one linear layer for queries, keys and values, one for gate and up
 
 
 FAMILIES = {  # transformers' model_type
     "llama": Family(),
     "mistral": Family(),
     "smollm3": Family(),
+    "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
     "gemma2": Family(norms=4),
     "gemma3_text": Family(norms=4, qk_norm=True),
 }
+
+
+# Tried with transformers 5.23, PEFT 0.21 and bitsandbytes on a small Mixtral.
+NO_EXPERTS = (
+    "is a mixture of experts, which is not counted: NF4 leaves experts unquantised, and LoRA on "
+    "them builds whole weight updates in each pass; expected a dense decoder"
+)
 
 
 @dataclass(frozen=True)
@@ -49,14 +61,21 @@ class ModelShape:
     tied: bool = False  # the head is the embedding
     softcap: float | None = None  # of the logits
 
+    def linear_layers(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each linear layer of one decoder layer."""
+        h, i = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if FAMILIES[self.model_type].fused:
+            return [(h, q + 2 * kv), (q, h), (h, 2 * i), (i, h)]
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
         family = FAMILIES[self.model_type]
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q + 2 * kv)  # queries, output; keys, values
         small = family.norms * self.hidden_size
         small += (q + 2 * kv) * family.qkv_bias + 2 * self.head_dim * family.qk_norm
-        return attention + 3 * self.hidden_size * self.intermediate_size + small
+        return sum(inputs * outputs for inputs, outputs in self.linear_layers()) + small
 
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
@@ -71,6 +90,9 @@ class ModelShape:
             ValueError: for an architecture whose parameters are not known here.
         """
         config = config.get_text_config()
+        experts = ("num_local_experts", "num_experts", "n_routed_experts")
+        if any((getattr(config, name, None) or 0) > 1 for name in experts):
+            raise ValueError(f"config: {config.model_type} {NO_EXPERTS}")
         if config.model_type not in FAMILIES:
             raise ValueError(
                 f"config: expected a model_type of {', '.join(FAMILIES)}, "
@@ -115,7 +137,7 @@ class ModelShape:
 
 
 def model_shape(name: str) -> ModelShape:
-    """The shape of a published model; ValueError lists the names there are."""
+    """The shape of a published model by its name here; ValueError lists the names there are."""
     if name not in MODEL_SHAPES:
         raise ValueError(f"name: expected one of {', '.join(MODEL_SHAPES)}; got {name!r}")
     return MODEL_SHAPES[name]
@@ -130,13 +152,37 @@ MODEL_SHAPES: dict[str, ModelShape] = {
     **_shapes(
         "llama",
         {
+            "Llama-2-7B": (4096, 32000, 32, 32, 32, 128, 11008),
+            "Llama-2-13B": (5120, 32000, 40, 40, 40, 128, 13824),
+            "Llama-2-70B": (8192, 32000, 80, 64, 8, 128, 28672),
             "Llama-3-8B": (4096, 128256, 32, 32, 8, 128, 14336),
             "Llama-3-70B": (8192, 128256, 80, 64, 8, 128, 28672),
+            "Llama-3.1-405B": (16384, 128256, 126, 128, 8, 128, 53248),
             "Llama-3.2-1B": (2048, 128256, 16, 32, 8, 64, 8192, True),
             "Llama-3.2-3B": (3072, 128256, 28, 24, 8, 128, 8192, True),
             "SmolLM2-135M": (576, 49152, 30, 9, 3, 64, 1536, True),
             "SmolLM2-360M": (960, 49152, 32, 15, 5, 64, 2560, True),
             "SmolLM2-1.7B": (2048, 49152, 24, 32, 32, 64, 8192, True),
+            "TinyLlama-1.1B": (2048, 32000, 22, 32, 4, 64, 5632),
+        },
+    ),
+    **_shapes("smollm3", {"SmolLM3-3B": (2048, 128256, 36, 16, 4, 128, 11008, True)}),
+    **_shapes(
+        "mistral",
+        {
+            "Mistral-7B-v0.1": (4096, 32000, 32, 32, 8, 128, 14336),
+            "Mistral-7B-v0.3": (4096, 32768, 32, 32, 8, 128, 14336),
+            "Mistral-Nemo-12B": (5120, 131072, 40, 32, 8, 128, 14336),
+            "Mistral-Small-24B": (5120, 131072, 40, 32, 8, 128, 32768),
+            "Mistral-Large-123B": (12288, 32768, 88, 96, 8, 128, 28672),
+        },
+    ),
+    **_shapes(
+        "phi3",
+        {
+            "Phi-3-mini": (3072, 32064, 32, 32, 32, 96, 8192),
+            "Phi-4-mini": (3072, 200064, 32, 24, 8, 128, 8192, True),
+            "Phi-4": (5120, 100352, 40, 40, 10, 128, 17920),
         },
     ),
     **_shapes(
@@ -149,6 +195,7 @@ MODEL_SHAPES: dict[str, ModelShape] = {
             "Qwen2.5-14B": (5120, 152064, 48, 40, 8, 128, 13824),
             "Qwen2.5-32B": (5120, 152064, 64, 40, 8, 128, 27648),
             "Qwen2.5-72B": (8192, 152064, 80, 64, 8, 128, 29568),
+            "DeepSeek-R1-Distill-Qwen-1.5B": (1536, 151936, 28, 12, 2, 128, 8960),
         },
     ),
     **_shapes(

@@ -7,7 +7,7 @@ the counts against the measured peak of real steps. Bytes are per GPU; a GB is 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from powerflow_fast.kernels.config import (
     DLOGITS_BYTES,
@@ -100,16 +100,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        resting = [f.name for f in fields(self)[:6]]
         step = self.activations + max(self.head, self.backward)
-        return sum(getattr(self, name) for name in resting) + max(step, self.sampler, self.scoring)
+        return sum(getattr(self, name) for name in RESTING) + max(step, self.sampler, self.scoring)
 
 
 def lora_parameters(shape: ModelShape, rank: int) -> int:
-    """Parameters of LoRA on the seven linear layers of every decoder layer."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    h, i = shape.hidden_size, shape.intermediate_size
-    return shape.num_layers * rank * (2 * (h + q) + 2 * (h + kv) + 3 * (h + i))
+    """Parameters of LoRA on the linear layers of every decoder layer."""
+    return shape.num_layers * rank * sum(map(sum, shape.linear_layers()))
 
 
 def layer_activations(run: Run) -> float:
@@ -117,12 +114,13 @@ def layer_activations(run: Run) -> float:
 
     In the run's width: both normed inputs [H]; queries, keys, values (repeated for each query head)
     and attention's output, once as attention keeps it and once as the next layer's input [q each];
-    gate, its silu, up and their product [I each]; the seven LoRA bottlenecks. In float32: the two
+    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the two
     inputs of the norms [H].
     """
     shape = run.shape
     q = shape.num_heads * shape.head_dim
-    numbers = 2 * shape.hidden_size + 5 * q + 4 * shape.intermediate_size + 7 * run.lora_rank
+    numbers = 2 * shape.hidden_size + 5 * q + 4 * shape.intermediate_size
+    numbers += len(shape.linear_layers()) * run.lora_rank
     return run.width * numbers + 4 * 2 * shape.hidden_size
 
 
@@ -234,6 +232,13 @@ def flops_per_token(run: Run) -> float:
     return layers * (passes + 1 + full) + attention * (passes + 2) + head
 
 
+RESTING = "weights reference gathered adapter gradients optimizer".split()
+LEGEND = """\
+peak: what is always there, and the largest of training, sampling and scoring. Training:
+activations, and the larger of the two lines under them. fused head: this library; plain logits:
+[tokens, vocab] logits are formed. micro-batch: sequences that a GPU trains on at once."""
+
+
 def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
     """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
     if sequences is not None and sequences < 1:
@@ -241,26 +246,25 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
     fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
     shown = sequences or max(fits[True], 1)
     memory = {fused: plan(run, shown, fused) for fused in (True, False)}
+    gathered = "layers gathered" if run.sharding == "fsdp" else "one matrix dequantised"
     titles = {
-        "weights": f"weights ({run.weights})",
-        "reference": "reference (second copy)",
-        "gathered": "layers gathered (FSDP)"
-        if run.sharding == "fsdp"
-        else "one matrix dequantised",
-        "adapter": f"adapter (rank {run.lora_rank})",
-        "gradients": "gradients",
-        "optimizer": "optimizer (AdamW)",
-        "activations": f"activations{', checkpointed' if run.checkpointing else ''}",
-        "head": "then head, policy and reference",
-        "backward": "or one layer's backward pass",
-        "sampler": f"or all before: cache of {run.completions} sequences",
-        "scoring": "or all before: the reference, scoring",
-        "total": "largest moment",
+        "weights": f"always: weights ({run.weights})",
+        "reference": "always: reference, a second copy",
+        "gathered": f"always: {gathered}",
+        "adapter": f"always: adapter (rank {run.lora_rank})",
+        "gradients": "always: gradients",
+        "optimizer": "always: optimizer (AdamW)",
+        "activations": f"training: activations{', checkpointed' if run.checkpointing else ''}",
+        "head": "training: + log-probs, both models",
+        "backward": "training: or + one layer's backward",
+        "sampler": f"sampling: cache of {run.completions} sequences",
+        "scoring": "scoring: the reference comes here",
+        "total": "peak",
     }
     lines = [
         f"{run.gpus} GPU(s) of {run.memory_gb:g} GB, {run.sharding}{', offload' * run.offload}; "
         f"{shown} sequence(s) of {run.tokens} tokens a micro-batch",
-        f"{'GB per GPU':<36}{'this head':>12}{'plain logits':>14}",
+        f"{'GB per GPU':<36}{'fused head':>12}{'plain logits':>14}",
     ]
     for name, title in titles.items():
         ours, plain = (getattr(memory[fused], name) / 1e9 for fused in (True, False))
@@ -273,15 +277,13 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
     )
     if memory[True].host:
         lines.append(f"main memory, all ranks together: {memory[True].host / 1e9:.1f} GB")
-    if not fits[True]:
-        lines.append("does not fit: fewer tokens, more GPUs, nf4, or offload")
-    if tflops is None:
-        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
-    else:
+    if tflops is not None:
         rate = tflops * 1e12 / flops_per_token(run)
         lines.append(
             f"throughput at {tflops:g} TFLOP/s (given): {rate:.0f} tokens/s a GPU "
             "trained, sampling not counted"
         )
+    else:
+        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
     lines.append(f"{KEPT_BACK:.0%} of the memory is kept back for driver and allocator (assumed)")
-    return "\n".join(lines)
+    return "\n".join([*lines, LEGEND])

@@ -12,6 +12,14 @@ PUBLISHED = {
     "Llama-3-8B": 8_030_261_248,
     "Llama-3-70B": 70_553_706_496,
     "Llama-3.2-1B": 1_235_814_400,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mistral-Nemo-12B": 12_247_782_400,
+    "Phi-3-mini": 3_821_079_552,
+    "Phi-4": 14_659_507_200,
+    "SmolLM3-3B": 3_075_098_624,
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-3B": 3_085_938_688,
     "Qwen2.5-7B": 7_615_616_512,
@@ -55,7 +63,7 @@ def test_defaults_of_transformers():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="name: expected one of Llama-3-8B, .*; got 'Llama-9-1B'"):
+    with pytest.raises(ValueError, match="name: expected one of Llama-2-7B, .*; got 'Llama-9-1B'"):
         model_shape("Llama-9-1B")
     with pytest.raises(ValueError, match="config: expected a model_type of llama, .*got 'bert'"):
         ModelShape.from_config(BertConfig())

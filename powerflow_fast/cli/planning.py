@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from powerflow_fast.cli.common import user_input
 
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("plan", help="memory of a run, and the micro-batch that fits")
-    command.add_argument("model", help="shape name (Llama-3-70B), or a folder or name of a model")
+    command.add_argument("model", help="name (Llama-3-70B, Qwen/Qwen3-8B), folder, or config.json")
     command.add_argument("--gpus", type=int, default=1)
     command.add_argument("--memory-gb", type=float, default=80.0, help="of each GPU (80)")
     choices = ("bf16", "fp32", "fp8", "nf4")
@@ -28,23 +27,22 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from powerflow_fast.plan import Run, report
+    from powerflow_fast.model_names import find_shape
+    from powerflow_fast.plan import Run, largest_micro_batch, report
+    from powerflow_fast.plan_advice import trainer_options, ways_to_fit
 
     names = ("gpus", "memory_gb", "weights", "lora_rank", "tokens", "completions", "sharding")
     options = {name: getattr(args, name) for name in (*names, "offload", "offload_reference")}
     options["checkpointing"] = not args.no_checkpointing
-    run = user_input(lambda: Run(_shape(args.model), **options))
-    print(user_input(report, run, args.micro_batch, args.tflops))
-    return 0
-
-
-def _shape(model: str):
-    from powerflow_fast.model_shapes import MODEL_SHAPES, ModelShape, model_shape
-
-    if model in MODEL_SHAPES:
-        return model_shape(model)
-    if not Path(model).is_dir() and "/" not in model:
-        model_shape(model)  # raises, with the names there are
-    from transformers import AutoConfig
-
-    return ModelShape.from_config(AutoConfig.from_pretrained(model))
+    source, shape = user_input(find_shape, args.model)
+    run = user_input(lambda: Run(shape, **options))
+    text = user_input(report, run, args.micro_batch, args.tflops)
+    print(f"{source}: {shape.parameters() / 1e9:.2f}e9 parameters\n{text}\n")
+    fits = largest_micro_batch(run)
+    if fits:
+        print(trainer_options(run, fits))
+        return 0
+    ways = ways_to_fit(args.model, run)
+    print("It does not fit." + (" These do:" if ways else " Nor does any one change of it."))
+    print("\n".join(f"  {way}" for way in ways))
+    return 1
