@@ -25,11 +25,12 @@ def check_datasets(train_dataset, eval_dataset, model, tokenizer, args: PowerFlo
         datasets |= _named("eval_dataset", eval_dataset)
     for name, dataset in datasets.items():
         _check_prompts(name, dataset)
-    _check_enough(train_dataset, args)
+    check_enough(train_dataset, args)
     return check_lengths(datasets, model, tokenizer, args)
 
 
-def _check_enough(dataset, args: PowerFlowConfig) -> None:
+def check_enough(dataset, args: PowerFlowConfig) -> None:
+    """ValueError where `dataset` has fewer prompts than one rollout takes."""
     needed = args.generation_batch_size // args.num_generations
     if isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(

@@ -155,6 +155,9 @@ def test_missing_things_are_refused(capsys, tmp_path, model_folder, prompts):
     assert "adapter_config.json" in refused(capsys, "eval", "--adapter", nothing)
     assert "--data: expected questions" in refused(capsys, "eval", "--model", model_folder)
     flags = train_flags(model_folder, prompts, out)
+    one = tmp_path / "one.txt"
+    one.write_text("rain\n\n")
+    assert "at least 2 prompts" in refused(capsys, *train_flags(model_folder, one, out))
     assert "--chat, --raw" in refused(capsys, *flags, "--chat", "--raw")
     assert "no chat template" in refused(capsys, *flags, "--chat")
     assert "wandb" in refused(capsys, *flags, "--report_to", "wandb")

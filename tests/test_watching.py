@@ -1,6 +1,8 @@
 """What a run shows: its line, its table of completions, its curves, and the rate it chose."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,13 @@ def test_plain_text_for_a_chat_model_is_asked_about(tmp_path):
                 peft_config=tiny.lora(),
             )
         assert any("plain text" in str(w.message) for w in seen) is warns
+
+
+def test_the_page_names_figures_that_are_logged(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "running.md").read_text()
+    table = page[page.index("| name in the logs |") : page.index("`PowerFlowTrainer` and `LATB")]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:] if line.startswith("|")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    trainer, seen = make(tmp_path)
+    trainer.train()
+    assert len(named) > 15 and set(named) <= set(seen.logs[0])

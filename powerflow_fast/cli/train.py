@@ -157,7 +157,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
 
     from powerflow_fast import PowerFlowTrainer
     from powerflow_fast.checks import TEXT, check_arguments
-    from powerflow_fast.data_checks import check_lengths
+    from powerflow_fast.data_checks import check_enough, check_lengths
     from powerflow_fast.evaluation import Sampling
     from powerflow_fast.prompts import Columns, in_chat, read_prompts
     from powerflow_fast.rewards import missing_boxed
@@ -178,6 +178,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     warnings.filterwarnings("ignore", message=TEXT)  # --raw has said so
     questions = _questions(options, config, tokenizer, chat)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    check_enough(data, config)
     if Path(options.model).is_dir():  # else the trainer checks, once the model is there
         check_lengths({"train_dataset": data}, options.model, tokenizer, config)
     lora = _lora(options)
