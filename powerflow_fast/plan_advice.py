@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -15,7 +16,7 @@ MOST_GPUS, FEWEST_TOKENS = 64, 256
 
 def command(model: str, run: Run) -> str:
     """`powerflow-fast plan` for this run."""
-    words = [f"powerflow-fast plan {model}"]
+    words = [f"powerflow-fast plan {shlex.quote(model)}"]
     for field in fields(run):
         value = getattr(run, field.name)
         if field.name in ("shape", "device") or value == field.default:
@@ -68,9 +69,9 @@ def _halves(value: int, least: int) -> Iterator[int]:
 
 
 def _first_that_fits(runs: Iterator[Run]) -> Iterator[Run]:
-    yield from (
-        found for found in [next((r for r in runs if largest_micro_batch(r)), None)] if found
-    )
+    found = next((run for run in runs if largest_micro_batch(run)), None)
+    if found is not None:
+        yield found
 
 
 def trainer_options(run: Run, fits: int) -> str:

@@ -344,3 +344,12 @@ def test_an_unreachable_hub_is_told_at_once(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "Retrying" not in done.stderr
     assert done.stderr.count("\n") == 1 and "nobody/questions" in done.stderr
+
+
+def test_prompts_that_do_not_fit_are_left_out_on_request(capsys, tmp_path, model_folder):
+    data = tmp_path / "p.txt"
+    data.write_text("rain\nthe sea\n" + "rain " * 3000 + "\nfive\n")
+    flags = train_flags(model_folder, data, tmp_path / "out")
+    assert "prompt 2 has 3000 tokens" in refused(capsys, *flags)
+    assert main([*flags, "--drop_long"]) == 0
+    assert "1 of 4 prompts left out: over 2044 tokens" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powerflow_fast.cli.common import (
+    SMOLLM2,
     Parser,
     UsageError,
     check_output,
@@ -24,7 +25,7 @@ from powerflow_fast.cli.common import (
 if TYPE_CHECKING:
     from powerflow_fast.config import PowerFlowConfig
     from powerflow_fast.evaluation import Sampling
-    from powerflow_fast.prompts import Question
+    from powerflow_fast.prompts import Prompt, Question
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -44,6 +45,9 @@ class TrainArguments:
     data_split: str | None = _option(None, "Split of the data set; rows of a file with this split.")
     prompt_column: str | None = _option(
         None, "Column of the prompts. Default: prompt, question, ..."
+    )
+    drop_long: bool = _option(
+        False, "Leave out prompts that do not fit the model's context beside a completion."
     )
     questions: str | None = _option(
         None, "Questions to measure before and after, with or without answers; a file as --data."
@@ -176,6 +180,8 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     chat = True if options.chat else False if options.raw else None
     prompts = in_chat(prompts, tokenizer, chat)
     warnings.filterwarnings("ignore", message=TEXT)  # --raw has said so
+    if options.drop_long:
+        prompts = _that_fit(prompts, options.model, tokenizer, config)
     questions = _questions(options, config, tokenizer, chat)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     check_enough(data, config)
@@ -202,6 +208,28 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
         temperature=config.temperature,
     )
     return Prepared(trainer, questions, sampling)
+
+
+def _that_fit(prompts: list[Prompt], model: str, tokenizer, config) -> list[Prompt]:
+    """Prompts that leave room for a completion; says how many do not."""
+    from transformers import AutoConfig
+
+    from powerflow_fast.context import Context
+    from powerflow_fast.prompts import prompt_ids
+
+    if model == SMOLLM2:
+        raise UsageError("--drop_long: not with smollm2, of which no configuration is read")
+    limit = Context(AutoConfig.from_pretrained(model), config.vllm_max_model_length).limit
+    if limit is None:
+        return prompts
+    room = limit - config.max_completion_length
+    lengths = map(len, prompt_ids(tokenizer, prompts))
+    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= room]
+    if len(kept) < len(prompts):
+        say(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: over {room} tokens")
+    if not kept:
+        raise UsageError(f"--drop_long: no prompt has at most {room} tokens")
+    return kept
 
 
 def _say_what_is_trained(options: TrainArguments, trainer, chat: bool | None) -> None:
