@@ -57,15 +57,10 @@ def load_smollm2(**keywords):
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     tokenizer = load_smollm2_tokenizer()
     keywords |= {"gguf_file": GGUF_NAME, "dtype": torch.float32}
-    logging.disable_progress_bar()  # two, of unpacking
-    try:
-        model = AutoModelForCausalLM.from_pretrained(find_smollm2(), **keywords)
-    finally:
-        logging.enable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(find_smollm2(), **keywords)
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

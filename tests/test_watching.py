@@ -12,7 +12,7 @@ import pandas  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import TrainerState  # noqa: E402
 
-from powerflow_fast import PowerFlowTrainer  # noqa: E402
+from powerflow_fast import PowerFlowConfig, PowerFlowTrainer  # noqa: E402
 from powerflow_fast.config import FULL_RATE, LORA_RATE  # noqa: E402
 from powerflow_fast.curves import draw  # noqa: E402
 from powerflow_fast.progress import LinePrinter, duration, line  # noqa: E402
@@ -149,8 +149,21 @@ def test_plain_text_for_a_chat_model_is_asked_about(tmp_path):
         assert any("plain text" in str(w.message) for w in seen) is warns
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "running.md"
+
+
+def test_the_page_gives_the_defaults_that_there_are():
+    rows = re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", PAGE.read_text(), re.M)
+    config = PowerFlowConfig("x", use_cpu=True)
+    assert len(rows) >= 6
+    for name, value in rows:
+        assert str(getattr(config, name) or "none") == value, name
+    assert "| 2e-4 with an adapter, 1e-6 for all parameters |" in PAGE.read_text()
+    assert (LORA_RATE, FULL_RATE) == (2e-4, 1e-6)
+
+
 def test_the_page_names_figures_that_are_logged(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "running.md").read_text()
+    page = PAGE.read_text()
     table = page[page.index("| name in the logs |") : page.index("`PowerFlowTrainer` and `LATB")]
     cells = [line.split("|")[1] for line in table.splitlines()[2:] if line.startswith("|")]
     named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
