@@ -33,6 +33,8 @@ def rows(
     found = []
     for name, figure in before.figures().items():
         title, percent = ROWS[name]
+        if name == "base_logp" and after is None:  # of one model: its own
+            title = "log-prob of its samples, nats/token"
         title = title.format(samples=before.samples, temperature=temperature)
         cells = [title, _cell(figure.value, figure.error, percent)]
         if after is not None:

@@ -108,7 +108,8 @@ def _label(axis, title: str, unit: str, zero: bool = False) -> None:
     axis.set_ylabel(unit)
     axis.spines[["top", "right"]].set_visible(False)
     if zero:
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low), high + 0.1 * (high - min(0, low)))
 
 
 def _held_out(axis, held: dict[str, Any]) -> None:

@@ -236,6 +236,8 @@ def test_train_from_yaml_then_eval_with_the_adapter(capsys, tmp_path, model_fold
     assert main([str(a) for a in argv]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["samples"] == 4 and alone["mean_length"] <= 256
+    assert main([str(a) for a in argv[:-1]]) == 0
+    assert "log-prob of its samples" in capsys.readouterr().out  # there is no base beside it
 
 
 CHAT = (
