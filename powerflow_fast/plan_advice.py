@@ -53,8 +53,8 @@ def _changes(run: Run) -> Iterator[Run]:
         yield replace(run, weights="nf4")
     if run.lora_rank == 0 and run.sharding == "ddp" and not run.offload_reference:
         yield replace(run, offload_reference=True)
-    sharded = replace(run, sharding="fsdp", offload_reference=False)
-    if run.weights not in QUANTIZED:
+    if run.weights not in QUANTIZED:  # which do not shard
+        sharded = replace(run, sharding="fsdp", offload_reference=False)
         if run.gpus > 1:
             yield from (replace(sharded, offload=offload) for offload in (False, True))
         more = (2**n for n in range(1, MOST_GPUS.bit_length()) if 2**n > run.gpus)

@@ -102,7 +102,7 @@ def test_completions_with_nothing_to_learn_from_end_the_run(tmp_path, completion
 
 
 def test_steps_of_no_gradient_end_the_run_unless_alpha_is_1(tmp_path):
-    """Here by a policy whose log-probs nothing can move: its reward is the same everywhere."""
+    """Here a callback takes the gradients away."""
 
     class Zero(tiny.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -110,15 +110,15 @@ def test_steps_of_no_gradient_end_the_run_unless_alpha_is_1(tmp_path):
                 if parameter.grad is not None:
                     parameter.grad.zero_()
 
-    for alpha, steps in ((4.0, 2), (1.0, 5)):
-        trainer, seen = make(tmp_path, max_steps=5, alpha=alpha)
+    for alpha, steps in ((4.0, 2), (1.0, 5)):  # that are taken
+        trainer, _ = make(tmp_path, max_steps=5, alpha=alpha)
         trainer.callback_handler.callbacks.insert(0, Zero())
         if alpha == 1:
             trainer.train()
         else:
             with pytest.raises(TrainingStopped, match="gradient was 0 in the 3 steps up to 2"):
                 trainer.train()
-        assert len(seen.steps) == (steps if alpha == 1 else steps + 1) or alpha == 4
+        assert trainer.state.global_step == steps
 
 
 def test_completions_of_a_word_are_asked_about(tmp_path):

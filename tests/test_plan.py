@@ -188,6 +188,7 @@ def test_a_config_json_and_a_name_of_the_hub(tmp_path, monkeypatch, capsys):
         "Llama-3-70B",
         "Qwen2.5-14B --lora-rank 0",
         "Llama-3-8B --no-checkpointing --memory-gb 40.0",
+        "Llama-3-70B --weights nf4 --gpus 2 --memory-gb 48.0",
         "Llama-3-8B --completions 64 --memory-gb 24.0 --tokens 2048",
     ],
 )
