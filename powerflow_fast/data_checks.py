@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from powerflow_fast.config import PowerFlowConfig
 from powerflow_fast.context import Context
+from powerflow_fast.prompts import prompt_ids
 
 LONG = "; drop it, or lower max_completion_length"
 
@@ -97,12 +98,7 @@ def check_lengths(datasets: dict[str, Any], model, tokenizer, args: PowerFlowCon
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, **source)
         for start, prompts in _batches(dataset):
-            if isinstance(prompts[0], str):
-                rows = tokenizer(prompts)["input_ids"]
-            else:
-                encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)
-                rows = encoded["input_ids"]
-            for i, row in enumerate(rows, start=start):
+            for i, row in enumerate(prompt_ids(tokenizer, prompts), start=start):
                 place = f"{name}: prompt {i}"
                 context.check(place, len(row), args.max_completion_length, LONG)
     return context

@@ -21,7 +21,9 @@ from powerflow_fast.prompts import (
     in_chat_all,
     read_prompts,
     read_questions,
+    spread,
 )
+from powerflow_fast.smollm2 import NAME
 
 NOTE = (
     "A demonstration on short prompts, not meant for use. The base weights were the 4-bit (Q4_1) "
@@ -113,8 +115,7 @@ Next, with a model and prompts of yours:
 
 def _held_out(settings: DemoSettings, tokenizer) -> list[Question]:
     questions = read_questions(settings.data, split="heldout")
-    chosen = questions[:: max(1, len(questions) // settings.held_out)][: settings.held_out]
-    return in_chat_all(chosen, tokenizer)
+    return in_chat_all(spread(questions, settings.held_out), tokenizer)
 
 
 def _make_trainer(settings: DemoSettings, model, tokenizer):
@@ -155,5 +156,5 @@ def _make_trainer(settings: DemoSettings, model, tokenizer):
         ),
         psi_funcs=None,
     )
-    trainer.record.model, trainer.record.note = "smollm2", NOTE
+    trainer.record.model, trainer.record.note = NAME, NOTE
     return trainer

@@ -14,18 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
 from powerflow_fast.model_head import base_model, last_hidden_state, modes_kept, read_head
-from powerflow_fast.prompts import Prompt, prompt_ids
+from powerflow_fast.prompts import Prompt, Question, prompt_ids
 from powerflow_fast.sampling import Sample, end_tokens, sample
-
-if TYPE_CHECKING:
-    from powerflow_fast.prompts import Question
 
 
 @dataclass(frozen=True)
@@ -129,16 +126,15 @@ def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
     return Figure(len(holders) / max(int(counts.sum()), 1), without.double())
 
 
-def _distinct(group: Sequence[str], first: int | None) -> int:
-    return len({tuple(words(text)[:first]) for text in group})
-
-
 def distinct_per_prompt(
     completions: Sequence[str], samples: int, first: int | None = None
-) -> float:
+) -> Figure:
     """Mean number of different completions (or of their `first` words) among `samples` a prompt."""
-    counts = [_distinct(group, first) for group in _groups(completions, samples)]
-    return sum(counts) / len(counts)
+    counts = [
+        len({tuple(words(text)[:first]) for text in group})
+        for group in _groups(completions, samples)
+    ]
+    return _ratio(torch.tensor(counts), torch.tensor(1))
 
 
 def _groups(items: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -215,7 +211,6 @@ class Evaluation(NamedTuple):
 
     scores: Scores
     drawn: Completions
-    greedy: list[str]  # empty where no question has answers
 
 
 def evaluate(
@@ -229,27 +224,22 @@ def evaluate(
     drawn = complete(model, tokenizer, prompts, sampling, base=base)
     groups = _groups(drawn.texts, sampling.samples)
     accuracy_sampled = accuracy_greedy = None
-    greedy: list[str] = []
     if all(question.answers for question in questions):
         accuracy_sampled = _accuracy(groups, questions)
         greedy = complete(model, tokenizer, prompts, sampling, True, likelihood=False).texts
         accuracy_greedy = _accuracy([[text] for text in greedy], questions)
-    one = torch.ones(())
-    answers, openings = (
-        torch.tensor([_distinct(group, first) for group in groups]) for first in (None, 2)
-    )
     lengths, logps = (x.view(len(groups), -1).sum(1) for x in (drawn.lengths, drawn.base_logps))
     scores = Scores(
         accuracy_sampled=accuracy_sampled,
         accuracy_greedy=accuracy_greedy,
-        distinct_answers=_ratio(answers, one),
-        distinct_openings=_ratio(openings, one),
+        distinct_answers=distinct_per_prompt(drawn.texts, sampling.samples),
+        distinct_openings=distinct_per_prompt(drawn.texts, sampling.samples, first=2),
         distinct_bigrams=_distinct_share(groups),
-        mean_length=_ratio(lengths, one * sampling.samples),
+        mean_length=_ratio(lengths, torch.tensor(sampling.samples)),
         base_logp=_ratio(logps, lengths),
         samples=sampling.samples,
     )
-    return Evaluation(scores, drawn, greedy)
+    return Evaluation(scores, drawn)
 
 
 def _accuracy(groups: Sequence[Sequence[str]], questions: Sequence[Question]) -> Figure:

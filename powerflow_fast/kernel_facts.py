@@ -16,21 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 from powerflow_fast import kernel_table
-
-
-class Chip(NamedTuple):
-    row: str  # of the tile table
-    shared: int  # bytes of shared memory that one program may take
-    matrix: str  # its matrix instruction in machine code
-    matrix_name: str  # and as its makers call it
-    devices: str  # that have it
-    registers: int = 255  # that a thread may have
-
+from powerflow_fast.kernel_table import Chip, Facts, Variant
 
 CHIPS = {
     # The row serves sm_86 and sm_89 too, which have less shared memory than the 163 KiB of sm_80.
@@ -45,38 +35,6 @@ TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
 PRODUCT = r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b"  # in Triton's IR
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with the flags that change its code."""
-
-    kernel: str
-    models: int = 1
-    tma: bool = True
-    entropy: bool = False
-    softcap: bool = False
-    soft: bool = False  # store the softmax numerators
-    bias: bool = False
-    certified: bool = False  # look for candidate columns, or gather those that are kept
-    persistent: bool = False  # a program walks over the tiles
-
-
-@dataclass(frozen=True)
-class Facts:
-    chip: str
-    variant: Variant
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    scalar_spills: int  # scalar registers kept in vector registers (AMD): no memory is touched
-    shared: int
-    matrix: int
-    fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
-    tma: int
-    loops: int  # around a product: one, or two where a program's tiles do not overlap
-    in_flight: int  # sm_90: groups of products that a main loop's step leaves running
-    seconds: float
 
 
 DEFAULT = (

@@ -1,12 +1,53 @@
-"""How `python -m powerflow_fast.kernel_facts` prints: a legend, a line a kernel, a verdict."""
+"""What `python -m powerflow_fast.kernel_facts` finds of a kernel, and how it prints that: a legend,
+a line a kernel, a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from powerflow_fast.kernel_facts import Chip, Facts, Variant
+
+class Chip(NamedTuple):
+    row: str  # of the tile table
+    shared: int  # bytes of shared memory that one program may take
+    matrix: str  # its matrix instruction in machine code
+    matrix_name: str  # and as its makers call it
+    devices: str  # that have it
+    registers: int = 255  # that a thread may have
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the flags that change its code."""
+
+    kernel: str
+    models: int = 1
+    tma: bool = True
+    entropy: bool = False
+    softcap: bool = False
+    soft: bool = False  # store the softmax numerators
+    bias: bool = False
+    certified: bool = False  # look for candidate columns, or gather those that are kept
+    persistent: bool = False  # a program walks over the tiles
+
+
+@dataclass(frozen=True)
+class Facts:
+    chip: str
+    variant: Variant
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    scalar_spills: int  # scalar registers kept in vector registers (AMD): no memory is touched
+    shared: int
+    matrix: int
+    fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
+    tma: int
+    loops: int  # around a product: one, or two where a program's tiles do not overlap
+    in_flight: int  # sm_90: groups of products that a main loop's step leaves running
+    seconds: float
+
 
 LEGEND = """\
 regs: registers a thread; spills: instructions that store / load what found no register;

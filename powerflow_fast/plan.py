@@ -21,6 +21,7 @@ from powerflow_fast.numerators import LARGEST_BYTES
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
 CPU_TILES = 8 << 20  # what the torch head's tiles take
+RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
 KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
 
 
@@ -232,7 +233,6 @@ def flops_per_token(run: Run) -> float:
     return layers * (passes + 1 + full) + attention * (passes + 2) + head
 
 
-RESTING = "weights reference gathered adapter gradients optimizer".split()
 LEGEND = """\
 peak: what is always there, and the largest of training, sampling and scoring. Training:
 activations, and the larger of the two lines under them. fused head: this library; plain logits:
@@ -277,13 +277,13 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
     )
     if memory[True].host:
         lines.append(f"main memory, all ranks together: {memory[True].host / 1e9:.1f} GB")
-    if tflops is not None:
+    if tflops is None:
+        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
+    else:
         rate = tflops * 1e12 / flops_per_token(run)
         lines.append(
             f"throughput at {tflops:g} TFLOP/s (given): {rate:.0f} tokens/s a GPU "
             "trained, sampling not counted"
         )
-    else:
-        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
     lines.append(f"{KEPT_BACK:.0%} of the memory is kept back for driver and allocator (assumed)")
     return "\n".join([*lines, LEGEND])

@@ -98,6 +98,11 @@ def read_questions(
     return questions
 
 
+def spread(questions: Sequence[Question], most: int) -> list[Question]:
+    """At most so many of them, evenly spread."""
+    return list(questions[:: max(1, len(questions) // most)][:most])
+
+
 def in_chat(prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None = None) -> list[Prompt]:
     """The prompts as a model is asked: in its chat format, or as they are.
 

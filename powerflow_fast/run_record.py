@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import powerflow_fast
+from powerflow_fast.smollm2 import HUB_NAME, NAME
 
 FILE = "run.json"
 
@@ -81,9 +82,7 @@ class RunRecord:
     @property
     def hub_name(self) -> str:
         """Of the base, where it has one."""
-        if self.model == "smollm2":
-            from powerflow_fast.smollm2 import HUB_NAME
-
+        if self.model == NAME:
             return HUB_NAME
         return "" if Path(self.model).exists() or not self.model else self.model
 

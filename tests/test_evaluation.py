@@ -47,10 +47,10 @@ def test_correct_means_whole_words(completion, answers, right):
 def test_diversity_by_hand():
     assert distinct_ngrams(["a b a b"]) == pytest.approx(2 / 3)  # ab ba ab
     assert distinct_ngrams(["a", ""]) == 0.0
-    assert distinct_per_prompt(["A.", "a", "b", "c"], samples=2) == 1.5  # {a}, {b, c}
+    assert distinct_per_prompt(["A.", "a", "b", "c"], samples=2).value == 1.5  # {a}, {b, c}
     openings = ["The rain falls.", "The rain stops!", "It is the rain", "the  rain"]
-    assert distinct_per_prompt(openings, samples=4, first=2) == 2
-    assert distinct_per_prompt(openings, samples=4) == 4
+    assert distinct_per_prompt(openings, samples=4, first=2).value == 2
+    assert distinct_per_prompt(openings, samples=4).value == 4
 
 
 def test_completions_and_their_likelihood_under_the_base():

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from powerflow_fast.extras import needs
-
-SMOLLM2 = "smollm2"
+from powerflow_fast.smollm2 import NAME as SMOLLM2
 
 
 class UsageError(Exception):
@@ -110,18 +109,26 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_model(name: str, keywords: dict[str, Any] | None = None):
-    """The model of a folder, a Hub name, or 'smollm2'; float32 unless a GPU is there."""
+def chat_of(given: Any) -> bool | None:
+    """--chat or --raw; None: as the tokenizer is."""
+    return True if given.chat else False if given.raw else None
+
+
+def load_model(name: str, tokenizer, keywords: dict[str, Any] | None = None):
+    """The model of a folder, a Hub name, or 'smollm2'; float32 unless a GPU is there.
+
+    `tokenizer` is the model's own, of `load_tokenizer`.
+    """
     keywords = dict(keywords or {})
     if name == SMOLLM2:
-        from powerflow_fast.smollm2 import load_smollm2
+        from powerflow_fast.smollm2 import load_smollm2_model
 
         if "quantization_config" in keywords:
             raise UsageError(
                 "--quantize: not with smollm2, whose packed weights are unpacked to float32"
             )
         keywords.pop("dtype", None)  # it is float32
-        return load_smollm2(**keywords)[0]
+        return load_smollm2_model(tokenizer, **keywords)
     _check_folder(name)
     import torch
     from transformers import AutoModelForCausalLM

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from powerflow_fast.cli.common import (
     SMOLLM2,
     UsageError,
+    chat_of,
     load_model,
     load_tokenizer,
     say,
@@ -148,7 +149,7 @@ def _task(args: argparse.Namespace, adapter: str | None = None) -> _Task:
 
 
 def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
-    from powerflow_fast.prompts import QUESTIONS, Columns, in_chat_all, read_questions
+    from powerflow_fast.prompts import QUESTIONS, Columns, in_chat_all, read_questions, spread
 
     run = run_of(adapter or args.model)
     name = args.model or base_of(adapter, run)
@@ -160,11 +161,13 @@ def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
         QUESTIONS if own else args.data, "heldout" if own else args.data_split, columns
     )
     if args.limit is not None:
-        questions = questions[:: max(1, len(questions) // args.limit)][: args.limit]
+        questions = spread(questions, args.limit)
     tokenizer = load_tokenizer(name)
-    chat = True if args.chat else False if args.raw else run.chat if run else None
+    chat = chat_of(args)
+    if chat is None and run is not None:
+        chat = run.chat
     questions = in_chat_all(questions, tokenizer, chat)
-    model = _load(name, adapter)
+    model = _load(name, tokenizer, adapter)
     from powerflow_fast.evaluation import Sampling
 
     tokens = args.max_new_tokens or (run.max_completion_length if run else 16 if own else 256)
@@ -205,8 +208,8 @@ def base_of(adapter: str | None, run: RunRecord | None) -> str:
     return SMOLLM2 if name == HUB_NAME else name
 
 
-def _load(name: str, adapter: str | None):
-    model = load_model(name)
+def _load(name: str, tokenizer, adapter: str | None):
+    model = load_model(name, tokenizer)
     import torch
 
     if torch.accelerator.is_available():

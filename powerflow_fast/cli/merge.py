@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from powerflow_fast.cli.common import check_output, load_model, load_tokenizer, say, user_input
+from powerflow_fast.cli.common import (
+    SMOLLM2,
+    check_output,
+    load_model,
+    load_tokenizer,
+    say,
+    user_input,
+)
 from powerflow_fast.cli.measuring import base_of, run_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -49,9 +56,9 @@ def _write(args: argparse.Namespace, name: str) -> None:
 
     tokenizer = load_tokenizer(name)
     dtype = getattr(torch, args.dtype, None)
-    if dtype is None and name != "smollm2":
+    if dtype is None and name != SMOLLM2:
         dtype = AutoConfig.from_pretrained(name).dtype
-    model = load_model(name, {"dtype": torch.float32})
+    model = load_model(name, tokenizer, {"dtype": torch.float32})
     merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
     merged.to(dtype or torch.float32).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

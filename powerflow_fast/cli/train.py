@@ -14,6 +14,7 @@ from powerflow_fast.cli.common import (
     SMOLLM2,
     Parser,
     UsageError,
+    chat_of,
     check_output,
     load_model,
     load_tokenizer,
@@ -177,7 +178,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     rollout = _adapter_rollout(options, config)
     loading = _loading(options)
     tokenizer = load_tokenizer(options.model)
-    chat = True if options.chat else False if options.raw else None
+    chat = chat_of(options)
     prompts = in_chat(prompts, tokenizer, chat)
     warnings.filterwarnings("ignore", message=TEXT)  # --raw has said so
     if options.drop_long:
@@ -189,7 +190,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
         check_lengths({"train_dataset": data}, options.model, tokenizer, config)
     lora = _lora(options)
     trainer = PowerFlowTrainer(
-        model=load_model(options.model, loading),
+        model=load_model(options.model, tokenizer, loading),
         args=config,
         train_dataset=data,
         processing_class=tokenizer,
@@ -321,7 +322,7 @@ def _check_checkpoint(model: str, config) -> None:
     checkpoint = _checkpoint(config)
     if checkpoint and not Path(checkpoint).is_dir():
         raise UsageError(f"--resume_from_checkpoint {checkpoint}: no such folder (or 'last')")
-    if checkpoint and model != "smollm2":
+    if checkpoint and model != SMOLLM2:
         from transformers import AutoConfig
 
         check_made_for(checkpoint, config_facts(AutoConfig.from_pretrained(model)))

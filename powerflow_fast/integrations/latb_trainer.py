@@ -150,7 +150,7 @@ class LATBTrainer(LossFigures, Trainer):
         self.add_callback(sound)
         show_lines(self)
         self.loss_is_scaled_for_ga = True
-        # FiniteSteps stops on all ranks together where log-probs are not finite.
+        # SoundSteps stops on all ranks together where log-probs are not finite.
         self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
         self.loss_options["check_finite"] = False
         self.ref_model = None
