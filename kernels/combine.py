@@ -5,15 +5,20 @@ The eager code it replaces:
     lse = torch.logsumexp(logits, 1)                                          # [rows]
     logps = logits.gather(1, targets) - lse                                   # 0 where ignored
     entropy = lse - (torch.softmax(logits, 1) * logits).sum(1)                # 0 where ignored
+    others = 1 - logps.exp()                                                  # NaN where logps are
 
 Nothing is read of a row that is ignored, as the statistics may leave it unwritten: its lse and
 shift are 0, its total is 1.
 
-logps is (target_logit - shift) - log(total), not target_logit - lse: under a large common offset
-the first difference is small and exact, the second loses the digits lse has spent on the offset.
+The statistics leave the target out. So 1 - p = others / total has all its digits, and log p where
+the target has most of the mass, -log(1 + others / p). Elsewhere logps is (target_logit - shift) -
+log(total), not target_logit - lse: under a large common offset the first difference is small and
+exact, the second loses the digits lse has spent on the offset.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,25 +29,44 @@ from powerflow_fast.kernels.statistics import Statistics
 from powerflow_fast.kernels.tiles import LN2, above_shift
 
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
+# Powers of two between which a row's total may lie. The column that set its shift adds a half or
+# more, unless it is the target; float32 ends at 2^128, and totals of tiles are summed.
+LOWEST, HIGHEST = -100.0, 120.0
+
+
+@triton.jit
+def log1p2(x):
+    """log2(1 + x) to all digits: what 1 + x lost to rounding is made up for (x >= 0)."""
+    above = 1.0 + x
+    return tl.where(above == 1.0, x / LN2, tl.log2(above) * (x / (above - 1.0)))
 
 
 @triton.jit
 def combine_kernel(
-    tile_shift_ptr,  # [parts, rows]
-    tile_total_ptr,  # [parts, rows]
+    given_shift_ptr,  # [rows], or None: each part has its own
+    tile_shift_ptr,  # [parts, rows], or None
+    tile_total_ptr,  # [parts, rows], targets left out
     tile_spread_ptr,  # [parts, rows] or None
     target_logit_ptr,  # [rows]
     targets_ptr,  # [N]; row r belongs to token r % N
+    misled_ptr,  # [row blocks] int32 zeros: 1 where a row's total left its bounds; None: no shift given
+    only_ptr,  # [row blocks] int32: rows of the other blocks are left as they are; or None: all
     logps_ptr,  # [models, N], row stride stride_model
     lse_ptr,  # [models, N] likewise
     entropy_ptr,  # [models, N] likewise, or None
     row_shift_ptr,  # [rows]
     row_total_ptr,  # [rows]
+    others_ptr,  # [rows]
+    factor_ptr,  # [rows], or None
     num_parts,
     num_rows,
     num_n,
+    num_v,
     stride_model,
     ignore_index,
+    block_rows,  # of `misled` and `only`
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -50,17 +74,25 @@ def combine_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_r = offs_r < num_rows
     offs_n = offs_r % num_n
-    counted = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index) != ignore_index
-    # Running maxima start at -inf, and so count parts that do not exist.
-    highest = tl.full([BLOCK_P, BLOCK_R], float("-inf"), tl.float32)
-    for start in range(0, num_parts, BLOCK_P):
-        part = start + offs_p
-        mask = (part < num_parts)[:, None] & counted[None, :]
-        offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
-        highest = tl.maximum(
-            highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
-        )
-    row_shift = tl.where(counted, tl.max(highest, 0), 0.0)
+    if only_ptr is not None:
+        mask_r &= tl.load(only_ptr + offs_n // block_rows, mask=mask_r, other=0) != 0
+        if tl.max(mask_r.to(tl.int32), 0) == 0:
+            return
+    target = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index)
+    counted = mask_r & (target != ignore_index)
+    if given_shift_ptr is not None:
+        row_shift = tl.load(given_shift_ptr + offs_r, mask=counted, other=0.0)
+    else:
+        # Running maxima start at -inf, and so count parts that do not exist.
+        highest = tl.full([BLOCK_P, BLOCK_R], float("-inf"), tl.float32)
+        for start in range(0, num_parts, BLOCK_P):
+            part = start + offs_p
+            mask = (part < num_parts)[:, None] & counted[None, :]
+            offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
+            highest = tl.maximum(
+                highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
+            )
+        row_shift = tl.where(counted, tl.max(highest, 0), 0.0)
     base = tl.where(row_shift == float("-inf"), 0.0, row_shift)
 
     totals = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
@@ -69,58 +101,108 @@ def combine_kernel(
         part = start + offs_p
         mask = (part < num_parts)[:, None] & counted[None, :]
         offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
-        moved = tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf")) - base[None, :]
-        factor = tl.exp2(moved)  # of an integer: exact
         total = tl.load(tile_total_ptr + offs, mask=mask, other=0.0)
-        totals += factor * total
-        if tile_spread_ptr is not None:
-            spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
-            spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
-    row_total = tl.where(counted, tl.sum(totals, 0), 1.0)
-
+        if given_shift_ptr is not None:
+            totals += total
+            if tile_spread_ptr is not None:
+                spreads += tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+        else:
+            moved = tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf")) - base[None, :]
+            factor = tl.exp2(moved)  # of an integer: exact
+            totals += factor * total
+            if tile_spread_ptr is not None:
+                spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+                spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
+    others = tl.sum(totals, 0)
+    inside = counted & (target >= 0) & (target < num_v)
     target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
-    log_total = tl.log2(row_total)
-    logps = (above_shift(target_logit, base) - log_total) * LN2
+    target_centred = above_shift(target_logit, base)
+    own = tl.where(inside, tl.exp2(target_centred), 0.0)
+    total = tl.where(counted, others + own, 1.0)
+    log_total = tl.log2(total)
+    if misled_ptr is not None:
+        # Not `<`: NaN is out of bounds, too.
+        misled = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
+        tl.store(misled_ptr + offs_n // block_rows, 1, mask=misled)
+
+    # The total's own power of two goes to the shift: what is left to round is small.
+    power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
+    near = total * tl.exp2(-power)
+    log_near = tl.log2(near)
+    logps = (above_shift(target_logit, base + power) - log_near) * LN2
+    logps = tl.where(own > others, -log1p2(others / own) * LN2, logps)
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
     tl.store(logps_ptr + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
-    tl.store(lse_ptr + offs_out, (row_shift + log_total) * LN2, mask=mask_r)
-    tl.store(row_shift_ptr + offs_r, row_shift, mask=mask_r)
-    tl.store(row_total_ptr + offs_r, row_total, mask=mask_r)
+    tl.store(lse_ptr + offs_out, (base + power + log_near) * LN2, mask=mask_r)
+    tl.store(row_shift_ptr + offs_r, base + power, mask=mask_r)
+    tl.store(row_total_ptr + offs_r, near, mask=mask_r)
+    share = tl.where(inside, others / total, float("nan"))
+    tl.store(others_ptr + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
+    if factor_ptr is not None:
+        tl.store(factor_ptr + offs_r, 1.0 / total, mask=mask_r)
     if entropy_ptr is not None:
-        entropy = (log_total - tl.sum(spreads, 0) / row_total) * LN2
+        spread = tl.sum(spreads, 0) + tl.where(own == 0, 0.0, own * target_centred)
+        entropy = (log_total - spread / total) * LN2
         tl.store(entropy_ptr + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
+
+
+class Rows(NamedTuple):
+    """What the kernel leaves of every row beside its results; p = exp2(z - shift) / total."""
+
+    shift: torch.Tensor  # [rows], in units of log 2
+    total: torch.Tensor  # [rows]
+    others: torch.Tensor  # [rows] 1 - p of the target, NaN where it is outside the vocabulary
+    factor: torch.Tensor | None  # [rows] p of a numerator of 1, where the row's shift was given
+
+    def of(self, rows) -> Rows:
+        """Those of a slice, or of indices."""
+        return Rows(*(None if x is None else x[rows] for x in self))
 
 
 def combine(
     statistics: Statistics,
     targets: torch.Tensor,  # [N] contiguous
+    num_v: int,
     ignore_index: int,
     logps: torch.Tensor,  # [models, N] to be filled, unit stride along N
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> shift and total of every row [rows], to which the exact route refers its numerators."""
-    num_parts, num_rows = statistics.tile_shift.shape
-    row_shift = torch.empty_like(statistics.target_logit)
-    row_total = torch.empty_like(row_shift)
+    misled: torch.Tensor | None = None,  # [row blocks] int32 zeros, to be filled
+    block: int = 1,  # rows of these blocks
+    only: torch.Tensor | None = None,  # [row blocks] int32: the other blocks are left as they are
+    out: Rows | None = None,  # to be filled
+) -> Rows:
+    num_parts, num_rows = statistics.tile_total.shape
+    if out is None:
+        new = [torch.empty_like(statistics.target_logit) for _ in range(4)]
+        out = Rows(*new[:3], new[3] if statistics.row_shift is not None else None)
     with torch.cuda.device_of(targets):
         combine_kernel[(triton.cdiv(num_rows, BLOCKS["BLOCK_R"]),)](
+            given_shift_ptr=statistics.row_shift,
             tile_shift_ptr=statistics.tile_shift,
             tile_total_ptr=statistics.tile_total,
             tile_spread_ptr=statistics.tile_spread,
             target_logit_ptr=statistics.target_logit,
             targets_ptr=targets,
+            misled_ptr=misled,
+            only_ptr=only,
             logps_ptr=logps,
             lse_ptr=lse,
             entropy_ptr=entropy,
-            row_shift_ptr=row_shift,
-            row_total_ptr=row_total,
+            row_shift_ptr=out.shift,
+            row_total_ptr=out.total,
+            others_ptr=out.others,
+            factor_ptr=out.factor,
             num_parts=num_parts,
             num_rows=num_rows,
             num_n=targets.shape[0],
+            num_v=num_v,
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
+            block_rows=block,
+            LOWEST=LOWEST,
+            HIGHEST=HIGHEST,
             **BLOCKS,
             **LAUNCH,
         )
-    return row_shift, row_total
+    return out

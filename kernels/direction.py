@@ -1,12 +1,12 @@
-"""The exact route's second product: d logps / d hidden, without touching the logits again.
+"""The direction d logps / d hidden where the vendor's product does not serve.
 
 The eager code it replaces, with p the softmax and J the softcap's slope:
 
     direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H]
 
-`soft` holds the numerators of p * J relative to their own tile's shift; they are brought to the
-row's shift, a multiplication by a power of two, on their way into the matrix unit. (On Hopper,
-Triton before 3.8 waits for that unit at every such step.) The target's column is absent from
+Of float16 `soft` holds the numerators of p * J relative to their own part's shift; they are brought
+to the row's shift, a multiplication by a power of two, on their way into the matrix unit. (On
+Hopper, Triton before 3.8 waits for that unit at every such step.) The target's column is absent from
 `soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
 
 On the certified route `soft` holds p * J of the columns that each block of rows keeps, and the rows
@@ -24,7 +24,6 @@ import triton.language as tl
 from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.config import Config, soft_exponent
 from powerflow_fast.kernels.tiles import (
-    LOG2E,
     Operands,
     as_factor,
     can_describe,
@@ -80,7 +79,7 @@ def direction_kernel(
     row_total_ptr,  # [N], likewise
     columns_ptr,  # [row blocks, most] int32 rows of the weight that `soft` stands for, or None: all
     counts_ptr,  # [row blocks] int32 of them, likewise
-    logps_ptr,  # [N]
+    others_ptr,  # [N] 1 - p of the target
     target_logit_ptr,  # [N]
     direction_ptr,  # [N, H] contiguous
     num_n,
@@ -160,12 +159,11 @@ def direction_kernel(
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    logp = tl.load(logps_ptr + offs_n, mask=mask_n, other=0.0)
-    slope = 1.0 - tl.exp2(logp * LOG2E)
+    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
     if SOFTCAP:
         capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
         slope *= 1.0 - capped * capped
-    # Of a target outside the vocabulary logps is NaN, hence its row: nothing is read for it.
+    # Of a target outside the vocabulary 1 - p is NaN, hence its row: nothing is read for it.
     inside = mask_n & (target >= 0) & (target < num_v)
     rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
     rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
@@ -208,7 +206,7 @@ def write_directions(
     soft: torch.Tensor,  # [N, padded columns]
     policy: Operands,
     targets: torch.Tensor,  # [N] contiguous
-    logps: torch.Tensor,  # [N]
+    others: torch.Tensor,  # [N] 1 - p of the target, NaN where it is outside the vocabulary
     target_logit: torch.Tensor,  # [N]
     direction: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
     options,
@@ -239,7 +237,7 @@ def write_directions(
             row_total_ptr=shifts and shifts.row_total,
             columns_ptr=kept and kept.columns,
             counts_ptr=kept and kept.counts,
-            logps_ptr=logps,
+            others_ptr=others,
             target_logit_ptr=target_logit,
             direction_ptr=direction,
             num_n=num_n,

@@ -155,16 +155,19 @@ def form_logits(
     product,  # [BLOCK_N, BLOCK] tile of hidden @ weight.T
     bias_ptr,  # [V] or None
     offs_v,
-    mask_v,
+    mask_v,  # of the columns; None: all
     scale,
     cap,
     ROUND_TO: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Logits of one tile, -inf past the vocabulary, and the softcap's slope (1 without one)."""
+    """Logits of one tile, -inf where masked, and the softcap's slope (1 without one)."""
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        product += bias[None, :]
+        if mask_v is None:
+            bias = tl.load(bias_ptr + offs_v)
+        else:
+            bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+        product += bias.to(tl.float32)[None, :]
     if ROUND_TO is not None:
         product = round_to(product, ROUND_TO).to(tl.float32)
     logits = product * scale
@@ -177,7 +180,9 @@ def form_logits(
         capped = (1.0 - decay) * inverse * cap
         slope = 4.0 * decay * inverse * inverse
         logits = tl.where(logits < 0, -capped, capped)
-    return tl.where(mask_v[None, :], logits, float("-inf")), slope
+    if mask_v is not None:
+        logits = tl.where(mask_v[None, :], logits, float("-inf"))
+    return logits, slope
 
 
 class Operands(NamedTuple):
@@ -221,8 +226,8 @@ def can_describe(tensor: torch.Tensor) -> bool:
     return tensor.stride(1) == 1 and stride > 0 and stride % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def describe(tensor: torch.Tensor, rows: int, columns: int, use_tma: bool):
+def describe(tensor: torch.Tensor | None, rows: int, columns: int, use_tma: bool):
     """The tensor itself, or its descriptor with the given tile shape."""
-    if not use_tma:
+    if tensor is None or not use_tma:
         return tensor
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])

@@ -23,12 +23,13 @@ from torch import Tensor
 from powerflow_fast import certified_triton
 from powerflow_fast.certified import exact_certificate
 from powerflow_fast.certified_triton import direction_dtype
-from powerflow_fast.gradient_sums import GradientSums, dlogits_scale
+from powerflow_fast.gradient_sums import GradientSums, dlogits_scale, product
 from powerflow_fast.numerators import Layout, Numerators
 from powerflow_fast.options import HeadForward, HeadOptions
 from powerflow_fast.tiled_head import softcap_slope
 
 if TYPE_CHECKING:
+    from powerflow_fast.kernels.combine import Rows
     from powerflow_fast.kernels.config import Config
     from powerflow_fast.kernels.statistics import Statistics
     from powerflow_fast.kernels.tiles import Operands
@@ -102,8 +103,7 @@ def forward(
             )
         )
     if search is not None:
-        shift, total, target_logit = map(torch.cat, zip(*totals, strict=True))
-        row_totals = certified_triton.RowTotals(shift, total, target_logit, logps[0])
+        row_totals = certified_triton.RowTotals(*map(torch.cat, zip(*totals, strict=True)))
         (direction, certificate, kept), failed = certified_triton.sparse_direction(
             policy, targets, search.peaks, row_totals, options, config, want_kept
         )
@@ -275,26 +275,30 @@ def _spans(start: int, stop: int, rows: int) -> Iterator[slice]:
 def forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
     """Rows of one chunk: its statistics and softmax numerators stay within their budgets.
 
-    Where the rows are scored alone, whole groups of row blocks: the weight is read once for each.
+    Whole groups of row blocks where they fit: the weight is read once for each. float16's product
+    over the vocabulary fills the chip best.
     """
     from powerflow_fast.kernels import config as table
-    from powerflow_fast.kernels.statistics import GROUP, padded_columns
+    from powerflow_fast.kernels.statistics import GROUP, has_row_shift, padded_columns
 
     num_n, num_h = policy.hidden.shape
     tile = config.statistics
     columns = padded_columns(policy.weight.shape[0], tile)
-    limit = table.STATISTICS_BYTES // (columns // tile.part * models * 3 * 4)
-    if not want_direction:
-        blocks, group = max(limit // tile.rows, 1), GROUP // models
-        return (blocks - blocks % group if blocks >= group else blocks) * tile.rows
-    limit = min(limit, table.SOFT_BYTES // (columns * policy.hidden.element_size()))
-    return table.balanced_rows(
-        num_n,
-        limit,
-        block=config.direction.rows,
-        columns=math.ceil(num_h / config.direction.columns),
-        processors=table.num_processors(policy.hidden.device),
-    )
+    row_shift = has_row_shift(policy.hidden.dtype)
+    statistics = columns // tile.columns * 2 if row_shift else columns // tile.part * 3
+    limit = table.STATISTICS_BYTES // (statistics * models * 4)
+    if want_direction:
+        limit = min(limit, table.SOFT_BYTES // (columns * policy.hidden.element_size()))
+    if want_direction and not row_shift:
+        return table.balanced_rows(
+            num_n,
+            limit,
+            block=config.direction.rows,
+            columns=math.ceil(num_h / config.direction.columns),
+            processors=table.num_processors(policy.hidden.device),
+        )
+    blocks, group = max(limit // tile.rows, 1), GROUP // models
+    return (blocks - blocks % group if blocks >= group else blocks) * tile.rows
 
 
 def _forward_chunk(
@@ -307,46 +311,71 @@ def _forward_chunk(
     options: HeadOptions,
     config: Config,
     search: certified_triton.Search | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> shift, total and target logit of the policy's rows, [n] each."""
-    from powerflow_fast.kernels.combine import combine
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> shift, total, 1 - p and logit of the target, of the policy's rows, [n] each."""
     from powerflow_fast.kernels.direction import Shifts, write_directions
-    from powerflow_fast.kernels.statistics import logit_statistics, padded_columns
+    from powerflow_fast.kernels.mean_direction import write_mean_directions
+    from powerflow_fast.kernels.statistics import padded_columns
 
-    logps, lse, entropy = outputs
     soft = None if numerators is None else numerators.values
+    num_n, num_v = len(targets), policy.weight.shape[0]
     if direction is not None:
-        columns = padded_columns(policy.weight.shape[0], config.statistics)
-        soft = policy.hidden.new_empty((targets.shape[0], columns))
-    statistics = logit_statistics(
-        policy, reference, targets, soft, options, config.statistics, config.tma, search
+        soft = policy.hidden.new_empty((num_n, padded_columns(num_v, config.statistics)))
+    statistics, rows = _statistics(
+        policy, reference, targets, outputs, soft, options, config, search
     )
-    row_shift, row_total = combine(statistics, targets, options.ignore_index, logps, lse, entropy)
-    if direction is not None:
-        shifts = Shifts(statistics.tile_shift, row_shift, row_total)
-        write_directions(
-            soft,
-            policy,
-            targets,
-            logps[0],
-            statistics.target_logit,
-            direction,
-            options,
-            config,
-            shifts,
+    own, target_logit = rows.of(slice(num_n)), statistics.target_logit[:num_n]
+    if direction is not None and own.factor is not None:
+        product(soft[:, :num_v], policy.weight, out=direction)
+        write_mean_directions(
+            direction, policy.weight, targets, own.others, own.factor, target_logit, options
         )
-    n = len(targets)
+    elif direction is not None:
+        shifts = Shifts(statistics.tile_shift, rows.shift, rows.total)
+        write_directions(
+            soft, policy, targets, own.others, target_logit, direction, options, config, shifts
+        )
     if numerators is not None:
-        _finish_numerators(numerators, statistics, row_shift, row_total, logps[0], options, config)
-    return row_shift[:n], row_total[:n], statistics.target_logit[:n]
+        _finish_numerators(numerators, statistics, own, options, config)
+    return own.shift, own.total, own.others, target_logit
+
+
+def _statistics(
+    policy: Operands,
+    reference: Operands | None,
+    targets: Tensor,  # [n]
+    outputs: tuple[Tensor, Tensor, Tensor | None],  # to be filled
+    soft: Tensor | None,  # likewise
+    options: HeadOptions,
+    config: Config,
+    search: certified_triton.Search | None,
+) -> tuple[Statistics, Rows]:
+    """The pass over the vocabulary, from logits to log-probs."""
+    from powerflow_fast.kernels.active_blocks import active_blocks
+    from powerflow_fast.kernels.combine import combine
+    from powerflow_fast.kernels.row_shift import pilot_shift, redo_misled
+    from powerflow_fast.kernels.statistics import has_row_shift, logit_statistics
+
+    num_v, tile, tma = policy.weight.shape[0], config.statistics, config.tma
+    models, how = (policy, reference, targets), (options, tile, tma)
+    active = active_blocks(targets, options.ignore_index, tile.rows)
+    shift = misled = None
+    if has_row_shift(policy.hidden.dtype):
+        shift = pilot_shift(*models, active, *how)
+        misled = torch.zeros_like(active.blocks)
+    statistics = logit_statistics(*models, soft, *how, search, shift, active)
+    rows = combine(
+        statistics, targets, num_v, options.ignore_index, *outputs, misled, block=tile.rows
+    )
+    if misled is not None:
+        redo_misled(*models, misled, statistics, rows, *outputs, soft, search, *how)
+    return statistics, rows
 
 
 def _finish_numerators(
     numerators: Numerators,
     statistics: Statistics,
-    row_shift: Tensor,  # [models * n]
-    row_total: Tensor,  # [models * n]
-    logps: Tensor,  # [n]
+    rows: Rows,  # of the policy
     options: HeadOptions,
     config: Config,
 ) -> None:
@@ -354,12 +383,15 @@ def _finish_numerators(
     from powerflow_fast.kernels.config import soft_exponent
 
     values, factors, own = numerators
-    n = len(logps)
-    p = torch.exp2(statistics.tile_shift[:, :n] - row_shift[:n]) / row_total[:n]
-    p *= 2.0 ** -soft_exponent(values.dtype)
-    repeats = config.statistics.part // numerators_layout(values.device).piece
-    factors[: len(p) * repeats] = p.repeat_interleave(repeats, 0)
-    own[:] = -logps.expm1()
+    n = len(rows.total)
+    if rows.factor is not None:
+        factors[:] = rows.factor
+    else:
+        p = torch.exp2(statistics.tile_shift[:, :n] - rows.shift) / rows.total
+        p *= 2.0 ** -soft_exponent(values.dtype)
+        repeats = config.statistics.part // numerators_layout(values.device).piece
+        factors[: len(p) * repeats] = p.repeat_interleave(repeats, 0)
+    own[:] = rows.others
     if options.softcap is not None:
         own *= softcap_slope(statistics.target_logit[:n], options)
 

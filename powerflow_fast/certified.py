@@ -70,7 +70,9 @@ def num_blocks(rows: int) -> int:
 def exact_certificate(rows: int, block: int, like: Tensor) -> Tensor:
     """That of a direction formed over the whole vocabulary for every block of rows."""
     certificate = like.new_zeros(3)
-    certificate[0], certificate[2] = 1.0, -(-rows // block)  # fills: no copy from the host
+    # fill_ takes the number along; an assignment would copy it from the host, which waits.
+    certificate[:1].fill_(1.0)
+    certificate[2:].fill_(-(-rows // block))
     return certificate
 
 

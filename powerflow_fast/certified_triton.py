@@ -40,8 +40,8 @@ class RowTotals(NamedTuple):
 
     shift: Tensor
     total: Tensor
+    others: Tensor  # 1 - p of the target, NaN where it is outside the vocabulary
     target_logit: Tensor
-    logps: Tensor
 
 
 def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Tensor:
@@ -61,7 +61,7 @@ def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: C
         sample, None, targets, None, options, config.statistics, config.tma
     )
     logps, lse = torch.empty((2, 1, num_n), dtype=torch.float32, device=targets.device)
-    combine(statistics, targets, options.ignore_index, logps, lse, None)
+    combine(statistics, targets, len(columns), options.ignore_index, logps, lse, None)
     return lse[0]
 
 
@@ -284,7 +284,7 @@ def _attempt(
     columns, counts, lowest = choose_columns(peaks, slack * options.grad_tolerance, most)
     counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
     direction = torch.empty_like(policy.hidden, dtype=direction_dtype(policy.hidden, options))
-    kept_mass = torch.empty_like(totals.logps)
+    kept_mass = torch.empty_like(totals.others)
     budget = KEPT_BYTES // (block * policy.hidden.element_size())
     for first, last, width in _chunks(counts.tolist(), budget):
         rows = slice(first * block, min(last * block, num_n))
@@ -298,7 +298,7 @@ def _attempt(
             soft,
             chunk,
             targets[rows],
-            totals.logps[rows],
+            totals.others[rows],
             totals.target_logit[rows],
             direction[rows],
             options,
@@ -306,7 +306,7 @@ def _attempt(
             kept=kept,
         )
         del soft  # its memory is the next chunk's
-    skipped = (-torch.expm1(totals.logps) - kept_mass).clamp_min(0.0)
+    skipped = (totals.others - kept_mass).clamp_min(0.0)
     skipped = skipped.where(targets != options.ignore_index, 0.0)
     share, lowest = (x.repeat_interleave(block)[:num_n] for x in (counts / num_v, lowest))
     return Attempt(direction, skipped, share, lowest)

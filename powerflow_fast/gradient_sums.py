@@ -63,7 +63,7 @@ class GradientSums:
 
     def add(self, dlogits: Tensor, start: int, stop: int) -> None:  # dlogits [N, stop - start]
         if self.grad_hidden is not None:
-            self.grad_hidden += product(dlogits, self.weight[start:stop])
+            add_product(self.grad_hidden, dlogits, self.weight[start:stop])
         if self.grad_weight is not None:
             sums = product(dlogits.T, self.hidden)
             torch.mul(sums, self.unscale, out=self.grad_weight[start:stop])  # cast as written
@@ -78,10 +78,18 @@ class GradientSums:
         return grad_hidden, self.grad_weight, self.grad_bias
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right in float32, which for 16-bit operands PyTorch offers on CUDA only."""
     if left.dtype == torch.float32:
-        return left @ right
+        return torch.mm(left, right, out=out)
     if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in float32, by the product itself where it can."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())

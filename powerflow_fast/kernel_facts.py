@@ -40,6 +40,9 @@ FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
 DEFAULT = (
     Variant("statistics", models=2),
     Variant("statistics", models=2, soft=True),
+    Variant("statistics", models=2, maxima=True),
+    Variant("mean_direction"),
+    Variant("statistics", models=2, soft=True, parts=True),
     Variant("direction"),
     Variant("statistics", models=2, certified=True),
     Variant("kept"),
@@ -67,7 +70,7 @@ EVERY = DEFAULT + (
 _FLOATS = {"scale", "cap", "inverse_cap", "derivative", "soft_scale", "budget"}
 _INT64 = {"targets_ptr", "rows_ptr"}
 _INT32_POINTERS = {"starts_ptr", "ends_ptr", "lengths_ptr", "columns_ptr", "counts_ptr"}
-_INT32_POINTERS |= {"blocks_ptr", "count_ptr"}
+_INT32_POINTERS |= {"blocks_ptr", "count_ptr", "misled_ptr", "only_ptr"}
 
 
 def _source(variant: Variant, chip: str):
@@ -95,16 +98,25 @@ def _source(variant: Variant, chip: str):
             "GROUP": statistics.GROUP,
             "MODELS": variant.models,
             "SOFT_EXPONENT": 0,
+            "SOFT_TMA": use_tma and variant.soft,
             "PERSISTENT": variant.persistent,
         }
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "grad_entropy_ptr": None, "entropy_ptr": None}
-        if not variant.soft:
-            constants["soft_ptr"] = None
         if not variant.certified:
             constants |= {"peaks_ptr": None, "guess_ptr": None}
+        if variant.parts or variant.maxima:
+            constants["row_shift_ptr"] = None
+        if not variant.parts and not variant.maxima:
+            constants["tile_shift_ptr"] = None
+        if variant.maxima:
+            constants |= {"tile_total_ptr": None, "target_logit_ptr": None}
         operands = {"hidden": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]}
         operands |= {f"ref_{name}": shape for name, shape in operands.items()}
+        if variant.soft:
+            operands["soft"] = [tile.rows, tile.part]
+        else:
+            constants["soft"] = None
         kernels = {"statistics": statistics.statistics_kernel, "dlogits": dlogits.dlogits_kernel}
         return kernels[variant.kernel], operands, constants, tile, use_tma
     if variant.kernel == "direction":
@@ -144,6 +156,7 @@ def _elementwise_source(variant: Variant, rows: int):
         combine,
         config,
         kept_dlogits,
+        mean_direction,
         residual,
     )
 
@@ -157,10 +170,14 @@ def _elementwise_source(variant: Variant, rows: int):
         constants = {"PIECE": config.numerators_layout().piece, "BLOCK_N": kept_dlogits.BLOCK}
         return kept_dlogits.kept_dlogits_kernel, {}, constants
     if variant.kernel == "combine":
-        constants = dict(combine.BLOCKS)
+        constants = combine.BLOCKS | {"LOWEST": combine.LOWEST, "HIGHEST": combine.HIGHEST}
+        constants |= {"tile_shift_ptr": None, "only_ptr": None}
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "entropy_ptr": None}
         return combine.combine_kernel, {}, constants
+    if variant.kernel == "mean_direction":
+        constants = mean_direction.BLOCKS | {"SOFTCAP": variant.softcap}
+        return mean_direction.mean_direction_kernel, {}, constants
     constants = {"BLOCK": residual.BLOCK, "MEAN_POLICY": True, "MEAN_REFERENCE": True}
     if variant.kernel == "residual":
         return residual.residual_kernel, {}, constants

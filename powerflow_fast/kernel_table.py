@@ -4,7 +4,7 @@ a line a kernel, a verdict."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 
@@ -30,6 +30,8 @@ class Variant:
     bias: bool = False
     certified: bool = False  # look for candidate columns, or gather those that are kept
     persistent: bool = False  # a program walks over the tiles
+    parts: bool = False  # each part of a tile has its own shift, as in float16
+    maxima: bool = False  # the largest logits alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ regs: registers a thread; spills: instructions that store / load what found no r
 shared: bytes of shared memory a program; matrix: instructions of the matrix unit; flight: products
 that a step of Hopper's main loop leaves running; fma: float32 multiply-adds; TMA: bulk copies;
 s: seconds to compile. pair: policy and reference in one launch; soft: softmax numerators stored;
-certified: on the certified gradient's route; kept: probabilities of the columns that it keeps."""
+certified: on the certified gradient's route; kept: probabilities of the columns that it keeps;
+parts: each part of a tile has its own shift; maxima: the largest logits alone."""
 HEAD = (
     f"  {'kernel':17} {'flags':30} {'regs':>4} {'spills':>6} {'shared':>6} {'matrix':>6} "
     f"{'flight':>6} {'fma':>4} {'TMA':>3} {'s':>5}"
@@ -72,8 +75,8 @@ def line(row: Facts) -> str:
 
 
 def flags(variant: Variant) -> str:
-    named = ("entropy", "softcap", "soft", "bias", "certified", "persistent")
-    given = [name for name in named if getattr(variant, name)]
+    switches = [field.name for field in fields(Variant) if field.type == "bool"]
+    given = [name for name in switches if name != "tma" and getattr(variant, name)]
     return " ".join(["pair"] * (variant.models == 2) + given)
 
 

@@ -6,7 +6,8 @@ beside its bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import ODD, ODD_TINY
 from benchmarks.gpu.worker import Run
+from benchmarks.peers import require
 from benchmarks.results_file import FOLDER
 from powerflow_fast import backend_triton, reference
 from powerflow_fast.numerators import new_numerators
@@ -24,6 +26,9 @@ from tests.numerics import gradient_tolerance, logps_error_bound, relative_error
 
 ROOT = FOLDER.parent.parent
 CUDA_TESTS = ("tests/test_cuda.py", "tests/kernels/test_exp2.py")
+KERNEL_TESTS = ("tests/kernels",)
+TINY_TESTS = ("tests/kernels/test_residual.py",)
+COMPILES_FOR_OTHERS = "tests/kernels/test_machine_code.py"  # chips; no device is needed
 TOLERANCE = 1e-2  # of the certified gradient
 
 
@@ -181,7 +186,19 @@ CHECKS: dict[str, Callable[..., Line]] = {
 def on_cuda(run: Run) -> Iterator[None]:
     """Graphs, streams, synchronisation, memory: the tests of CUDA, a line for each."""
     yield
+    _test(run, [], CUDA_TESTS)
 
+
+def kernel_tests(run: Run) -> Iterator[None]:
+    """The tests of the kernels, a line for each; processes compile side by side."""
+    require("xdist", "pytest-xdist")
+    yield
+    processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+    skipped = ["--deselect", str(ROOT / COMPILES_FOR_OTHERS)]
+    _test(run, ["-n", str(processes), *skipped], TINY_TESTS if run.tiny else KERNEL_TESTS)
+
+
+def _test(run: Run, options: list[str], paths: Iterable[str]) -> None:
     class Lines:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when != "call" and report.passed:
@@ -193,5 +210,5 @@ def on_cuda(run: Run) -> Iterator[None]:
                 line["skipped"] = report.longrepr[2].removeprefix("Skipped: ")
             run.write({"stage": run.stage, "part": run.part, **line, "seconds": report.duration})
 
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-    pytest.main([*options, *(str(ROOT / path) for path in CUDA_TESTS)], plugins=[Lines()])
+    common = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    pytest.main([*common, *options, *(str(ROOT / path) for path in paths)], plugins=[Lines()])

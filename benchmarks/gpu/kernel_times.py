@@ -21,14 +21,26 @@ from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Inputs, Shape, draw
 from powerflow_fast import backend_triton, certified_triton
 from powerflow_fast.gradient_sums import product
-from powerflow_fast.kernels import columns, combine, config, direction, dlogits, kept, statistics
+from powerflow_fast.kernels import (
+    columns,
+    combine,
+    config,
+    direction,
+    dlogits,
+    kept,
+    mean_direction,
+    row_shift,
+    statistics,
+)
 from powerflow_fast.kernels import kept_dlogits as kept_rows
+from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.tiles import Operands
 from powerflow_fast.numerators import new_numerators
 from powerflow_fast.options import HeadOptions
 
 SECONDS = 0.15  # of rounds for each kernel
 KEPT = 0.05  # of the columns, for the kernels of the certified route
+MOST_ROWS = 2048  # of the vendor's product beside a kernel: it forms every logit
 PLAIN = HeadOptions()
 
 
@@ -103,21 +115,44 @@ class Chunks:
         padded = statistics.padded_columns(len(self.weight), self.config.statistics)
         return self.weight.new_empty((rows, padded))
 
-    def statistics(self, rows: int, models: int, soft: Tensor | None = None, search=None):
-        both = (self.operands(rows), self.operands(rows, True) if models == 2 else None)
-        tile, tma = self.config.statistics, self.config.tma
-        targets = self.inputs.targets[:rows]
-        return statistics.logit_statistics(*both, targets, soft, PLAIN, tile, tma, search)
+    def models(self, rows: int, models: int):
+        """Policy, reference or None, and targets."""
+        reference = self.operands(rows, True) if models == 2 else None
+        return self.operands(rows), reference, self.inputs.targets[:rows]
 
-    def logps(self, rows: int, models: int) -> tuple[Tensor, Tensor]:
-        return torch.empty((2, models, rows), dtype=torch.float32, device=self.device).unbind()
+    @property
+    def how(self):
+        return PLAIN, self.config.statistics, self.config.tma
 
-    def combined(self, stats, rows: int, models: int):
-        """Outputs of `combine`: shift and total of every row, and log-probs."""
-        logps, lse = self.logps(rows, models)
+    def pilot(self, rows: int, models: int) -> Tensor:
         targets = self.inputs.targets[:rows]
-        shift, total = combine.combine(stats, targets, PLAIN.ignore_index, logps, lse, None)
-        return shift, total, logps, lse
+        active = active_blocks(targets, PLAIN.ignore_index, self.config.statistics.rows)
+        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how)
+
+    def statistics(self, shift: Tensor, rows: int, models: int, soft=None, search=None):
+        both = self.models(rows, models)
+        return statistics.logit_statistics(*both, soft, *self.how, search, shift)
+
+    def results(self, rows: int, models: int) -> tuple[Tensor, Tensor, None]:
+        """Log-probs, log-sum-exp and no entropy."""
+        size = (2, models, rows)
+        logps, lse = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
+        return logps, lse, None
+
+    def combined(self, stats, rows: int, models: int, misled: Tensor | None = None):
+        targets, num_v = self.inputs.targets[:rows], len(self.weight)
+        results, block = self.results(rows, models), self.config.statistics.rows
+        return combine.combine(
+            stats, targets, num_v, PLAIN.ignore_index, *results, misled, block=block
+        )
+
+
+def _pilot(chunks: Chunks) -> Work:
+    rows, models = chunks.rows(2, want_direction=True), 2
+    num_h, item = chunks.weight.shape[1], chunks.item
+    moved = item * num_h * (models * rows + row_shift.PILOT) + 4 * models * rows
+    flops = 2 * models * rows * num_h * row_shift.PILOT
+    return Work(lambda: chunks.pilot(rows, models), moved, flops, rows=rows)
 
 
 def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Work:
@@ -129,46 +164,65 @@ def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Wo
         options = HeadOptions(grad_tolerance=1e-3)
         operands, targets = chunks.operands(rows), chunks.inputs.targets[:rows]
         search = certified_triton._search(operands, targets, options, chunks.config)
-    parts = num_v // chunks.config.statistics.part
-    moved = chunks.item * num_h * (models * rows + num_v) + 8 * parts * models * rows
+    shift = chunks.pilot(rows, models)
+    tiles = num_v // chunks.config.statistics.columns
+    moved = chunks.item * num_h * (models * rows + num_v) + 4 * tiles * models * rows
     moved += 0 if soft is None else soft.nbytes
     moved += 0 if search is None else search.peaks.nbytes
     hidden, weight = chunks.inputs.hidden.detach(), chunks.weight
     both = torch.cat([hidden[:rows], chunks.inputs.ref_hidden[:rows]])
     return Work(
-        lambda: chunks.statistics(rows, models, soft, search),
+        lambda: chunks.statistics(shift, rows, models, soft, search),
         moved,
         2 * models * rows * num_h * num_v,
-        lambda: both @ weight.T,
+        (lambda: both @ weight.T) if rows <= MOST_ROWS else None,
         rows,
     )
 
 
 def _combine(chunks: Chunks) -> Work:
     rows, models = chunks.rows(2, want_direction=True), 2
-    stats = chunks.statistics(rows, models)
-    read = stats.tile_shift.nbytes + stats.tile_total.nbytes
-    return Work(lambda: chunks.combined(stats, rows, models), read + 16 * models * rows, rows=rows)
+    stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
+    read = stats.tile_total.nbytes
+    return Work(lambda: chunks.combined(stats, rows, models), read + 32 * models * rows, rows=rows)
+
+
+def _guard(chunks: Chunks) -> Work:
+    """Launches that find that no row was misled."""
+    rows, models = chunks.rows(2, want_direction=True), 2
+    stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
+    block = chunks.config.statistics.rows
+    misled = torch.zeros(-(-rows // block), dtype=torch.int32, device=chunks.device)
+    found = chunks.combined(stats, rows, models, misled)
+    both, results = chunks.models(rows, models), chunks.results(rows, models)
+    return Work(
+        lambda: row_shift.redo_misled(
+            *both, misled, stats, found, *results, None, None, *chunks.how
+        ),
+        misled.nbytes,
+        rows=rows,
+    )
 
 
 def _direction(chunks: Chunks) -> Work:
+    """The vendor's product, and what brings it to the direction."""
     rows = chunks.rows(2, want_direction=True)
     num_v, num_h = chunks.weight.shape
     soft = chunks.soft(rows)
-    stats = chunks.statistics(rows, 1, soft)
-    shift, total, logps, _ = chunks.combined(stats, rows, 1)
-    shifts = direction.Shifts(stats.tile_shift, shift, total)
+    stats = chunks.statistics(chunks.pilot(rows, 1), rows, 1, soft)
+    found = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
-    arguments = (chunks.operands(rows), chunks.inputs.targets[:rows], logps[0], stats.target_logit)
-    moved = soft.nbytes + chunks.weight.nbytes + out.nbytes + stats.tile_shift.nbytes
+    targets = chunks.inputs.targets[:rows]
+    arguments = (targets, found.others, found.factor, stats.target_logit, PLAIN)
+
+    def launch() -> None:
+        product(soft[:, :num_v], chunks.weight, out=out)
+        mean_direction.write_mean_directions(out, chunks.weight, *arguments)
+
+    moved = soft.nbytes + chunks.weight.nbytes + out.nbytes
     flops = 2 * rows * num_h * num_v
-    return Work(
-        lambda: direction.write_directions(soft, *arguments, out, PLAIN, chunks.config, shifts),
-        moved,
-        flops,
-        lambda: product(soft[:, :num_v], chunks.weight),
-        rows,
-    )
+    vendor = lambda: product(soft[:, :num_v], chunks.weight, out=out)  # noqa: E731
+    return Work(launch, moved, flops, vendor, rows)
 
 
 def _dlogits(chunks: Chunks) -> Work:
@@ -234,11 +288,12 @@ def _columns(chunks: Chunks) -> Work:
 
 def _kept(chunks: Chunks) -> Work:
     """Probabilities of the kept columns of one chunk of rows."""
-    rows, found, width, shift, total, _, targets, policy = _kept_chunk(chunks)
+    rows, found, width, of_rows, targets, policy = _kept_chunk(chunks)
     num_h = chunks.weight.shape[1]
+    totals = (of_rows.shift, of_rows.total)
     return Work(
         lambda: kept.kept_probabilities(
-            policy, targets, shift, total, found, width, PLAIN, chunks.config.statistics
+            policy, targets, *totals, found, width, PLAIN, chunks.config.statistics
         ),
         chunks.item * (rows * (num_h + width) + found.columns.shape[0] * width * num_h),
         2 * rows * num_h * width,
@@ -248,14 +303,15 @@ def _kept(chunks: Chunks) -> Work:
 
 def _kept_direction(chunks: Chunks) -> Work:
     """Their product with the gathered rows of the weight."""
-    rows, found, width, shift, total, logps, targets, policy = _kept_chunk(chunks)
+    rows, found, width, of_rows, targets, policy = _kept_chunk(chunks)
     num_h = chunks.weight.shape[1]
+    totals = (of_rows.shift, of_rows.total)
     soft, _ = kept.kept_probabilities(
-        policy, targets, shift, total, found, width, PLAIN, chunks.config.statistics
+        policy, targets, *totals, found, width, PLAIN, chunks.config.statistics
     )
     out = torch.empty((rows, num_h), dtype=chunks.weight.dtype, device=chunks.device)
     zeros = torch.zeros(rows, device=chunks.device)
-    arguments = (soft, policy, targets, logps, zeros, out, PLAIN, chunks.config)
+    arguments = (soft, policy, targets, of_rows.others, zeros, out, PLAIN, chunks.config)
     return Work(
         lambda: direction.write_directions(*arguments, kept=found),
         soft.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,
@@ -274,17 +330,19 @@ def _kept_chunk(chunks: Chunks):
     most = max(width, int(certified_triton.LARGEST_SHARE * num_v))
     found = columns.choose_columns(peaks[:blocks], 1e-3, most)
     found = found._replace(counts=found.counts.clamp(max=width))
-    shift, total, logps, _ = chunks.combined(chunks.statistics(rows, 1), rows, 1)
+    of_rows = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)
     targets, policy = chunks.inputs.targets[:rows], chunks.operands(rows)
-    return rows, found, width, shift, total, logps[0], targets, policy
+    return rows, found, width, of_rows, targets, policy
 
 
 CASES: dict[str, Callable[[Chunks], Work]] = {
+    "pilot of the pair": _pilot,
     "statistics of the pair": _statistics,
     "statistics of the pair, numerators stored": partial(_statistics, stored=True),
     "direction": _direction,
     "dlogits": _dlogits,
     "combine": _combine,
+    "guard": _guard,
     "statistics of the pair, column peaks": partial(_statistics, peaks=True),
     "columns": _columns,
     "kept probabilities": _kept,

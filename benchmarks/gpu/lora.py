@@ -15,11 +15,15 @@ from powerflow_fast import plan
 
 SECONDS = 2.0  # of rounds
 TINY_70B = ["--scale", "20000", "--tokens", "16", "--steps", "1"]
-FULL_70B = ["--tokens", "4096", "--steps", "1"]
+FULL_70B = ["--tokens", "8192", "--steps", "2"]
 
 
 def step(run: Run) -> Iterator[None]:
     """The part's model; one that does not fit keeps the layers that do."""
+    import peft  # noqa: F401  (takes seconds)
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    yield
     device = run.device
     free = method.free_bytes(device)
     found = {case.name: case for case in training_step.cases(device, free, tiny=run.tiny)}
@@ -27,9 +31,6 @@ def step(run: Run) -> Iterator[None]:
         found = dict.fromkeys([run.part], next(iter(found.values())))
     if run.part not in found:
         raise Unavailable(f"no layer of the {run.part} shape fits into {free / 1e9:.3g} GB")
-    import transformers.models.llama.modeling_llama  # noqa: F401  (takes a second)
-
-    yield
     run.case(found[run.part].id, lambda: _measure(found[run.part], device, run.budget(SECONDS)))
 
 

@@ -37,7 +37,8 @@ class Stage:
     name: str
     title: str
     parts: tuple[Part, ...]
-    prepare_seconds: float  # that all parts together may prepare
+    prepare_seconds: float  # that all parts together may prepare, from the stage's turn on
+    early: bool = False  # its parts begin to prepare with the first stage: they compile for long
 
     @property
     def limit(self) -> float:
@@ -59,15 +60,22 @@ def run_stages(stages: Sequence[Stage], path: Path, tiny: bool, patience: float 
     """Whether every part ended by itself without a failed case; limits are times `patience`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+
+    def start(stage: Stage) -> list[Running]:
+        return [_start(context, stage, part, path, tiny) for part in stage.parts]
+
     good = True
-    for stage in stages:
-        print(f"{stage.name}: {stage.title}", flush=True)
-        parts = [_start(context, stage, part, path, tiny) for part in stage.parts]
-        try:
-            good &= _run_stage(stage, parts, path, patience)
-        finally:
-            for running in parts:
-                _kill(running)
+    started = {stage.name: start(stage) for stage in stages if stage.early}
+    try:
+        for stage in stages:
+            print(f"{stage.name}: {stage.title}", flush=True)
+            if stage.name not in started:
+                started[stage.name] = start(stage)
+            good &= _run_stage(stage, started[stage.name], path, patience)
+            _kill_all(started[stage.name])
+    finally:
+        for parts in started.values():
+            _kill_all(parts)
     return good
 
 
@@ -128,6 +136,11 @@ def _reason(code: int | None) -> str:
     if code is None:
         return "does not end"
     return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _kill_all(parts: Sequence[Running]) -> None:
+    for running in parts:
+        _kill(running)
 
 
 def _kill(running: Running) -> None:

@@ -18,6 +18,7 @@ from powerflow_fast.kernels import (
     dlogits,
     kept,
     kept_dlogits,
+    mean_direction,
     statistics,
 )
 from powerflow_fast.kernels.tiles import Operands
@@ -67,16 +68,19 @@ class NoKernel:
         return lambda **arguments: None
 
 
-def float32_product(left, right):
-    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+def float32_product(left, right, out=None):
+    size = (left.shape[0], right.shape[1])
+    return left.new_empty(size, dtype=torch.float32) if out is None else out
 
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """No kernel is launched, and products make what they make on a GPU."""
-    monkeypatch.setattr(gradient_sums, "product", float32_product)
-    modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits, statistics)
-    for module in modules:
+    for module in (gradient_sums, backend_triton):
+        monkeypatch.setattr(module, "product", float32_product)
+    monkeypatch.setattr(gradient_sums, "add_product", lambda total, left, right: None)
+    modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits)
+    for module in (*modules, mean_direction, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
     for module in (direction, dlogits, statistics):

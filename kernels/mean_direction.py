@@ -1,0 +1,109 @@
+"""The direction d logps / d hidden from the vendor's product of softmax numerators and weight.
+
+The eager code it replaces, with J_y the softcap's slope at the target's logit:
+
+    direction = derivative * (J_y * others * weight[y] - factor * mean)       # [N, H], 0 if ignored
+
+`mean` is soft @ weight, in float32; the target's column is absent from `soft`, so that weight[y]
+enters once, with 1 - p_y in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.direction import write_direction
+from powerflow_fast.kernels.tiles import logit_form
+
+BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
+
+
+@triton.jit
+def mean_direction_kernel(
+    mean_ptr,  # [N, H] rows of stride_mn, overwritten by the direction
+    weight_ptr,  # [V, H]
+    targets_ptr,  # [N]
+    others_ptr,  # [N] 1 - p of the target
+    factor_ptr,  # [N] p of a numerator of 1
+    target_logit_ptr,  # [N]
+    num_n,
+    num_v,
+    num_h,
+    stride_mn,
+    stride_wv,
+    stride_wh,
+    derivative,
+    inverse_cap,
+    ignore_index,
+    SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_h = tl.program_id(1) * WIDTH
+    offs_h = start_h + tl.arange(0, WIDTH)
+    mask_n = offs_n < num_n
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
+    factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
+    if SOFTCAP:
+        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
+        slope *= 1.0 - capped * capped
+    # Of a target outside the vocabulary 1 - p is NaN, hence its row: nothing is read for it.
+    inside = mask_n & (target >= 0) & (target < num_v)
+    rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
+    rows = mean_ptr + offs_n.to(tl.int64) * stride_mn
+    mask = mask_n[:, None] & (offs_h < num_h)[None, :]
+    mean = tl.load(rows[:, None] + offs_h[None, :], mask=mask, other=0.0)
+    write_direction(
+        mean,
+        rows_y,
+        rows,
+        slope * derivative,
+        factor * derivative,
+        target != ignore_index,
+        inside,
+        mask_n,
+        start_h,
+        num_h,
+        stride_wh,
+        WIDTH,
+    )
+
+
+def write_mean_directions(
+    mean: torch.Tensor,  # [N, H] float32, unit stride along H; overwritten by the direction
+    weight: torch.Tensor,  # [V, H]
+    targets: torch.Tensor,  # [N] contiguous
+    others: torch.Tensor,  # [N] 1 - p of the target, NaN where it is outside the vocabulary
+    factor: torch.Tensor,  # [N] p of a numerator of 1
+    target_logit: torch.Tensor,  # [N]
+    options,
+) -> None:
+    num_n, num_h = mean.shape
+    form = logit_form(options)
+    grid = (triton.cdiv(num_n, BLOCKS["BLOCK_N"]), triton.cdiv(num_h, BLOCKS["WIDTH"]))
+    with torch.cuda.device_of(mean):
+        mean_direction_kernel[grid](
+            mean_ptr=mean,
+            weight_ptr=weight,
+            targets_ptr=targets,
+            others_ptr=others,
+            factor_ptr=factor,
+            target_logit_ptr=target_logit,
+            num_n=num_n,
+            num_v=len(weight),
+            num_h=num_h,
+            stride_mn=mean.stride(0),
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            derivative=form.derivative,
+            inverse_cap=1.0 / form.cap,
+            ignore_index=options.ignore_index,
+            SOFTCAP=form.softcap,
+            **BLOCKS,
+            **LAUNCH,
+        )

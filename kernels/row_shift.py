@@ -1,0 +1,88 @@
+"""One shift for every row, known before the pass over the vocabulary.
+
+The eager code it replaces, with z the logits in units of log 2:
+
+    shift = ceil(z[:, pilot].amax(1))                                         # [N]
+    shift = where(total within bounds, shift, ceil(z.amax(1)))
+
+The pilot columns lie evenly over the vocabulary; they cost PILOT / V of a product. A shift may be
+off by 100 powers of two before a float32 total of exp2(z - shift) is out of range: only exponents
+differ, no digit does. Rows that are further off are done again with their true maximum, block by
+block, by programs that find out on the device that there is nothing to do: no host waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
+from powerflow_fast.kernels.combine import Rows, combine
+from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.statistics import Statistics, logit_statistics, row_maxima
+from powerflow_fast.kernels.tiles import Operands
+
+PILOT = 256  # columns
+
+
+def pilot_shift(
+    policy: Operands,
+    reference: Operands | None,
+    targets: torch.Tensor,  # [N] contiguous
+    active: ActiveBlocks,
+    options,
+    tile: Tile,
+    use_tma: bool,
+) -> torch.Tensor:
+    """-> [models * N], unwritten in blocks that are not active."""
+    models = _pilot(policy), None if reference is None else _pilot(reference)
+    maxima = row_maxima(*models, targets, active, options, tile, use_tma)
+    return maxima[0] if len(maxima) == 1 else maxima.amax(0)
+
+
+def _pilot(model: Operands) -> Operands:
+    """Of the same hidden states, with the pilot columns alone; a view of the weight."""
+    step = max(1, len(model.weight) // PILOT)
+    columns = slice(0, PILOT * step, step)
+    bias = None if model.bias is None else model.bias[columns].contiguous()
+    return model._replace(weight=model.weight[columns], bias=bias)
+
+
+def redo_misled(
+    policy: Operands,
+    reference: Operands | None,
+    targets: torch.Tensor,  # [N] contiguous
+    misled: torch.Tensor,  # [row blocks] int32 as `combine` left it
+    statistics: Statistics,  # as all that follows: written again in blocks that were misled
+    rows: Rows,
+    logps: torch.Tensor,  # [models, N]
+    lse: torch.Tensor,  # [models, N]
+    entropy: torch.Tensor | None,  # [models, N]
+    soft: torch.Tensor | None,  # [N, padded_columns]
+    search,
+    options,
+    tile: Tile,
+    use_tma: bool,
+) -> None:
+    num_v = len(policy.weight)
+    blocks = active_blocks(misled, 0, 1)
+    few = replace(tile, persistent=True)  # as many programs as run at once: most find no work
+    models = (policy, reference, targets)
+    how = (options, few, use_tma)
+    maxima = row_maxima(*models, blocks, *how, out=statistics.tile_total)
+    statistics = statistics._replace(row_shift=maxima.amax(0))
+    logit_statistics(
+        *models, soft, *how, search, row_shift=statistics.row_shift, active=blocks, out=statistics
+    )
+    results = (logps, lse, entropy)
+    combine(
+        statistics,
+        targets,
+        num_v,
+        options.ignore_index,
+        *results,
+        block=tile.rows,
+        only=misled,
+        out=rows,
+    )
