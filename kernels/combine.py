@@ -49,8 +49,8 @@ def combine_kernel(
     tile_spread_ptr,  # [parts, rows] or None
     target_logit_ptr,  # [rows]
     targets_ptr,  # [N]; row r belongs to token r % N
-    misled_ptr,  # [row blocks] int32 zeros: 1 where a row's total left its bounds; None: no shift given
-    only_ptr,  # [row blocks] int32: rows of the other blocks are left as they are; or None: all
+    misled_ptr,  # [N] int32 zeros: 1 where a given shift led a total out of bounds; or None
+    only_ptr,  # [N] int32: rows of tokens with a 0 are left as they are; or None
     logps_ptr,  # [models, N], row stride stride_model
     lse_ptr,  # [models, N] likewise
     entropy_ptr,  # [models, N] likewise, or None
@@ -64,7 +64,6 @@ def combine_kernel(
     num_v,
     stride_model,
     ignore_index,
-    block_rows,  # of `misled` and `only`
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -75,7 +74,7 @@ def combine_kernel(
     mask_r = offs_r < num_rows
     offs_n = offs_r % num_n
     if only_ptr is not None:
-        mask_r &= tl.load(only_ptr + offs_n // block_rows, mask=mask_r, other=0) != 0
+        mask_r &= tl.load(only_ptr + offs_n, mask=mask_r, other=0) != 0
         if tl.max(mask_r.to(tl.int32), 0) == 0:
             return
     target = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index)
@@ -123,7 +122,7 @@ def combine_kernel(
     if misled_ptr is not None:
         # Not `<`: NaN is out of bounds, too.
         misled = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
-        tl.store(misled_ptr + offs_n // block_rows, 1, mask=misled)
+        tl.store(misled_ptr + offs_n, 1, mask=misled)
 
     # The total's own power of two goes to the shift: what is left to round is small.
     power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
@@ -167,9 +166,8 @@ def combine(
     logps: torch.Tensor,  # [models, N] to be filled, unit stride along N
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
-    misled: torch.Tensor | None = None,  # [row blocks] int32 zeros, to be filled
-    block: int = 1,  # rows of these blocks
-    only: torch.Tensor | None = None,  # [row blocks] int32: the other blocks are left as they are
+    misled: torch.Tensor | None = None,  # [N] int32 zeros, to be filled: 1 where a shift misled
+    only: torch.Tensor | None = None,  # [N] int32: rows of tokens with a 0 are left as they are
     out: Rows | None = None,  # to be filled
 ) -> Rows:
     num_parts, num_rows = statistics.tile_total.shape
@@ -199,7 +197,6 @@ def combine(
             num_v=num_v,
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
-            block_rows=block,
             LOWEST=LOWEST,
             HIGHEST=HIGHEST,
             **BLOCKS,

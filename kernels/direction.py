@@ -4,10 +4,10 @@ The eager code it replaces, with p the softmax and J the softcap's slope:
 
     direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H]
 
-Of float16 `soft` holds the numerators of p * J relative to their own part's shift; they are brought
+Of float16 `soft` holds the numerators of p * J relative to their own part's shift. They are brought
 to the row's shift, a multiplication by a power of two, on their way into the matrix unit. (On
-Hopper, Triton before 3.8 waits for that unit at every such step.) The target's column is absent from
-`soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
+Hopper, Triton before 3.8 waits for that unit at every such step.) The target's column is absent
+from `soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
 
 On the certified route `soft` holds p * J of the columns that each block of rows keeps, and the rows
 of the weight are gathered.

@@ -7,8 +7,9 @@ The eager code it replaces, with z the logits in units of log 2:
 
 The pilot columns lie evenly over the vocabulary; they cost PILOT / V of a product. A shift may be
 off by 100 powers of two before a float32 total of exp2(z - shift) is out of range: only exponents
-differ, no digit does. Rows that are further off are done again with their true maximum, block by
-block, by programs that find out on the device that there is nothing to do: no host waits.
+differ, no digit does. Rows that are further off are done again with their true maximum, by programs
+that mostly find, on the device, that there is nothing to do: no host waits. A block of rows is done
+as a whole; those that were right get the same numbers again.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def redo_misled(
     policy: Operands,
     reference: Operands | None,
     targets: torch.Tensor,  # [N] contiguous
-    misled: torch.Tensor,  # [row blocks] int32 as `combine` left it
-    statistics: Statistics,  # as all that follows: written again in blocks that were misled
+    misled: torch.Tensor,  # [N] int32 as `combine` left it
+    statistics: Statistics,  # as all that follows, written again where rows were misled
     rows: Rows,
     logps: torch.Tensor,  # [models, N]
     lse: torch.Tensor,  # [models, N]
@@ -65,24 +66,15 @@ def redo_misled(
     tile: Tile,
     use_tma: bool,
 ) -> None:
-    num_v = len(policy.weight)
-    blocks = active_blocks(misled, 0, 1)
+    blocks = active_blocks(misled, 0, tile.rows)
     few = replace(tile, persistent=True)  # as many programs as run at once: most find no work
     models = (policy, reference, targets)
     how = (options, few, use_tma)
-    maxima = row_maxima(*models, blocks, *how, out=statistics.tile_total)
-    statistics = statistics._replace(row_shift=maxima.amax(0))
-    logit_statistics(
-        *models, soft, *how, search, row_shift=statistics.row_shift, active=blocks, out=statistics
-    )
+    maxima = row_maxima(*models, blocks, *how, out=statistics.tile_total).amax(0)
+    rows_misled = misled.bool().repeat(len(maxima) // len(misled))
+    shift = torch.where(rows_misled, maxima, statistics.row_shift)
+    statistics = statistics._replace(row_shift=shift)
+    logit_statistics(*models, soft, *how, search, shift, blocks, statistics)
     results = (logps, lse, entropy)
-    combine(
-        statistics,
-        targets,
-        num_v,
-        options.ignore_index,
-        *results,
-        block=tile.rows,
-        only=misled,
-        out=rows,
-    )
+    num_v = len(policy.weight)
+    combine(statistics, targets, num_v, options.ignore_index, *results, only=misled, out=rows)

@@ -9,8 +9,8 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
     soft = e * softcap_slope                                                  # if `soft` is given
     peaks = (z_block - lse_guess).amax(0), without targets                    # if `peaks` is given
 
-The shift is an integer, so a change of shift multiplies by a power of two: exact. The target is left
-out, as a sum with it would lose the digits of 1 - p: `combine` adds it.
+The shift is an integer, so a change of shift multiplies by a power of two: exact. The target is
+left out, as a sum with it would lose the digits of 1 - p: `combine` adds it.
 
 * bfloat16 and float32 have 8 bits of exponent. Their rows have one shift each, which is known
   before the pass (shifts.py) and may be off by 100 powers of two.
@@ -307,8 +307,8 @@ def statistics_kernel(
 class Statistics(NamedTuple):
     """What the kernel leaves for `combine`; a row is one token of one model.
 
-    Of a row with a shift of its own one number a tile, else one a part of a tile. Nothing is written
-    for a block of rows of which none counts.
+    Of a row with a shift of its own one number a tile, else one a part of a tile. Nothing is
+    written for a block of rows of which none counts.
     """
 
     row_shift: torch.Tensor | None  # [rows]

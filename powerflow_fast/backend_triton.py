@@ -362,11 +362,9 @@ def _statistics(
     shift = misled = None
     if has_row_shift(policy.hidden.dtype):
         shift = pilot_shift(*models, active, *how)
-        misled = torch.zeros_like(active.blocks)
+        misled = torch.zeros_like(targets, dtype=torch.int32)
     statistics = logit_statistics(*models, soft, *how, search, shift, active)
-    rows = combine(
-        statistics, targets, num_v, options.ignore_index, *outputs, misled, block=tile.rows
-    )
+    rows = combine(statistics, targets, num_v, options.ignore_index, *outputs, misled)
     if misled is not None:
         redo_misled(*models, misled, statistics, rows, *outputs, soft, search, *how)
     return statistics, rows

@@ -141,10 +141,8 @@ class Chunks:
 
     def combined(self, stats, rows: int, models: int, misled: Tensor | None = None):
         targets, num_v = self.inputs.targets[:rows], len(self.weight)
-        results, block = self.results(rows, models), self.config.statistics.rows
-        return combine.combine(
-            stats, targets, num_v, PLAIN.ignore_index, *results, misled, block=block
-        )
+        results = self.results(rows, models)
+        return combine.combine(stats, targets, num_v, PLAIN.ignore_index, *results, misled)
 
 
 def _pilot(chunks: Chunks) -> Work:
@@ -191,8 +189,7 @@ def _guard(chunks: Chunks) -> Work:
     """Launches that find that no row was misled."""
     rows, models = chunks.rows(2, want_direction=True), 2
     stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
-    block = chunks.config.statistics.rows
-    misled = torch.zeros(-(-rows // block), dtype=torch.int32, device=chunks.device)
+    misled = torch.zeros(rows, dtype=torch.int32, device=chunks.device)
     found = chunks.combined(stats, rows, models, misled)
     both, results = chunks.models(rows, models), chunks.results(rows, models)
     return Work(
