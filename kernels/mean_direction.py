@@ -23,16 +23,18 @@ BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
 
 @triton.jit
 def mean_direction_kernel(
-    mean_ptr,  # [N, H] rows of stride_mn, overwritten by the direction
+    mean_ptr,  # [N, H] rows of stride_mn
     weight_ptr,  # [V, H]
     targets_ptr,  # [N]
     others_ptr,  # [N] 1 - p of the target
     factor_ptr,  # [N] p of a numerator of 1
     target_logit_ptr,  # [N]
+    direction_ptr,  # [N, H] rows of stride_dn
     num_n,
     num_v,
     num_h,
     stride_mn,
+    stride_dn,
     stride_wv,
     stride_wh,
     derivative,
@@ -55,13 +57,13 @@ def mean_direction_kernel(
     # Of a target outside the vocabulary 1 - p is NaN, hence its row: nothing is read for it.
     inside = mask_n & (target >= 0) & (target < num_v)
     rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
-    rows = mean_ptr + offs_n.to(tl.int64) * stride_mn
+    rows_mean = mean_ptr + offs_n.to(tl.int64) * stride_mn
     mask = mask_n[:, None] & (offs_h < num_h)[None, :]
-    mean = tl.load(rows[:, None] + offs_h[None, :], mask=mask, other=0.0)
+    mean = tl.load(rows_mean[:, None] + offs_h[None, :], mask=mask, other=0.0)
     write_direction(
         mean,
         rows_y,
-        rows,
+        direction_ptr + offs_n.to(tl.int64) * stride_dn,
         slope * derivative,
         factor * derivative,
         target != ignore_index,
@@ -75,12 +77,13 @@ def mean_direction_kernel(
 
 
 def write_mean_directions(
-    mean: torch.Tensor,  # [N, H] float32, unit stride along H; overwritten by the direction
+    mean: torch.Tensor,  # [N, H] float32, unit stride along H
     weight: torch.Tensor,  # [V, H]
     targets: torch.Tensor,  # [N] contiguous
     others: torch.Tensor,  # [N] 1 - p of the target, NaN where it is outside the vocabulary
     factor: torch.Tensor,  # [N] p of a numerator of 1
     target_logit: torch.Tensor,  # [N]
+    direction: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`
     options,
 ) -> None:
     num_n, num_h = mean.shape
@@ -94,10 +97,12 @@ def write_mean_directions(
             others_ptr=others,
             factor_ptr=factor,
             target_logit_ptr=target_logit,
+            direction_ptr=direction,
             num_n=num_n,
             num_v=len(weight),
             num_h=num_h,
             stride_mn=mean.stride(0),
+            stride_dn=direction.stride(0),
             stride_wv=weight.stride(0),
             stride_wh=weight.stride(1),
             derivative=form.derivative,

@@ -326,10 +326,10 @@ def _forward_chunk(
     )
     own, target_logit = rows.of(slice(num_n)), statistics.target_logit[:num_n]
     if direction is not None and own.factor is not None:
-        product(soft[:, :num_v], policy.weight, out=direction)
-        write_mean_directions(
-            direction, policy.weight, targets, own.others, own.factor, target_logit, options
-        )
+        in_place = direction if direction.dtype == torch.float32 else None
+        mean = product(soft[:, :num_v], policy.weight, out=in_place)
+        at_target = (targets, own.others, own.factor, target_logit)
+        write_mean_directions(mean, policy.weight, *at_target, direction, options)
     elif direction is not None:
         shifts = Shifts(statistics.tile_shift, rows.shift, rows.total)
         write_directions(

@@ -210,7 +210,7 @@ def _direction(chunks: Chunks) -> Work:
     found = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
     targets = chunks.inputs.targets[:rows]
-    arguments = (targets, found.others, found.factor, stats.target_logit, PLAIN)
+    arguments = (targets, found.others, found.factor, stats.target_logit, out, PLAIN)
 
     def launch() -> None:
         product(soft[:, :num_v], chunks.weight, out=out)

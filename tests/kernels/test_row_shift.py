@@ -136,3 +136,15 @@ def test_confident_rows_keep_the_digits_of_log_p_and_of_1_minus_p(dtype, device)
 def test_bounds_leave_room_for_the_sum():
     """Of 2^8 tiles near the highest bound, and for a shift that is one too small."""
     assert 2.0 ** (combine.HIGHEST + 7) < torch.finfo(torch.float32).max
+
+
+def test_the_exact_route_of_a_tolerance_writes_the_same_direction_in_bfloat16(device):
+    """Where a policy is too flat for few columns, its direction is formed over all of them."""
+    head = make_head(
+        4 * config_for(device, torch.bfloat16).statistics.rows, 16, V, torch.bfloat16, device
+    )
+    targets = torch.randint(V, (len(head.hidden),), device=device)
+    exact = run(head, targets).direction
+    out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
+    assert out.certificate[0] == 1.0 and out.direction.dtype == torch.bfloat16
+    assert torch.equal(out.direction, exact.bfloat16())
