@@ -206,7 +206,7 @@ def statistics_kernel(
         return
     stop = num_units * num_tiles if PERSISTENT else first + 1
     step = tl.num_programs(0) if PERSISTENT else 1
-    for program in tl.range(first, stop, step, flatten=PERSISTENT):
+    for program in tl.range(first, stop, step):
         # A group of row blocks walks the vocabulary; policy and reference of one block are
         # neighbours, so that a shared weight tile is read from memory once.
         unit, tile_v = walk_in_groups(program, num_units, num_tiles, GROUP)

@@ -42,6 +42,19 @@ def starts_a_program(run):
     os.system("sleep 1000")
 
 
+def says_that_it_began(run):
+    (run.folder / "began").touch()
+    yield
+
+
+def waits_for_the_other(run):
+    yield
+    deadline = time.monotonic() + 30
+    while not (run.folder / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def is_absent(run):
     raise Unavailable("the package is not installed")
     yield
