@@ -73,6 +73,7 @@ def tune(
     """
     from powerflow_fast.backend_triton import backward, forward
     from powerflow_fast.kernels.config import CANDIDATES
+    from powerflow_fast.kernels.statistics import has_row_shift
 
     hidden, weight, bias = policy
     plain = replace(options, entropy=False, grad_tolerance=0.0)
@@ -91,8 +92,11 @@ def tune(
         needs = (True, False, False)
         return backward(*upstream, *rows, lse, None, plain, needs, config=config)
 
+    calls = {"statistics": scores, "direction": direction, "dlogits": dlogits}
+    if has_row_shift(hidden.dtype):
+        del calls["direction"]  # the vendor's product
     best = table
-    for field, call in (("statistics", scores), ("direction", direction), ("dlogits", dlogits)):
+    for field, call in calls.items():
         tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
         times: dict[Config, float] = {}
         for config in (best, *(replace(best, **{field: tile}) for tile in tiles)):
