@@ -67,14 +67,13 @@ def redo_misled(
     use_tma: bool,
 ) -> None:
     blocks = active_blocks(misled, 0, tile.rows)
-    few = replace(tile, persistent=True)  # as many programs as run at once: most find no work
     models = (policy, reference, targets)
-    how = (options, few, use_tma)
-    maxima = row_maxima(*models, blocks, *how, out=statistics.tile_total).amax(0)
+    maxima = row_maxima(*models, blocks, options, tile, use_tma, out=statistics.tile_total).amax(0)
     rows_misled = misled.bool().repeat(len(maxima) // len(misled))
     shift = torch.where(rows_misled, maxima, statistics.row_shift)
     statistics = statistics._replace(row_shift=shift)
-    logit_statistics(*models, soft, *how, search, shift, blocks, statistics)
+    few = replace(tile, persistent=True)  # as many programs as run at once: most find no work
+    logit_statistics(*models, soft, options, few, use_tma, search, shift, blocks, statistics)
     results = (logps, lse, entropy)
     num_v = len(policy.weight)
     combine(statistics, targets, num_v, options.ignore_index, *results, only=misled, out=rows)

@@ -23,6 +23,7 @@ a persistent tile shape, every so many-th.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,11 @@ def row_maxima(
     use_tma: bool,
     out: torch.Tensor | None = None,  # [tiles, models * N] to be filled
 ) -> torch.Tensor:
-    """-> ceil of each row's largest logit in each tile, in units of log 2, [tiles, models * N]."""
+    """-> ceil of each row's largest logit in each tile, in units of log 2, [tiles, models * N].
+
+    By persistent programs: their tiles are few, of pilot columns or of rows that are done again.
+    """
+    tile = replace(tile, persistent=True)
     rows = targets.shape[0] * (1 + (reference is not None))
     if out is None:
         tiles = triton.cdiv(policy.weight.shape[0], tile.columns)

@@ -74,7 +74,6 @@ def multiply_transposed(
 ):
     """One tile of hidden @ weight.T in float32."""
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    # Of no other number: persistent programs fuse this loop with the one over tiles.
     num_steps = tl.cdiv(num_h, BLOCK_H)
     if USE_TMA:
         for step in range(num_steps):

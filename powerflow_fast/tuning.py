@@ -97,7 +97,7 @@ def tune(
         del calls["direction"]  # the vendor's product
     best = table
     for field, call in calls.items():
-        tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
+        tiles = [tile for tile in CANDIDATES if tile != getattr(best, field)]
         times: dict[Config, float] = {}
         for config in (best, *(replace(best, **{field: tile}) for tile in tiles)):
             times[config] = _time(call, config, seconds)

@@ -62,20 +62,6 @@ def test_hoppers_matrix_unit_is_never_waited_for_within_a_main_loop(facts):
     assert waits == (["direction"] if old else [])  # its numerators are scaled in registers
 
 
-def test_a_persistent_programs_tiles_are_one_loop(environment):
-    """Triton fuses the loop over tiles with that over steps, so that one tile's loads run while
-    the last one is finished, only if the number of steps depends on nothing that is loaded."""
-    code = (
-        "from powerflow_fast.kernel_facts import Variant, facts_of\n"
-        "for persistent in (False, True):\n"
-        "    variant = Variant('statistics', models=2, persistent=persistent)\n"
-        "    print(facts_of(variant, 'sm_90').loops)\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["2", "1"], done.stderr[-2000:]
-
-
 def test_no_product_is_done_by_float32_multiply_adds(facts):
     # One step of a 128 x 256 x 64 tile by 256 threads would take 8192 a thread; an epilogue takes
     # about one per element of its 128.
@@ -103,5 +89,6 @@ def test_every_kernel_is_launched_as_on_a_gpu(chip, dtype, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fp_fusion" not in done.stderr.lower()
     kernels = ["active_blocks", "choose_columns", "combine", "direction", "dlogits", "kept_dlogits"]
-    kernels += ["kept_probabilities", "residual_gradient", "residual", "statistics"]
+    kernels += ["kept_probabilities", *(["mean_direction"] if dtype != "float16" else [])]
+    kernels += ["residual_gradient", "residual", "statistics"]
     assert done.stdout.split() == [f"{kernel}_kernel" for kernel in kernels]
