@@ -41,6 +41,7 @@ DEFAULT = (
     Variant("statistics", models=2, soft=True),
     Variant("statistics", models=2, maxima=True, persistent=True),
     Variant("mean_direction"),
+    Variant("true_shift"),
     Variant("statistics", models=2, soft=True, parts=True),
     Variant("direction"),
     Variant("statistics", models=2, certified=True),
@@ -157,6 +158,7 @@ def _elementwise_source(variant: Variant, rows: int):
         kept_dlogits,
         mean_direction,
         residual,
+        row_shift,
     )
 
     if variant.kernel == "columns":
@@ -174,6 +176,8 @@ def _elementwise_source(variant: Variant, rows: int):
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "entropy_ptr": None}
         return combine.combine_kernel, {}, constants
+    if variant.kernel == "true_shift":
+        return row_shift.true_shift_kernel, {}, dict(row_shift.BLOCKS)
     if variant.kernel == "mean_direction":
         constants = mean_direction.BLOCKS | {"SOFTCAP": variant.softcap}
         return mean_direction.mean_direction_kernel, {}, constants
