@@ -12,6 +12,7 @@ from powerflow_fast.kernels.tiles import (
     multiply_transposed,
     round_to,
     split_columns,
+    tile_is_marked,
     walk_in_groups,
 )
 
@@ -227,9 +228,7 @@ def statistics_kernel(
         row_shift = None
         if row_shift_ptr is not None:
             row_shift = tl.load(row_shift_ptr + offs_r, mask=mask_n, other=0.0)
-        # Most tiles hold no target and end within the vocabulary: they compare nothing.
-        here = mask_n & (target >= start_v) & (target < start_v + BLOCK_V)
-        marked = (tl.max(here.to(tl.int32), 0) != 0) | (start_v + BLOCK_V > num_v)
+        marked = tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V)
         PART: tl.constexpr = BLOCK_V // PARTS
         parts = split_columns(acc, PARTS)
         for kind in tl.static_range(2):

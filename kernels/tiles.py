@@ -184,6 +184,13 @@ def form_logits(
     return logits, slope
 
 
+@triton.jit
+def tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V: tl.constexpr):
+    """Whether a tile holds a row's target or ends past the vocabulary. Others compare nothing."""
+    here = mask_n & (target >= start_v) & (target < start_v + BLOCK_V)
+    return (tl.max(here.to(tl.int32), 0) != 0) | (start_v + BLOCK_V > num_v)
+
+
 class Operands(NamedTuple):
     """One model's language-model head and what goes into it."""
 

@@ -78,8 +78,8 @@ def tune(
     hidden, weight, bias = policy
     plain = replace(options, entropy=False, grad_tolerance=0.0)
     rows = (hidden, weight, bias, targets)
-    lse = forward(*rows, None, plain, False, config=table).lse
-    ones = torch.ones_like(lse)
+    out = forward(*rows, None, plain, False, config=table)
+    ones = torch.ones_like(out.lse)
 
     def scores(config: Config) -> object:
         return forward(*rows, None, plain, False, config=config)
@@ -90,7 +90,8 @@ def tune(
     def dlogits(config: Config) -> object:
         upstream = (ones, None)
         needs = (True, False, False)
-        return backward(*upstream, *rows, lse, None, plain, needs, config=config)
+        known = (out.logps, out.lse, None)
+        return backward(*upstream, *rows, *known, plain, needs, config=config)
 
     calls = {"statistics": scores, "direction": direction, "dlogits": dlogits}
     if has_row_shift(hidden.dtype):

@@ -102,9 +102,10 @@ def _backward(
     if stored:
         layout = backend_triton.numerators_layout(device)
         numerators = new_numerators(head.hidden, head.weight, layout, True)
-    lse = backend_triton.forward(*rows, None, PLAIN, False, numerators).lse
+    out = backend_triton.forward(*rows, None, PLAIN, False, numerators)
+    known = (out.logps, out.lse, None)
     got = backend_triton.backward(
-        upstream, None, *rows, lse, None, PLAIN, (True, True, False), None, numerators
+        upstream, None, *rows, *known, PLAIN, (True, True, False), None, numerators
     )
     truth = _gradients(head, targets, upstream)
     bound = gradient_tolerance(dtype)

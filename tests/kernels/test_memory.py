@@ -117,7 +117,7 @@ def forward(hidden, weight, targets, ref_hidden, options, want_direction, numera
 
 def backward(hidden, weight, targets, lse, numerators=None):
     """Gradients of hidden and weight."""
-    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, None)
+    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, lse, None)
     needs = (True, True, False)
     return backend_triton.backward(
         *arguments, HeadOptions(), needs, None, numerators, config=TILES
