@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from powerflow_fast.model_shapes import MODEL_SHAPES, NO_EXPERTS, ModelShape
+from powerflow_fast.model_shapes import MODEL_SHAPES, NO_EXPERTS, ModelShape, check_sizes
 
 HUB_SECONDS = 5.0  # to wait for the Hub
 
@@ -64,7 +64,10 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
         ValueError: one line that names `model`, what was tried, and the nearest names.
     """
     path = Path(model).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise ValueError(f"model: the folder {model} has no config.json")
     if path.is_file():
         return str(path), _from_json(model, path.read_text())
     name = table_name(model)
@@ -116,9 +119,15 @@ def _from_json(model: str, text: str) -> ModelShape:
         kind = values.get("model_type")
     except (ValueError, AttributeError):
         raise ValueError(f"model: {model}: its config.json is no JSON object") from None
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model: {model}: transformers knows no model_type {kind!r}")
-    return ModelShape.from_config(CONFIG_MAPPING[kind].from_dict(values))
+    try:
+        for part in (values, values.get("text_config")):  # before the configuration computes
+            check_sizes(part if isinstance(part, dict) else {})
+        return ModelShape.from_config(CONFIG_MAPPING[kind].from_dict(values))
+    except Exception as error:  # classes of the configuration's own, by what it checks
+        said = " ".join(str(error).split())
+        raise ValueError(f"model: {model}: its config.json: {said}") from error
 
 
 def _hub_config(name: str) -> str:

@@ -11,6 +11,7 @@ device and with the published counts. `model_names` finds an entry by the names 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,21 @@ NO_EXPERTS = (
     "is a mixture of experts, which is not counted: NF4 leaves experts unquantised, and LoRA on "
     "them builds whole weight updates in each pass; expected a dense decoder"
 )
+
+
+# Of a configuration.
+SIZES = (
+    *("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size"),
+)
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """ValueError for a size among `values` that is no whole number > 0; None is one not given."""
+    for name in SIZES:
+        size = values.get(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{name}: expected a whole number > 0, got {size!r}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,8 @@ class ModelShape:
         """The shape of a transformers configuration; of its text model where it has several.
 
         Raises:
-            ValueError: for an architecture whose parameters are not known here.
+            ValueError: for an architecture whose parameters are not known here, or a size that is
+                no whole number > 0.
         """
         config = config.get_text_config()
         experts = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -103,6 +120,7 @@ class ModelShape:
                 f"config: expected a {config.model_type} without biases, got attention_bias or "
                 "mlp_bias set; its parameters would be miscounted"
             )
+        check_sizes({name: getattr(config, name, None) for name in SIZES})
         heads = config.num_attention_heads
         return cls(
             model_type=config.model_type,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -57,7 +58,7 @@ def _changes(run: Run) -> Iterator[Run]:
         sharded = replace(run, sharding="fsdp", offload_reference=False)
         if run.gpus > 1:
             yield from (replace(sharded, offload=offload) for offload in (False, True))
-        more = (2**n for n in range(1, MOST_GPUS.bit_length()) if 2**n > run.gpus)
+        more = range(run.gpus + 1, MOST_GPUS + 1)
         yield from _first_that_fits(replace(sharded, gpus=n) for n in more)
     yield from _first_that_fits(replace(run, tokens=n) for n in _halves(run.tokens, FEWEST_TOKENS))
 
@@ -75,15 +76,22 @@ def _first_that_fits(runs: Iterator[Run]) -> Iterator[Run]:
 
 
 def trainer_options(run: Run, fits: int) -> str:
-    """The trainer's batch options for a micro-batch of at most `fits` sequences."""
-    whole = fits >= GENERATIONS
-    size = min(fits // GENERATIONS * GENERATIONS, STEP) if whole else fits
-    sampled = max(1, run.completions // size)  # micro-batches of one rollout
-    while size * run.gpus * sampled % GENERATIONS:
-        sampled += 1
-    rollout = size * run.gpus * sampled
+    """The trainer's batch options for a micro-batch of at most `fits` sequences.
+
+    A GPU samples as many completions as were planned, or the next lower number of which all GPUs
+    together have whole groups. Where there is none, the smallest that is needed.
+    """
+    least = GENERATIONS // math.gcd(GENERATIONS, run.gpus)  # of a GPU
+    own = max(least, run.completions // least * least)  # completions of a GPU in a rollout
+    sizes = [n for n in range(1, min(fits, own) + 1) if own % n == 0]
+    size = max(sizes, key=lambda n: (n % GENERATIONS == 0, n))
+    sampled = own // size  # micro-batches of one rollout
+    rollout = own * run.gpus
     rollouts = max(1, -(-STEP // rollout))
+    whole = size % GENERATIONS == 0
     groups = "groups stay whole" if whole else "groups are split: one more scoring pass a rollout"
+    if own > run.completions:
+        groups += f"; a GPU samples {own} completions at once, not {run.completions} as planned"
     return (
         f"trainer: per_device_train_batch_size={size} num_generations={GENERATIONS} "
         f"steps_per_generation={sampled} gradient_accumulation_steps={sampled * rollouts}\n"

@@ -39,9 +39,14 @@ def _plan(args: argparse.Namespace) -> int:
     text = user_input(report, run, args.micro_batch, args.tflops)
     print(f"{source}: {shape.parameters() / 1e9:.2f}e9 parameters\n{text}\n")
     fits = largest_micro_batch(run)
-    if fits:
-        print(trainer_options(run, fits))
+    asked = args.micro_batch or 1
+    if fits >= asked:
+        print(trainer_options(run, args.micro_batch or fits))
         return 0
+    if fits:
+        print(f"A micro-batch of {asked} does not fit. One of {fits} does:")
+        print(trainer_options(run, fits))
+        return 1
     ways = ways_to_fit(args.model, run)
     print("It does not fit." + (" These do:" if ways else " Nor does any one change of it."))
     print("\n".join(f"  {way}" for way in ways))
