@@ -15,7 +15,7 @@ from powerflow_fast.kernels.config import (
     STATISTICS_BYTES,
     numerators_layout,
 )
-from powerflow_fast.model_shapes import ModelShape
+from powerflow_fast.model_shapes import FAMILIES, ModelShape
 from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
@@ -113,16 +113,21 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
 def layer_activations(run: Run) -> float:
     """Bytes per token that the backward pass of one decoder layer needs, inputs included.
 
-    In the run's width: both normed inputs [H]; queries, keys, values (repeated for each query head)
-    and attention's output, once as attention keeps it and once as the next layer's input [q each];
-    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the two
-    inputs of the norms [H].
+    In the run's width: what goes into each linear layer (layers share it, but with float32 LoRA
+    matrices beside a 16-bit base each keeps a copy: PEFT casts it there, autocast back); queries,
+    keys, values, repeated for each query head, and attention's output [q each]; gate, its
+    activation and up [I each]; the LoRA bottlenecks. Of one layer for queries, keys and values the
+    whole output stays where the values alone would. In float32: the inputs of the norms [H], and of
+    those of queries and keys. Not counted: [tokens, tokens] matrices of an attention without a
+    fused kernel, which Gemma 2's softcap means where flash attention is not installed.
     """
-    shape = run.shape
-    q = shape.num_heads * shape.head_dim
-    numbers = 2 * shape.hidden_size + 5 * q + 4 * shape.intermediate_size
-    numbers += len(shape.linear_layers()) * run.lora_rank
-    return run.width * numbers + 4 * 2 * shape.hidden_size
+    shape, family = run.shape, FAMILIES[run.shape.model_type]
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    h, i, layers = shape.hidden_size, shape.intermediate_size, shape.linear_layers()
+    copies = run.lora_rank > 0 and run.width < 4
+    numbers = sum(inputs for inputs, _ in layers) if copies else 2 * h + q + i
+    numbers += 4 * q + 2 * kv * family.fused + 3 * i + len(layers) * run.lora_rank
+    return run.width * numbers + 4 * (family.norms * h + (q + kv) * family.qk_norm)
 
 
 def kept_bytes(run: Run, sequences: int) -> float:

@@ -16,8 +16,14 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from powerflow_fast.cli import main  # noqa: E402
-from powerflow_fast.model_shapes import model_shape  # noqa: E402
-from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan  # noqa: E402
+from powerflow_fast.model_shapes import ModelShape, model_shape  # noqa: E402
+from powerflow_fast.plan import (  # noqa: E402
+    Run,
+    largest_micro_batch,
+    layer_activations,
+    lora_parameters,
+    plan,
+)
 from tests import plan_run, tiny  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
@@ -40,6 +46,41 @@ def test_counts_are_the_measured_peak_of_a_real_step(checkpointing, fused):
     ratio = counted / int(done.stdout)
     print(f"counted {counted / 1e6:.0f} MB, measured {int(done.stdout) / 1e6:.0f} MB")
     assert 0.95 < ratio < 1.2
+
+
+def kept_of_a_layer(shape: ModelShape, dtype: torch.dtype) -> float:
+    """Bytes a token that autograd keeps of one more layer, as the trainer runs it."""
+
+    def kept(layers: int) -> float:
+        config = replace(shape, num_layers=layers).to_config(pad_token_id=0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()
+        own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage
+            return tensor
+
+        ids = torch.randint(512, (2, 128))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                model.base_model.model.model(input_ids=ids, use_cache=False)
+        return sum(storage.nbytes() for storage in found.values()) / ids.numel()
+
+    return kept(3) - kept(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text"])
+def test_what_a_layer_keeps_is_counted_in_every_family(kind, dtype):
+    for kv_heads in (2, 4):
+        shape = ModelShape(kind, 256, 512, 2, 4, kv_heads, 64, 768)
+        width = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        run = Run(shape, weights=width, lora_rank=8, tokens=128, device="cpu")
+        assert 0.95 < layer_activations(run) / kept_of_a_layer(shape, dtype) < 1.12
 
 
 def test_weights_and_adapter_are_those_of_the_model():
