@@ -1,10 +1,12 @@
 """The head on the Triton kernels: row chunks forward, vocabulary chunks backward.
 
-Forward, per row chunk: one launch forms softmax statistics of policy and reference, a second
-merges them, and where the direction is wanted a third multiplies the softmax numerators, stored by
-the first, with the weight. Backward, per vocabulary chunk: the gradient of the logits is written
-by a kernel that recomputes them, or for the first rows of a trained head by one that reads the
-numerators which the forward pass kept; the products with it are the vendor library's.
+Forward, per row chunk: a pilot of a few columns gives each row its shift, one launch forms softmax
+statistics of policy and reference, another merges them, and rows that the pilot misled are done
+again. Where the direction is wanted, the softmax numerators that the statistics stored are
+multiplied with the weight by the vendor's library (float16's, relative to shifts of their own, by
+a kernel). Backward, per vocabulary chunk: the gradient of the logits is written by a kernel that
+recomputes them, or for the first rows of a trained head by one that reads the numerators which the
+forward pass kept; the products with it are the vendor library's.
 
 Triton is imported when a function here is called, not with this module.
 """
