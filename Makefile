@@ -32,7 +32,7 @@ test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
 	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
 
-test-chips: $(STAMP)  ## compiled kernels for every chip, not two alone; half a minute a chip
+test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; half a minute a chip
 	ALL_CHIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_machine_code.py
 
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own

@@ -27,7 +27,7 @@ from tests.numerics import gradient_tolerance, logps_error_bound, relative_error
 ROOT = FOLDER.parent.parent
 CUDA_TESTS = ("tests/test_cuda.py", "tests/kernels/test_exp2.py")
 KERNEL_TESTS = ("tests/kernels",)
-TINY_TESTS = ("tests/kernels/test_residual.py",)
+TINY_TESTS = ("tests/kernels/test_exp2.py",)
 COMPILES_FOR_OTHERS = "tests/kernels/test_machine_code.py"  # chips; no device is needed
 TOLERANCE = 1e-2  # of the certified gradient
 
