@@ -88,6 +88,7 @@ def forward(
     if want_direction and search is None:
         direction = hidden.new_empty((num_n, num_h), dtype=direction_dtype(hidden, options))
     totals = []
+    shift = _pilot_shift(policy, reference, targets, options, config)
     rows = forward_rows(policy, models, direction is not None, config)
     known = 0 if numerators is None else numerators.rows
     for span in (*_spans(0, known, rows), *_spans(known, num_n, rows)):
@@ -96,6 +97,7 @@ def forward(
                 policy._replace(hidden=policy.hidden[span]),
                 None if reference is None else reference._replace(hidden=reference.hidden[span]),
                 targets[span],
+                None if shift is None else shift[:, span].reshape(-1),
                 (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
                 None if direction is None else direction[span],
                 numerators.of_rows(span) if span.start < known else None,
@@ -316,6 +318,7 @@ def _forward_chunk(
     policy: Operands,
     reference: Operands | None,
     targets: Tensor,  # [n]
+    shift: Tensor | None,  # [models * n]
     outputs: tuple[Tensor, Tensor, Tensor | None],  # logps, lse, entropy: [models, n], to be filled
     direction: Tensor | None,  # [n, H] to be filled
     numerators: Numerators | None,  # of these rows, to be filled
@@ -333,7 +336,7 @@ def _forward_chunk(
     if direction is not None:
         soft = policy.hidden.new_empty((num_n, padded_columns(num_v, config.statistics)))
     statistics, rows = _statistics(
-        policy, reference, targets, outputs, soft, options, config, search
+        policy, reference, targets, shift, outputs, soft, options, config, search
     )
     own, target_logit = rows.of(slice(num_n)), statistics.target_logit[:num_n]
     if direction is not None and own.factor is not None:
@@ -351,10 +354,31 @@ def _forward_chunk(
     return own.shift, own.total, own.others, target_logit
 
 
+def _pilot_shift(
+    policy: Operands,
+    reference: Operands | None,
+    targets: Tensor,  # [N]
+    options: HeadOptions,
+    config: Config,
+) -> Tensor | None:  # [models, N]
+    """Of all rows at once: a launch takes the host as long as a small chunk takes the device."""
+    from powerflow_fast.kernels.active_blocks import active_blocks
+    from powerflow_fast.kernels.row_shift import pilot_shift
+    from powerflow_fast.kernels.statistics import has_row_shift
+
+    if not has_row_shift(policy.hidden.dtype) or not len(targets):
+        return None
+    tile = config.statistics
+    active = active_blocks(targets, options.ignore_index, tile.rows)
+    shift = pilot_shift(policy, reference, targets, active, options, tile, config.tma)
+    return shift.view(-1, len(targets))
+
+
 def _statistics(
     policy: Operands,
     reference: Operands | None,
     targets: Tensor,  # [n]
+    shift: Tensor | None,  # [models * n]
     outputs: tuple[Tensor, Tensor, Tensor | None],  # to be filled
     soft: Tensor | None,  # likewise
     options: HeadOptions,
@@ -364,16 +388,13 @@ def _statistics(
     """The pass over the vocabulary, from logits to log-probs."""
     from powerflow_fast.kernels.active_blocks import active_blocks
     from powerflow_fast.kernels.combine import combine
-    from powerflow_fast.kernels.row_shift import pilot_shift, redo_misled
-    from powerflow_fast.kernels.statistics import has_row_shift, logit_statistics
+    from powerflow_fast.kernels.row_shift import redo_misled
+    from powerflow_fast.kernels.statistics import logit_statistics
 
     num_v, tile, tma = policy.weight.shape[0], config.statistics, config.tma
     models, how = (policy, reference, targets), (options, tile, tma)
     active = active_blocks(targets, options.ignore_index, tile.rows)
-    shift = misled = None
-    if has_row_shift(policy.hidden.dtype):
-        shift = pilot_shift(*models, active, *how)
-        misled = torch.zeros_like(targets, dtype=torch.int32)
+    misled = None if shift is None else torch.zeros_like(targets, dtype=torch.int32)
     statistics = logit_statistics(*models, soft, *how, search, shift, active)
     rows = combine(statistics, targets, num_v, options.ignore_index, *outputs, misled)
     if misled is not None:
