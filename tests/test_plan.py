@@ -1,4 +1,4 @@
-"""`powerflow-fast plan`: its counts against real steps, against each other, and its answers."""
+"""`powerflow-fast plan`: its counts against real steps, against each other, and its tables."""
 
 import os
 import re
@@ -15,12 +15,9 @@ pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from powerflow_fast import model_names  # noqa: E402
 from powerflow_fast.cli import main  # noqa: E402
-from powerflow_fast.model_names import find_shape, table_name  # noqa: E402
 from powerflow_fast.model_shapes import model_shape  # noqa: E402
 from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan  # noqa: E402
-from powerflow_fast.plan_advice import trainer_options  # noqa: E402
 from tests import plan_run, tiny  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
@@ -118,10 +115,6 @@ def test_the_command_answers(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["nothing"], "names there are: Llama-2-7B"),
-        (["Llama-3-71B"], "nearest: Llama-3-70B"),
-        (["Mixtral-8x7B-Instruct-v0.1"], "mixture of experts"),
-        (["nobody/nothing-7B"], "Hub"),
         (["Llama-3-70B", "--memory-gb", "0"], "memory_gb"),
         (["Llama-3-70B", "--weights", "int3"], "invalid choice"),
         (["Llama-3-70B", "--weights", "nf4", "--lora-rank", "0"], "LoRA"),
@@ -134,85 +127,3 @@ def test_bad_questions_get_one_line(capsys, argv, word):
     assert main(["plan", *argv]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and word in err
-
-
-SPELLINGS = {
-    "Llama-3.3-70B": "Llama-3-70B",
-    "meta-llama/Llama-3.3-70B-Instruct": "Llama-3-70B",
-    "meta-llama/Llama-3.1-8B-Instruct": "Llama-3-8B",
-    "meta-llama/Meta-Llama-3-8B": "Llama-3-8B",
-    "Mistral-7B": "Mistral-7B-v0.3",
-    "mistralai/Mistral-7B-Instruct-v0.2": "Mistral-7B-v0.1",
-    "smollm2": "SmolLM2-135M",
-    "HuggingFaceTB/SmolLM2-135M-Instruct": "SmolLM2-135M",
-    "qwen3-8b": "Qwen3-8B",
-    "Qwen/Qwen3-8B-Base": "Qwen3-8B",
-    "Qwen3-4B-Instruct-2507": "Qwen3-4B",
-    "Gemma-3-27b": "Gemma-3-27B",
-    "google/gemma-2-9b-it": "Gemma-2-9B",
-    "Qwen2.5-7B-Instruct": "Qwen2.5-7B",
-    "Qwen/Qwen2.5-Math-1.5B": "Qwen2.5-1.5B",
-    "llama_2_7b_chat_hf": "Llama-2-7B",
-}
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_names_as_people_write_them(spelling, monkeypatch):
-    monkeypatch.setattr(model_names, "_hub_config", lambda name: pytest.fail("asks the Hub"))
-    assert table_name(spelling) == SPELLINGS[spelling]
-    assert find_shape(spelling)[1] == model_shape(SPELLINGS[spelling])
-
-
-def test_an_unknown_name_is_no_known_one():
-    for name in ("Qwen3-9B", "Llama-4-Scout", "Qwen3-30B-A3B", "gpt-oss-20b", "7B", ""):
-        assert table_name(name) is None
-
-
-def test_a_config_json_and_a_name_of_the_hub(tmp_path, monkeypatch, capsys):
-    tiny.model().save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    for model in (path.parent, path):
-        assert find_shape(str(model))[1].hidden_size == 16
-    monkeypatch.setattr(model_names, "_hub_config", lambda name: path.read_text())
-    assert main(["plan", "nobody/mine", "--tokens", "64"]) == 0
-    assert capsys.readouterr().out.startswith("nobody/mine, config.json of the Hub: 0.00e9")
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="no JSON object"):
-        find_shape(str(path))
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "Llama-3-70B --gpus 2",
-        "Llama-3-70B",
-        "Qwen2.5-14B --lora-rank 0",
-        "Llama-3-8B --no-checkpointing --memory-gb 40.0",
-        "Llama-3-70B --weights nf4 --gpus 2 --memory-gb 48.0",
-        "Llama-3-8B --completions 64 --memory-gb 24.0 --tokens 2048",
-    ],
-)
-def test_what_does_not_fit_gets_commands_that_do(argv, capsys):
-    assert main(["plan", *argv.split()]) == 1
-    out = capsys.readouterr().out
-    ways = re.findall(r"^  powerflow-fast (plan .*?)   # micro-batch (\d+), (\d+) GB", out, re.M)
-    assert 1 <= len(ways) <= 4 and "It does not fit. These do:" in out
-    for way, fits, peak in ways:
-        assert main(way.split()) == 0
-        out = capsys.readouterr().out
-        assert re.search(rf"^largest micro-batch +{fits} ", out, re.M)
-        assert round(float(re.search(r"^peak +([\d.]+)", out, re.M)[1])) == int(peak)
-
-
-@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
-@pytest.mark.parametrize("fits", [1, 2, 3, 8, 13, 500])
-def test_the_trainers_options_are_taken_by_the_trainer(gpus, fits, tmp_path):
-    text = trainer_options(Run(LLAMA, gpus=gpus), fits)
-    options = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
-    size, steps = options["per_device_train_batch_size"], options["steps_per_generation"]
-    assert size <= fits and (size * gpus * steps) % 8 == 0
-    assert ("groups stay whole" in text) == (size % 8 == 0)
-    assert options["gradient_accumulation_steps"] % steps == 0
-    if gpus == 1:
-        made = tiny.config(tmp_path, **options)
-        assert made.generation_batch_size == size * steps
