@@ -11,6 +11,8 @@ device and with the published counts. `model_names` finds an entry by the names 
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +46,35 @@ NO_EXPERTS = (
     "is a mixture of experts, which is not counted: NF4 leaves experts unquantised, and LoRA on "
     "them builds whole weight updates in each pass; expected a dense decoder"
 )
+
+
+# Keys of a config.json. The derived ones may be null or absent.
+SIZES = "hidden_size vocab_size num_hidden_layers num_attention_heads intermediate_size".split()
+DERIVED = ("num_key_value_heads", "head_dim")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+LARGEST_SIZE = 10**9
+
+
+def check_sizes(values: Mapping[str, Any], may_lack: Collection[str] = ()) -> None:
+    """ValueError for the first key of a config.json whose value is no size of a model.
+
+    Args:
+        values: keys and values as they were read; other keys than sizes are left alone.
+        may_lack: keys that may be absent or null, beside those that are derived from others.
+    """
+    for name in (*SIZES, *DERIVED, *EXPERTS):
+        value, least = values.get(name), 0 if name in EXPERTS else 1
+        if value is None and name in (*DERIVED, *EXPERTS, *may_lack):
+            continue
+        if type(value) is not int or not least <= value <= LARGEST_SIZE:
+            got = reprlib.repr(value) if name in values else "no such key"
+            raise ValueError(
+                f"{name}: expected a whole number from {least} to {LARGEST_SIZE:.0e}, got {got}"
+            )
+    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        wanted = f"a divisor of num_attention_heads={heads}"
+        raise ValueError(f"num_key_value_heads: expected {wanted}, got {kv_heads}")
 
 
 @dataclass(frozen=True)
@@ -87,11 +118,12 @@ class ModelShape:
         """The shape of a transformers configuration; of its text model where it has several.
 
         Raises:
-            ValueError: for an architecture whose parameters are not known here.
+            ValueError: for an architecture whose parameters are not known here, and for sizes that
+                no model has.
         """
         config = config.get_text_config()
-        experts = ("num_local_experts", "num_experts", "n_routed_experts")
-        if any((getattr(config, name, None) or 0) > 1 for name in experts):
+        sizes = {name: getattr(config, name, None) for name in (*SIZES, *DERIVED, *EXPERTS)}
+        if any(type(sizes[name]) is int and sizes[name] > 1 for name in EXPERTS):
             raise ValueError(f"config: {config.model_type} {NO_EXPERTS}")
         if config.model_type not in FAMILIES:
             raise ValueError(
@@ -103,15 +135,20 @@ class ModelShape:
                 f"config: expected a {config.model_type} without biases, got attention_bias or "
                 "mlp_bias set; its parameters would be miscounted"
             )
-        heads = config.num_attention_heads
+        check_sizes(sizes)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if not sizes["head_dim"] and hidden % heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size={hidden}, got {heads}"
+            )
         return cls(
             model_type=config.model_type,
-            hidden_size=config.hidden_size,
+            hidden_size=hidden,
             vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_kv_heads=sizes["num_key_value_heads"] or heads,
+            head_dim=sizes["head_dim"] or hidden // heads,
             intermediate_size=config.intermediate_size,
             tied=bool(config.tie_word_embeddings),
             softcap=getattr(config, "final_logit_softcapping", None),
