@@ -7,6 +7,7 @@ the counts against the measured peak of real steps. Bytes are per GPU; a GB is 1
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 
 from powerflow_fast.kernels.config import (
@@ -15,7 +16,7 @@ from powerflow_fast.kernels.config import (
     STATISTICS_BYTES,
     numerators_layout,
 )
-from powerflow_fast.model_shapes import ModelShape
+from powerflow_fast.model_shapes import LARGEST_SIZE, ModelShape
 from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
@@ -23,6 +24,14 @@ QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
 CPU_TILES = 8 << 20  # what the torch head's tiles take
 RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
 KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
+
+
+def _check_number(name: str, value: float) -> None:
+    if not 0 < value <= LARGEST_SIZE:
+        raise ValueError(
+            f"{name}: expected a number > 0 and at most {LARGEST_SIZE:.0e}, "
+            f"got {reprlib.repr(value)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,11 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory_gb", "tokens", "completions"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: expected at least 0, got {self.lora_rank}")
+            _check_number(name, getattr(self, name))
+        if not 0 <= self.lora_rank <= LARGEST_SIZE:
+            raise ValueError(
+                f"lora_rank: expected 0 to {LARGEST_SIZE:.0e}, got {reprlib.repr(self.lora_rank)}"
+            )
         for name, choices in (("weights", tuple(BYTES)), ("sharding", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
@@ -241,8 +251,9 @@ activations, and the larger of the two lines under them. fused head: this librar
 
 def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
     """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
-    if sequences is not None and sequences < 1:
-        raise ValueError(f"micro_batch: expected at least 1 sequence, got {sequences}")
+    for name, value in (("micro_batch", sequences), ("tflops", tflops)):
+        if value is not None:
+            _check_number(name, value)
     fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
     shown = sequences or max(fits[True], 1)
     memory = {fused: plan(run, shown, fused) for fused in (True, False)}

@@ -120,7 +120,14 @@ def test_the_command_answers(capsys, tmp_path):
         (["Llama-3-70B", "--weights", "nf4", "--lora-rank", "0"], "LoRA"),
         (["Llama-3-70B", "--offload"], "sharding"),
         (["Llama-3-70B", "--offload-reference"], "lora_rank=0"),
-        (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch"),
+        (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch: expected a number > 0"),
+        (["Llama-3-70B", "--micro-batch", "0"], "micro_batch: expected a number > 0"),
+        (["Llama-3-70B", "--memory-gb", "inf"], "memory_gb: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--memory-gb", "nan"], "memory_gb: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--tokens", "9" * 400], "tokens: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--lora-rank", "9" * 400], "lora_rank: expected 0 to"),
+        (["Llama-3-70B", "--tflops", "0"], "tflops: expected a number > 0"),
+        (["Llama-3-70B", "--tflops", "nan"], "tflops: expected a number > 0"),
     ],
 )
 def test_bad_questions_get_one_line(capsys, argv, word):
