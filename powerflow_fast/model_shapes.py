@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """Small parameters in which otherwise equal architectures differ."""
+    """In what otherwise equal architectures differ."""
 
     norms: int = 2  # RMS norms of the hidden size in each layer
     qkv_bias: bool = False
     qk_norm: bool = False  # RMS norms of queries and keys, of the head's size
     fused: bool = False  # one linear layer for queries, keys and values, one for gate and up
+    wide_scale: bool = False  # norms multiply by their weights in float32
 
 
 FAMILIES = {  # transformers' model_type
@@ -36,8 +37,8 @@ FAMILIES = {  # transformers' model_type
     "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
-    "gemma2": Family(norms=4),
-    "gemma3_text": Family(norms=4, qk_norm=True),
+    "gemma2": Family(norms=4, wide_scale=True),
+    "gemma3_text": Family(norms=4, qk_norm=True, wide_scale=True),
 }
 
 

@@ -16,7 +16,7 @@ from powerflow_fast.kernels.config import (
     STATISTICS_BYTES,
     numerators_layout,
 )
-from powerflow_fast.model_shapes import LARGEST_SIZE, ModelShape
+from powerflow_fast.model_shapes import FAMILIES, LARGEST_SIZE, ModelShape
 from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
@@ -123,16 +123,25 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
 def layer_activations(run: Run) -> float:
     """Bytes per token that the backward pass of one decoder layer needs, inputs included.
 
-    In the run's width: both normed inputs [H]; queries, keys, values (repeated for each query head)
+    In the run's width: the normed inputs [H]; queries, keys, values (repeated for each query head)
     and attention's output, once as attention keeps it and once as the next layer's input [q each];
-    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the two
-    inputs of the norms [H].
+    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the inputs of
+    the norms, of those of queries and keys too. Where norms train, what their weights multiply.
     """
-    shape = run.shape
-    q = shape.num_heads * shape.head_dim
-    numbers = 2 * shape.hidden_size + 5 * q + 4 * shape.intermediate_size
-    numbers += len(shape.linear_layers()) * run.lora_rank
-    return run.width * numbers + 4 * 2 * shape.hidden_size
+    shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layers = len(shape.linear_layers())
+    # Attention's layers share a normed input, and so do gate and up. A bf16 layer has copies of its
+    # own beside a float32 adapter: PEFT casts the input to float32, and autocast casts it back.
+    copied = run.weights == "bf16" and not full
+    normed_inputs = layers - 2 if copied else 2
+    attention = 5 * q
+    if family.fused:  # values are a view, which keeps the whole output, unless they are repeated
+        attention = max(attention, 4 * q + 3 * kv)
+    numbers = normed_inputs * shape.hidden_size + attention + 4 * shape.intermediate_size
+    normed = family.norms * shape.hidden_size + family.qk_norm * (q + kv)
+    scaled = full * normed * (4 if family.wide_scale else run.width)
+    return run.width * (numbers + layers * run.lora_rank) + 4 * normed + scaled
 
 
 def kept_bytes(run: Run, sequences: int) -> float:
@@ -144,8 +153,12 @@ def kept_bytes(run: Run, sequences: int) -> float:
 
 
 def backward_bytes(run: Run, sequences: int) -> float:
-    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values."""
-    passing = run.width * 3 * run.shape.intermediate_size  # of gate, up and their product
+    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values.
+
+    Gradients of gate, up and their product; of a fused layer's output and of its scaled adapter's.
+    """
+    gradients = 4 if FAMILIES[run.shape.model_type].fused else 3
+    passing = run.width * gradients * run.shape.intermediate_size
     again = layer_activations(run) if run.checkpointing else 0.0
     return (passing + again) * run.tokens * sequences
 
@@ -187,7 +200,7 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
     if run.sharding == "fsdp":  # this layer, the next one, and the unit of embedding and head
         gathered = width * (2 * shape.layer_parameters() + rows)
     else:
-        largest = shape.hidden_size * max(shape.intermediate_size, shape.hidden_size)
+        largest = max(inputs * outputs for inputs, outputs in shape.linear_layers())
         gathered = width * largest if run.weights in QUANTIZED else 0.0
     full = run.lora_rank == 0
     trained = total if full else lora_parameters(shape, run.lora_rank)

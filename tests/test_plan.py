@@ -16,37 +16,66 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from powerflow_fast.cli import main  # noqa: E402
-from powerflow_fast.model_shapes import model_shape  # noqa: E402
-from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan  # noqa: E402
+from powerflow_fast.model_shapes import FAMILIES, ModelShape, model_shape  # noqa: E402
+from powerflow_fast.plan import (  # noqa: E402
+    Run,
+    largest_micro_batch,
+    layer_activations,
+    lora_parameters,
+    plan,
+)
 from tests import plan_run, tiny  # noqa: E402
+from tests.kept_tensors import kept_by_a_layer  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
 
 
-@pytest.mark.parametrize(("checkpointing", "fused"), [(True, True), (False, False)])
-def test_counts_are_the_measured_peak_of_a_real_step(checkpointing, fused):
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "fused"),
+    [("llama", True, True), ("llama", False, False), ("phi3", True, True), ("phi3", False, True)],
+)
+def test_counts_are_the_measured_peak_of_a_real_step(kind, checkpointing, fused):
     """Within -5 % and +20 %: a plan that errs should err on the safe side.
 
-    Seen when this was written, with the other two combinations: +1 to +11 %.
+    Seen when this was written, with the combinations left out: -3 to +10 %.
     """
     script = Path(plan_run.__file__)
-    command = [sys.executable, script, str(int(checkpointing)), "fused" if fused else "plain"]
+    command = [sys.executable, script, kind, str(int(checkpointing)), "fused" if fused else "plain"]
     # Freed blocks go back to the system, so that a freed one does not hide a new one.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    memory = plan(plan_run.run_of(checkpointing), plan_run.SEQUENCES, fused)
+    memory = plan(plan_run.run_of(kind, checkpointing), plan_run.SEQUENCES, fused)
     counted = memory.activations + max(memory.head, memory.backward)
     ratio = counted / int(done.stdout)
     print(f"counted {counted / 1e6:.0f} MB, measured {int(done.stdout) / 1e6:.0f} MB")
     assert 0.95 < ratio < 1.2
 
 
-def test_weights_and_adapter_are_those_of_the_model():
-    model = plan_run.build(False)
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"gemma2"}))  # whose attention keeps scores
+@pytest.mark.parametrize(("weights", "rank"), [("bf16", 8), ("fp32", 8), ("fp32", 0)])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_layers_activations_are_those_that_autograd_keeps(kind, weights, rank, kv_heads):
+    """Seen when this was written: 2 % below, without masks and means of norms, to 14 % above."""
+    shape = ModelShape(kind, 96, 64, 2, 4, kv_heads, 32, 256)
+    counted = layer_activations(Run(shape, weights=weights, lora_rank=rank))
+    for padded in (False, True):
+        kept = kept_by_a_layer(shape, weights, rank, padded)
+        print(f"padded {padded}: counted {counted:.0f}, kept {kept:.0f} bytes a token")
+        assert 0.98 < counted / kept < 1.15
+
+
+def test_a_fused_layer_is_dequantised_whole():
+    shape = model_shape("Phi-4")
+    assert plan(Run(shape, weights="nf4"), 1).gathered == 2 * 5120 * 2 * 17920
+
+
+@pytest.mark.parametrize("kind", plan_run.SHAPES)
+def test_weights_and_adapter_are_those_of_the_model(kind):
+    model = plan_run.build(kind, False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert lora_parameters(plan_run.SHAPE, 8) == trained
-    memory = plan(plan_run.run_of(False), 1)
+    assert lora_parameters(plan_run.SHAPES[kind], 8) == trained
+    memory = plan(plan_run.run_of(kind, False), 1)
     assert memory.weights == 4 * (sum(p.numel() for p in model.parameters()) - trained)
     assert memory.adapter == memory.gradients == memory.optimizer / 2 == 4 * trained
     for name in ("Llama-3-70B", "Qwen2.5-7B"):
