@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -98,8 +99,8 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
 
 def _config_path(model: str) -> Path | None:
     """The config.json that `model` means as a folder or a file; None for a name."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))  # Path's own raises for an unknown user
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model: {model}: this folder has no config.json")
         return path / "config.json"
@@ -134,11 +135,11 @@ def _nearest(model: str) -> str:
     return f"names there are: {', '.join(MODEL_SHAPES)}"
 
 
-def _from_json(source: str, text: str | bytes) -> ModelShape:
+def _from_json(source: str, text: bytes) -> ModelShape:
     """The shape in a config.json, whose place `source` says; ValueError names the key at fault."""
     try:
         values: Any = json.loads(text)
-    except ValueError:  # no JSON, or no text
+    except (ValueError, RecursionError):  # no JSON, or no text, or too deep
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"model: {source} is no JSON object")
@@ -170,14 +171,14 @@ def _config(kind: str, values: dict[str, Any]) -> PretrainedConfig:
         raise ValueError(f"transformers refuses it: {type(error).__name__}: {text}") from None
 
 
-def _hub_config(name: str) -> str:
-    """The text of a repository's config.json: from the cache, else by one request; LookupError."""
+def _hub_config(name: str) -> bytes:
+    """A repository's config.json: from the cache, else by one request; LookupError."""
     from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
-        return Path(cached).read_text()
+        return Path(cached).read_bytes()
     try:
         answer = get_session().get(
             hf_hub_url(name, "config.json"), headers=build_hf_headers(), timeout=HUB_SECONDS
@@ -190,4 +191,4 @@ def _hub_config(name: str) -> str:
         raise LookupError("the Hub has no such model or no config.json in it")
     if answer.status_code != 200:
         raise LookupError(f"the Hub answers with error {answer.status_code}")
-    return answer.text
+    return answer.content

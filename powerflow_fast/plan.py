@@ -131,8 +131,8 @@ def layer_activations(run: Run) -> float:
     shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layers = len(shape.linear_layers())
-    # Attention's layers share a normed input, and so do gate and up. A bf16 layer has copies of its
-    # own beside a float32 adapter: PEFT casts the input to float32, and autocast casts it back.
+    # Attention's layers share a normed input, and so do gate and up. Beside a bf16 layer, unlike a
+    # quantised one, each adapter has a copy: PEFT casts it to float32, and autocast casts it back.
     copied = run.weights == "bf16" and not full
     normed_inputs = layers - 2 if copied else 2
     attention = 5 * q

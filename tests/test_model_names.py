@@ -51,6 +51,8 @@ def test_an_unknown_name_is_no_known_one():
         ("Llama-3-71B", "nearest: Llama-3-70B"),
         ("Mixtral-8x7B-Instruct-v0.1", "mixture of experts"),
         ("nobody/nothing-7B", "Hub"),
+        ("~nobody-here/nothing-7B", "names there are"),
+        ("", "names there are"),
     ],
 )
 def test_a_name_of_no_model_gets_one_line(capsys, model, word):
@@ -64,7 +66,7 @@ def test_a_config_json_and_a_name_of_the_hub(tmp_path, monkeypatch, capsys):
     path = tmp_path / "model" / "config.json"
     for model in (path.parent, path):
         assert find_shape(str(model))[1].hidden_size == 16
-    monkeypatch.setattr(model_names, "_hub_config", lambda name: path.read_text())
+    monkeypatch.setattr(model_names, "_hub_config", lambda name: path.read_bytes())
     assert main(["plan", "nobody/mine", "--tokens", "64"]) == 0
     assert capsys.readouterr().out.startswith("nobody/mine, config.json of the Hub: 0.00e9")
 
@@ -122,10 +124,20 @@ def test_a_bad_value_of_a_nested_config_gets_one_line(tmp_path, capsys):
     assert find_shape(str(path))[1].model_type == "gemma3_text"
 
 
-@pytest.mark.parametrize("text", [b"[]", b"{", b"", b"\xff\xfe\x00", b"1", b'"llama"'])
-def test_a_config_json_that_is_no_object_gets_one_line(tmp_path, capsys, text):
+NO_OBJECTS = {
+    "list": b"[]",
+    "cut": b"{",
+    "empty": b"",
+    "binary": b"\xff\xfe\x00",
+    "number": b"1",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", NO_OBJECTS)
+def test_a_config_json_that_is_no_object_gets_one_line(tmp_path, capsys, name):
     path = tmp_path / "config.json"
-    path.write_bytes(text)
+    path.write_bytes(NO_OBJECTS[name])
     assert main(["plan", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(f"model: {path} is no JSON object\n")
 
