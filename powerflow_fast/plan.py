@@ -91,6 +91,15 @@ class Run:
         """Bytes of a number in activations."""
         return BYTES["fp32" if self.weights == "fp32" else "bf16"]
 
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapter copies its input: PEFT to the adapter's float32, autocast back.
+
+        Beside bf16 layers; quantised ones leave the type to autocast, and FSDP's mixed precision
+        makes the adapter bf16 while it is used.
+        """
+        return self.lora_rank > 0 and self.weights == "bf16" and self.sharding == "ddp"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -131,10 +140,8 @@ def layer_activations(run: Run) -> float:
     shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layers = len(shape.linear_layers())
-    # Attention's layers share a normed input, and so do gate and up. Beside a bf16 layer, unlike a
-    # quantised one, each adapter has a copy: PEFT casts it to float32, and autocast casts it back.
-    copied = run.weights == "bf16" and not full
-    normed_inputs = layers - 2 if copied else 2
+    # Attention's layers share a normed input, and so do gate and up.
+    normed_inputs = layers - 2 if run.copies_inputs else 2
     attention = 5 * q
     if family.fused:  # values are a view, which keeps the whole output, unless they are repeated
         attention = max(attention, 4 * q + 3 * kv)
@@ -155,12 +162,13 @@ def kept_bytes(run: Run, sequences: int) -> float:
 def backward_bytes(run: Run, sequences: int) -> float:
     """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values.
 
-    Gradients of gate, up and their product; of a fused layer's output and of its scaled adapter's.
+    Gradients of gate, up and their product [I each]. Of a fused layer's output and its scaled
+    adapter's [2I each]. Where inputs are copied: of the product, its copy and, in float32, between.
     """
-    gradients = 4 if FAMILIES[run.shape.model_type].fused else 3
-    passing = run.width * gradients * run.shape.intermediate_size
+    fused = FAMILIES[run.shape.model_type].fused
+    passing = (4 if fused or run.copies_inputs else 3) * run.shape.intermediate_size
     again = layer_activations(run) if run.checkpointing else 0.0
-    return (passing + again) * run.tokens * sequences
+    return (run.width * passing + again) * run.tokens * sequences
 
 
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
