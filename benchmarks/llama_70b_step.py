@@ -74,12 +74,13 @@ def scaled(shape: ModelShape, scale: int, layers: int | None) -> ModelShape:
     return replace(shape, num_layers=layers or shape.num_layers)
 
 
-def build(shape: ModelShape, kind: str, device: torch.device, dtype: torch.dtype):
+def build(shape: ModelShape, kind: str, device: torch.device, dtype: torch.dtype, context: int):
     """The model with random weights, made and packed layer by layer on `device`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape.to_config(), dtype=dtype)
+        config = shape.to_config(max_position_embeddings=context)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     rotary = type(model.model.rotary_emb)(model.config)
     model.model.rotary_emb = rotary.to(device)
     torch.manual_seed(0)
@@ -168,7 +169,7 @@ def make_trainer(model, options: argparse.Namespace, callbacks=()):
         disable_tqdm=True,
         sample_completions=0,
     )
-    words = " ".join(str(2 + i % 900) for i in range(prompt))
+    words = " ".join(str(2 + i % 8) for i in range(prompt))  # digits: a token each
     return PowerFlowTrainer(
         model,
         args,
@@ -200,7 +201,8 @@ def run(options: argparse.Namespace, report: Callable[[dict], object]) -> None:
             report(row | {"tokens_per_second": rate, "peak_bytes": peak, "kl": logs["kl"]})
 
     began = time.perf_counter()
-    trainer = make_trainer(build(shape, options.weights, device, dtype), options, [Report()])
+    model = build(shape, options.weights, device, dtype, options.tokens)
+    trainer = make_trainer(model, options, [Report()])
     facts = {"parameters": shape.parameters(), "layers": shape.num_layers}
     facts |= {"planned_weights_bytes": expected.weights, "planned_bytes": expected.total}
     if device.type == "cuda":

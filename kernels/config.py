@@ -2,7 +2,8 @@
 
 The token count is never part of a key and never a compile-time constant, so no batch recompiles.
 The shapes are the largest tried for which `python -m powerflow_fast.kernel_facts` finds no spilled
-register; they have not been tuned on hardware.
+register. Those of sm_90 were the fastest of CANDIDATES on an H100 (docs/gpu-notes.md); the others
+were not timed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from powerflow_fast.numerators import Layout
 # Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
 # route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
 # GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
-# over the vocabulary.
+# over the vocabulary. Twice as much takes 1 to 9 % off a step on an H100, half adds 4 to 80 %.
 SOFT_BYTES = 256 << 20
 KEPT_BYTES = 64 << 20
 STATISTICS_BYTES = 64 << 20
@@ -33,7 +34,8 @@ class Tile:
 
     The columns are finished in `parts` pieces after the product: fewer values are alive at once.
     `persistent` (of the statistics alone): one program a multiprocessor, which walks over the
-    tiles and loads the next one's operands while it finishes this one.
+    tiles. Triton does not overlap them: slower where all have work (5 % on an H100), and quicker to
+    start where most have none.
     """
 
     rows: int
@@ -77,7 +79,7 @@ TABLE = {
         tma=False,
     ),
     "sm_90": Config(
-        statistics=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        statistics=Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
         direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         tma=True,
@@ -115,8 +117,7 @@ TABLE = {
 # also the blocks of the certified route.
 CANDIDATES = (
     Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
-    Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4, persistent=True),
-    Tile(128, 128, 64, num_warps=8, num_stages=4, parts=2, persistent=True),
+    Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
     Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
     Tile(128, 128, 64, num_warps=8, num_stages=4, parts=2),
     Tile(128, 128, 64, num_warps=4, num_stages=4, parts=2),

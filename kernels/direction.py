@@ -155,7 +155,9 @@ def direction_kernel(
         if tile_shift_ptr is not None:
             part = (start_v // PART).to(tl.int64)
             shift = tl.load(tile_shift_ptr + part * num_rows + offs_n, mask=mask_n, other=0.0)
-            tile_s *= tl.exp2(shift - row_shift).to(tile_s.dtype)[:, None]
+            # In float32: the factor itself may be below float16's smallest number.
+            scaled = tile_s.to(tl.float32) * tl.exp2(shift - row_shift)[:, None]
+            tile_s = round_to(scaled, tile_s.dtype)
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)

@@ -2,11 +2,13 @@
 
 The eager code it replaces, with g, e the gradients of logps and entropy, J the softcap's slope:
 
-    p = torch.exp(logits - lse)                                               # [N, columns]
-    dlogits = g * (one_hot(targets) - p) - e * p * (logits - lse + entropy)
+    log_p = logits - lse; log_p[targets] = logps                              # [N, columns]
+    dlogits = g * (one_hot(targets) - exp(log_p)) - e * exp(log_p) * (log_p + entropy)
     dlogits = dlogits * J * derivative * out_scale                            # in the inputs' dtype
 
-A row whose g and e are 0 is written as zeros whatever its hidden state holds.
+The target's log-prob is the forward pass's, and 1 - p is formed from it by expm1: of a confident
+target logits - lse has no digit left. A row whose g and e are 0 is written as zeros whatever its
+hidden state holds.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from powerflow_fast.kernels.tiles import (
     multiply_transposed,
     round_to,
     split_columns,
+    tile_is_marked,
     triton_dtype,
     walk_in_groups,
     write_idle_zeros,
@@ -43,6 +46,8 @@ def write_dlogits(
     target,  # [BLOCK_N]
     grad_logp,  # [BLOCK_N] times derivative and out_scale
     grad_entropy,  # [BLOCK_N] likewise
+    target_logp,  # [BLOCK_N]
+    others,  # [BLOCK_N] 1 - p of the target
     lse,  # [BLOCK_N]
     entropy,  # [BLOCK_N]
     active,  # [BLOCK_N]
@@ -51,23 +56,32 @@ def write_dlogits(
     num_v,
     scale,
     cap,
+    MARKED: tl.constexpr,  # whether the tile may hold targets, or end past the vocabulary
     HAS_ENTROPY: tl.constexpr,
     ROUND_TO: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PART: tl.constexpr,
 ):
     offs_v = start_v + tl.arange(0, PART)
-    mask_v = offs_v < num_v
+    mask_v = offs_v < num_v if MARKED else None
     logits, slope = form_logits(product, bias_ptr, offs_v, mask_v, scale, cap, ROUND_TO, SOFTCAP)
     logp = logits - lse[:, None]
     p = tl.exp2(logp * LOG2E)
-    one = tl.where(offs_v[None, :] == target[:, None], 1.0, 0.0)
-    grad = grad_logp[:, None] * (one - p)
+    share = -p
+    if MARKED:
+        is_target = offs_v[None, :] == target[:, None]
+        share = tl.where(is_target, others[:, None], share)
+        if HAS_ENTROPY:
+            logp = tl.where(is_target, target_logp[:, None], logp)
+            p = tl.where(is_target, 1.0 - others[:, None], p)
+    grad = grad_logp[:, None] * share
     if HAS_ENTROPY:
         pull = tl.where(p == 0, 0.0, p * (logp + entropy[:, None]))  # 0 * -inf counts as 0
         grad -= grad_entropy[:, None] * pull
     grad = tl.where(active[:, None], grad * slope, 0.0)
-    mask = mask_n[:, None] & mask_v[None, :]
+    mask = mask_n[:, None]
+    if MARKED:
+        mask &= mask_v[None, :]
     tl.store(
         rows_out[:, None] + offs_v[None, :], round_to(grad, rows_out.dtype.element_ty), mask=mask
     )
@@ -81,6 +95,8 @@ def dlogits_kernel(
     targets_ptr,  # [N] relative to the chunk's first column
     grad_logps_ptr,  # [N]
     grad_entropy_ptr,  # [N] or None
+    logps_ptr,  # [N] of the targets
+    others_ptr,  # [N] 1 - p of the targets
     lse_ptr,  # [N]
     entropy_ptr,  # [N] or None
     active_ptr,  # [N]
@@ -144,6 +160,8 @@ def dlogits_kernel(
     )
     active = tl.load(active_ptr + offs_n, mask=mask_n, other=0) != 0
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
+    target_logp = tl.load(logps_ptr + offs_n, mask=mask_n, other=0.0)
+    others = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     factor = derivative * tl.load(out_scale_ptr)
     grad_logp = tl.load(grad_logps_ptr + offs_n, mask=mask_n, other=0.0) * factor
@@ -156,27 +174,33 @@ def dlogits_kernel(
     rows_out = dlogits_ptr + offs_n.to(tl.int64) * stride_dn
     PART: tl.constexpr = BLOCK_V // PARTS
     parts = split_columns(acc, PARTS)
-    for index in tl.static_range(PARTS):
-        write_dlogits(
-            parts[index],
-            bias_ptr,
-            rows_out,
-            target,
-            grad_logp,
-            grad_entropy,
-            lse,
-            entropy,
-            active,
-            start_v + index * PART,
-            mask_n,
-            num_v,
-            scale,
-            cap,
-            HAS_ENTROPY,
-            ROUND_TO,
-            SOFTCAP,
-            PART,
-        )
+    marked = tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V)
+    for kind in tl.static_range(2):
+        if marked == (kind == 1):
+            for index in tl.static_range(PARTS):
+                write_dlogits(
+                    parts[index],
+                    bias_ptr,
+                    rows_out,
+                    target,
+                    grad_logp,
+                    grad_entropy,
+                    target_logp,
+                    others,
+                    lse,
+                    entropy,
+                    active,
+                    start_v + index * PART,
+                    mask_n,
+                    num_v,
+                    scale,
+                    cap,
+                    kind == 1,
+                    HAS_ENTROPY,
+                    ROUND_TO,
+                    SOFTCAP,
+                    PART,
+                )
 
 
 def write_dlogits_chunk(
@@ -184,6 +208,7 @@ def write_dlogits_chunk(
     targets: torch.Tensor,  # [N] contiguous, relative to the chunk's first column
     grad_logps: torch.Tensor,  # [N] contiguous float32
     grad_entropy: torch.Tensor | None,  # [N] likewise
+    logps: torch.Tensor,  # [N] likewise, of the targets
     lse: torch.Tensor,  # [N] likewise
     entropy: torch.Tensor | None,  # [N] likewise
     active: torch.Tensor,  # [N] contiguous bool
@@ -208,6 +233,8 @@ def write_dlogits_chunk(
             targets_ptr=targets,
             grad_logps_ptr=grad_logps,
             grad_entropy_ptr=grad_entropy,
+            logps_ptr=logps,
+            others_ptr=-torch.expm1(logps),
             lse_ptr=lse,
             entropy_ptr=entropy,
             active_ptr=active,

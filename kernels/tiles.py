@@ -74,7 +74,6 @@ def multiply_transposed(
 ):
     """One tile of hidden @ weight.T in float32."""
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    # Of no other number: persistent programs fuse this loop with the one over tiles.
     num_steps = tl.cdiv(num_h, BLOCK_H)
     if USE_TMA:
         for step in range(num_steps):
@@ -183,6 +182,13 @@ def form_logits(
     if mask_v is not None:
         logits = tl.where(mask_v[None, :], logits, float("-inf"))
     return logits, slope
+
+
+@triton.jit
+def tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V: tl.constexpr):
+    """Whether a tile holds a row's target or ends past the vocabulary. Others compare nothing."""
+    here = mask_n & (target >= start_v) & (target < start_v + BLOCK_V)
+    return (tl.max(here.to(tl.int32), 0) != 0) | (start_v + BLOCK_V > num_v)
 
 
 class Operands(NamedTuple):

@@ -111,13 +111,13 @@ def backward(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N] int64
-    lse: Tensor,  # [N]
+    logps: Tensor,  # [N] of the targets, over the whole vocabulary
+    lse: Tensor,  # [N] likewise
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
     needs: Sequence[bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
     numerators: Numerators | None = None,  # likewise, without grad_entropy
-    logps: Tensor | None = None,  # [N] likewise, over the whole vocabulary
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
 
@@ -126,9 +126,8 @@ def backward(
     """
     rows = _counted_rows(targets, options)
     if rows is not None:
-        grad_logps, targets, lse = grad_logps[rows], targets[rows], lse[rows]
+        grad_logps, targets, logps, lse = (x[rows] for x in (grad_logps, targets, logps, lse))
         grad_entropy, entropy = _take(grad_entropy, rows), _take(entropy, rows)
-        logps = _take(logps, rows)
     head = Head(_take(hidden, rows), weight, bias, targets, options)
     if kept is not None:  # few columns of each block remain of a tile
         head.tile = (BLOCK, 4 * head.tile[1])
@@ -246,13 +245,10 @@ def _dlogits(
     p = exp_(log_p)
     dlogits = p.mul_(coefficient)
     index, inside = target_columns
-    if logps is None:
-        dlogits.scatter_add_(1, index, grad_logps[:, None].where(inside, 0.0))
-    else:
-        own = -grad_logps * logps.expm1()
-        if grad_entropy is not None:
-            own = own - grad_entropy * logps.exp() * (logps + entropy)
-        dlogits.scatter_(1, index, own[:, None].where(inside, dlogits.gather(1, index)))
+    own = -grad_logps * logps.expm1()
+    if grad_entropy is not None:
+        own = own - grad_entropy * logps.exp() * (logps + entropy)
+    dlogits.scatter_(1, index, own[:, None].where(inside, dlogits.gather(1, index)))
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(options.scale)

@@ -1,10 +1,12 @@
 """The head on the Triton kernels: row chunks forward, vocabulary chunks backward.
 
-Forward, per row chunk: one launch forms softmax statistics of policy and reference, a second
-merges them, and where the direction is wanted a third multiplies the softmax numerators, stored by
-the first, with the weight. Backward, per vocabulary chunk: the gradient of the logits is written
-by a kernel that recomputes them, or for the first rows of a trained head by one that reads the
-numerators which the forward pass kept; the products with it are the vendor library's.
+Forward, per row chunk: a pilot of a few columns gives each row its shift, one launch forms softmax
+statistics of policy and reference, another merges them, and rows that the pilot misled are done
+again. Where the direction is wanted, the softmax numerators that the statistics stored are
+multiplied with the weight by the vendor's library (float16's, relative to shifts of their own, by
+a kernel). Backward, per vocabulary chunk: the gradient of the logits is written by a kernel that
+recomputes them, or for the first rows of a trained head by one that reads the numerators which the
+forward pass kept; the products with it are the vendor library's.
 
 Triton is imported when a function here is called, not with this module.
 """
@@ -132,18 +134,19 @@ def backward(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N] int64
-    lse: Tensor,  # [N]
+    logps: Tensor,  # [N] of the targets, over the whole vocabulary
+    lse: Tensor,  # [N] likewise
     entropy: Tensor | None,  # [N], needed with grad_entropy
     options: HeadOptions,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
     kept: Tensor | None = None,  # [blocks, V] bool as `forward` left it, without grad_entropy
     numerators: Numerators | None = None,  # as `forward` left them, without grad_entropy
-    logps: Tensor | None = None,  # [N] as `forward` left them; 1 - p is formed from lse here
     config: Config | None = None,  # as in `forward`
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
 
-    Those of the kept columns alone, where they are given and few; hidden's is not formed then.
+    Those of the kept columns alone, where they are given and few; hidden's is not formed then. A
+    confident target's 1 - p comes from `logps`: the recomputed logits have lost its digits.
     """
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
@@ -156,10 +159,18 @@ def backward(
     active &= targets != options.ignore_index
     out_scale = dlogits_scale(grad_logps, grad_entropy, num_v, options, hidden.dtype)
     if kept is not None and certified_triton.few(kept):
-        rows = (targets.contiguous(), grad_logps.contiguous(), lse.contiguous(), active)
-        policy = _operands(hidden, weight, bias)
         grads = certified_triton.kept_gradients(
-            policy, *rows, kept, out_scale, needs, options, config
+            _operands(hidden, weight, bias),
+            targets.contiguous(),
+            grad_logps.contiguous(),
+            logps.contiguous(),
+            lse.contiguous(),
+            active,
+            kept,
+            out_scale,
+            needs,
+            options,
+            config,
         )
         return None, *grads
     sums = GradientSums(hidden, weight, bias, active, out_scale, needs)
@@ -170,7 +181,7 @@ def backward(
     entropy = None if grad_entropy is None else entropy
     others = [
         None if x is None else x[known:].contiguous()
-        for x in (grad_logps, grad_entropy, lse, entropy, active)
+        for x in (grad_logps, grad_entropy, logps, lse, entropy, active)
     ]
     for start in range(0, num_v if num_n else 0, columns):
         stop = min(start + columns, num_v)

@@ -192,6 +192,7 @@ def kept_gradients(
     policy: Operands,
     targets: Tensor,  # [N] contiguous
     grad_logps: Tensor,  # [N] contiguous float32
+    logps: Tensor,  # [N] likewise
     lse: Tensor,  # [N] likewise
     active: Tensor,  # [N] bool
     kept: Tensor,  # [blocks, V] bool as the forward pass left it
@@ -237,6 +238,7 @@ def kept_gradients(
                 place.where(there, -1)[:, 0].contiguous(),
                 grad_logps[r],
                 None,
+                logps[r],
                 lse[r],
                 None,
                 active[r],

@@ -33,15 +33,15 @@ CHIPS = {
 }
 TMA = r"\bUTMALDG"
 WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)"  # until so many groups are in flight
-PRODUCT = r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b"  # in Triton's IR
 FMA = r"\bFFMA|\bv_(?:pk_)?fmac?_f32"
 
 
 DEFAULT = (
     Variant("statistics", models=2),
     Variant("statistics", models=2, soft=True),
-    Variant("statistics", models=2, maxima=True),
+    Variant("statistics", models=2, maxima=True, persistent=True),
     Variant("mean_direction"),
+    Variant("true_shift"),
     Variant("statistics", models=2, soft=True, parts=True),
     Variant("direction"),
     Variant("statistics", models=2, certified=True),
@@ -158,6 +158,7 @@ def _elementwise_source(variant: Variant, rows: int):
         kept_dlogits,
         mean_direction,
         residual,
+        row_shift,
     )
 
     if variant.kernel == "columns":
@@ -175,6 +176,8 @@ def _elementwise_source(variant: Variant, rows: int):
         if not variant.entropy:
             constants |= {"tile_spread_ptr": None, "entropy_ptr": None}
         return combine.combine_kernel, {}, constants
+    if variant.kernel == "true_shift":
+        return row_shift.true_shift_kernel, {}, dict(row_shift.BLOCKS)
     if variant.kernel == "mean_direction":
         constants = mean_direction.BLOCKS | {"SOFTCAP": variant.softcap}
         return mean_direction.mean_direction_kernel, {}, constants
@@ -257,24 +260,9 @@ def facts_of(variant: Variant, chip: str) -> Facts:
         matrix=len(re.findall(CHIPS[chip].matrix, code)),
         fma=len(re.findall(FMA, code)),
         tma=len(re.findall(TMA, code)),
-        loops=_loops_around_products(compiled.asm["ttgir"]),
         in_flight=max((int(count, 16) for count in re.findall(WAIT, code)), default=0),
         seconds=seconds,
     )
-
-
-def _loops_around_products(code: str) -> int:
-    """The largest number of loops that enclose a product, by the indentation of Triton's IR."""
-    most = 0
-    loops: list[int] = []  # indentations of those that are open
-    for line in code.splitlines():
-        indent = len(line) - len(line.lstrip())
-        loops = [loop for loop in loops if loop < indent]
-        if re.search(r"\bscf\.(for|while)\b", line):
-            loops.append(indent)
-        elif re.search(PRODUCT, line):
-            most = max(most, len(loops))
-    return most
 
 
 def _number(pattern: str, text: str) -> int:

@@ -28,7 +28,7 @@ DEVICES = {
     "mi300x": Device(1.307e15, 5.3e12),
 }
 BLOCK = 128  # rows that share one choice of columns on the certified route
-PART = 64  # columns of one row's softmax statistics
+TILE = 256  # columns of one row's softmax statistics
 
 
 class Floor(NamedTuple):
@@ -54,7 +54,7 @@ def floors(n: int, h: int, v: int, kept: float, itemsize: int = 2) -> list[Floor
     """
     product = 2.0 * n * h * v
     states, head = float(n * h * itemsize), float(v * h * itemsize)
-    statistics = 2 * 4.0 * n * (v / PART)  # shift and total of each row and part, one model
+    statistics = 4.0 * n * (v / TILE)  # the total of each row and tile, one model
     numerators, direction = float(n * v * itemsize), 4.0 * n * h
     peaks = 2.0 * (n / BLOCK) * v
     pair = Floor("statistics, two models", 2 * product, 2 * states + head + 2 * statistics)
@@ -63,7 +63,7 @@ def floors(n: int, h: int, v: int, kept: float, itemsize: int = 2) -> list[Floor
         pair._replace(kernel="  and numerators", bytes=pair.bytes + numerators),
         pair._replace(kernel="  and candidate columns", bytes=pair.bytes + peaks),
         Floor("combine, two models", 0.0, 2 * statistics),
-        Floor("direction", product, numerators + head + direction + statistics),
+        Floor("direction", product, numerators + head + direction),
         Floor("choose columns", 0.0, peaks),
         Floor("kept probabilities", kept * product, states + head + kept * numerators),
         Floor("direction of kept", kept * product, kept * numerators + head + direction),

@@ -46,7 +46,6 @@ class Facts:
     matrix: int
     fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
     tma: int
-    loops: int  # around a product: one, or two where a program's tiles do not overlap
     in_flight: int  # sm_90: groups of products that a main loop's step leaves running
     seconds: float
 

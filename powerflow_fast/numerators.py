@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST_BYTES = 1 << 30
+LARGEST_BYTES = 2 << 30
 
 
 class Layout(NamedTuple):

@@ -197,13 +197,14 @@ def head_backward(
     opts = HeadOptions.decode(options)
     backend = backend_module(opts, hidden)
     dtype, weight = weight.dtype, _operand(backend, hidden, weight)
-    arguments = (grad_logps, grad_entropy, hidden, weight, bias, targets, lse, entropy, opts)
+    head = (hidden, weight, bias, targets, logps, lse, entropy)
+    arguments = (grad_logps, grad_entropy, *head, opts, needs)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
             numerators = None if values is None else Numerators(values, factors, own)
-            grads = backend.backward(*arguments, needs, kept, numerators, logps)
+            grads = backend.backward(*arguments, kept, numerators)
         else:
-            grads = vocab_parallel.backward(backend, *arguments, needs, logps)
+            grads = vocab_parallel.backward(backend, *arguments)
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )

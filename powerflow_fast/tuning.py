@@ -73,12 +73,13 @@ def tune(
     """
     from powerflow_fast.backend_triton import backward, forward
     from powerflow_fast.kernels.config import CANDIDATES
+    from powerflow_fast.kernels.statistics import has_row_shift
 
     hidden, weight, bias = policy
     plain = replace(options, entropy=False, grad_tolerance=0.0)
     rows = (hidden, weight, bias, targets)
-    lse = forward(*rows, None, plain, False, config=table).lse
-    ones = torch.ones_like(lse)
+    out = forward(*rows, None, plain, False, config=table)
+    ones = torch.ones_like(out.lse)
 
     def scores(config: Config) -> object:
         return forward(*rows, None, plain, False, config=config)
@@ -89,11 +90,15 @@ def tune(
     def dlogits(config: Config) -> object:
         upstream = (ones, None)
         needs = (True, False, False)
-        return backward(*upstream, *rows, lse, None, plain, needs, config=config)
+        known = (out.logps, out.lse, None)
+        return backward(*upstream, *rows, *known, plain, needs, config=config)
 
+    calls = {"statistics": scores, "direction": direction, "dlogits": dlogits}
+    if has_row_shift(hidden.dtype):
+        del calls["direction"]  # the vendor's product
     best = table
-    for field, call in (("statistics", scores), ("direction", direction), ("dlogits", dlogits)):
-        tiles = [tile for tile in CANDIDATES if field == "statistics" or not tile.persistent]
+    for field, call in calls.items():
+        tiles = [tile for tile in CANDIDATES if tile != getattr(best, field)]
         times: dict[Config, float] = {}
         for config in (best, *(replace(best, **{field: tile}) for tile in tiles)):
             times[config] = _time(call, config, seconds)

@@ -66,17 +66,17 @@ def backward(
     weight: Tensor,  # [own V, H]
     bias: Tensor | None,  # [own V]
     targets: Tensor,  # [N], in the whole vocabulary
-    lse: Tensor,  # [N], of the whole vocabulary
+    logps: Tensor,  # [N], of the whole vocabulary
+    lse: Tensor,  # [N], likewise
     entropy: Tensor | None,  # [N], likewise
     options: HeadOptions,
     needs: Sequence[bool],
-    logps: Tensor,  # [N], of the whole vocabulary
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As a back end's `backward`; the gradient of hidden is summed over the ranks."""
     own_targets, inside, counted = _own_targets(targets, weight, options)
     own_targets = own_targets.where(inside, len(weight)).where(counted, IGNORED)
-    arguments = (grad_logps, grad_entropy, hidden, weight, bias, own_targets, lse, entropy)
-    grads = backend.backward(*arguments, _own_options(options), needs, logps=logps)
+    head = (hidden, weight, bias, own_targets, logps, lse, entropy)
+    grads = backend.backward(grad_logps, grad_entropy, *head, _own_options(options), needs)
     if grads[0] is not None:  # float32 still
         dist.all_reduce(grads[0], group=_group(options))
     return grads

@@ -6,7 +6,16 @@ import torch
 pytest.importorskip("trl")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-from benchmarks.llama_70b_step import Fp8Linear, main, nf4  # noqa: E402
+from benchmarks.llama_70b_step import (  # noqa: E402
+    Fp8Linear,
+    arguments,
+    build,
+    main,
+    make_trainer,
+    nf4,
+    scaled,
+)
+from powerflow_fast.model_shapes import model_shape  # noqa: E402
 
 
 def nf4_unpacked(layer):
@@ -41,3 +50,13 @@ def test_steps_run_and_learn(tmp_path, kind):
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > rows[0]["kl"]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
+
+
+def test_sequences_of_the_full_length_are_within_the_models_context(tmp_path):
+    options = arguments(["--tokens", "8192", "--device", "cpu", "--output-dir", str(tmp_path)])
+    shape = scaled(model_shape("Llama-3-70B"), 20000, None)
+    model = build(shape, "bf16", torch.device("cpu"), torch.float32, options.tokens)
+    trainer = make_trainer(model, options)
+    prompt = trainer.train_dataset[0]["prompt"]
+    assert len(trainer.processing_class(prompt)["input_ids"]) == 8192 // 8
+    assert trainer.args.max_completion_length == 8192 - 8192 // 8

@@ -21,7 +21,7 @@ def operands(device, tiles, monkeypatch):
     tile = table.config_for(device, torch.float16).statistics
     others = (
         replace(tile, depth=tile.depth // 2),
-        replace(tile, depth=tile.depth // 2, columns=tile.columns // 2, parts=1),
+        replace(tile, depth=tile.depth // 2, columns=tile.columns // 2, parts=1, num_stages=2),
     )
     monkeypatch.setattr(table, "CANDIDATES", others)
     policy = Operands(

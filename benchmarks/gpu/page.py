@@ -137,14 +137,21 @@ def _tuner(rows: list[Line], found: list[Line]) -> list[str]:
 
 
 def _counters(rows: list[Line], found: list[Line]) -> list[str]:
+    """Of launches that take time; without what PyTorch fills and copies between them."""
     cells = [
-        (row["case"], _seconds(row["seconds"]), *(_percent(row[share]) for share in SHARES))
+        (
+            row["case"],
+            _seconds(row["seconds"]),
+            *(_percent(row[share]) for share in SHARES),
+            f"{row['clock'] / 1e9:.2f} GHz" if row.get("clock") else "-",
+        )
         for row in rows
-        if "tensor_pipe" in row
+        if row.get("tensor_pipe") is not None and row["seconds"] > SHORT and "::" not in row["case"]
     ]
-    return [table(("kernel, counted", "time", *SHARES.values()), cells)] if cells else []
+    return [table(("kernel, counted", "time", *SHARES.values(), "clock"), cells)] if cells else []
 
 
+SHORT = 3e-5  # seconds
 SHARES = {"tensor_pipe": "tensor pipe", "l2": "L2", "dram": "memory", "issue": "issue slots"}
 
 

@@ -20,7 +20,7 @@ from benchmarks.gpu import lines
 from benchmarks.gpu.worker import Run, work
 
 PRELOAD = ["benchmarks.gpu.worker", "powerflow_fast", "triton"]
-GRACE = 1.0  # seconds that a killed process has to end
+GRACE = 5.0  # seconds that a process has to end once it is done or killed
 
 
 @dataclass(frozen=True)

@@ -36,16 +36,14 @@ STAGES = (
     Stage(
         "heads",
         "pair and LA-TB step, frozen head",
-        _parts(
-            "steps:frozen", steps.FROZEN, {"default": 10, steps.FROZEN[0]: 15, "torch.compile": 25}
-        ),
+        _parts("steps:frozen", steps.FROZEN, {"default": 10} | steps.COMPILES_BY_SHAPE),
         prepare_seconds=40,
         early=True,
     ),
     Stage(
         "trained-head",
         "LA-TB step, trained head",
-        _parts("steps:trained", steps.TRAINED, {"default": 8}),
+        _parts("steps:trained", steps.TRAINED, {"default": 10} | steps.COMPILES_BY_SHAPE),
         prepare_seconds=20,
         early=True,
     ),

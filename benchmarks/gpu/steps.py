@@ -34,6 +34,10 @@ TOLERANCE = 1e-3
 powerflow = partial(peers.PowerflowFast, backend="triton")  # interpreted in a dry run
 WARM_ROWS = 1024  # of the trial that compiles
 BY_SHAPE = ("quack", "quack chunked", "Liger scaled CE", "CCE exact", "torch.compile")
+# Seconds of those that compile for each shape while they are measured.
+COMPILES_BY_SHAPE = dict.fromkeys(
+    ("quack", "quack chunked", "Liger scaled CE", "torch.compile"), 25
+)
 
 
 def frozen(run: Run) -> Iterator[None]:

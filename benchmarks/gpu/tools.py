@@ -26,13 +26,14 @@ from benchmarks.results_file import FOLDER
 SMALL = Shape(200, 96, 600, length=20)
 SMALL_TINY = Shape(20, 32, 70, length=10)
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
-# Of Nsight Compute's columns, in % of the peak: the first that is there says the share.
+# Nsight Compute's columns in % of the peak, by what the share is of.
 SHARES = {
-    "tensor_pipe": r"pipe_tensor.*pct_of_peak",
-    "l2": r"^lts__.*throughput.*pct_of_peak|^lts__t_.*pct_of_peak",
-    "dram": r"dram.*throughput.*pct_of_peak",
+    "tensor_pipe": r"^sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_elapsed",
+    "l2": r"^lts__throughput\.avg\.pct_of_peak",
+    "dram": r"^dram__(throughput|cycles_active)\.avg\.pct_of_peak",
     "issue": r"^sm__inst_(issued|executed)\.avg\.pct_of_peak",
 }
+CLOCK = "gpc__cycles_elapsed.avg.per_second"
 CHECKED = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+)"}
 
 
@@ -63,6 +64,8 @@ def read_counters(text: str) -> Iterator[Line]:
         for share, pattern in SHARES.items():
             values = [_number(v) for k, v in row.items() if re.search(pattern, k) and v]
             line[share] = max(values, default=None)
+        if row.get(CLOCK):
+            line["clock"] = _number(row[CLOCK]) * _unit(rows[0][CLOCK])
         yield line
 
 
@@ -71,7 +74,11 @@ def _number(text: str) -> float:
 
 
 def _unit(name: str) -> float:
-    return {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}[name.replace("second", "s")]
+    return UNITS[name.lower().replace("second", "s")]
+
+
+UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+UNITS |= {"hz": 1.0, "khz": 1e3, "mhz": 1e6, "ghz": 1e9}
 
 
 def sanitizer(run: Run) -> Iterator[None]:

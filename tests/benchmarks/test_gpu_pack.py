@@ -120,10 +120,11 @@ def test_kernels_are_found_by_another_build_of_triton(tmp_path):
 def test_one_line_sets_a_shell_up_and_does_it_once(tmp_path):
     pack, target = write_pack(tmp_path / "a pack"), tmp_path / "target"
     pack = pack.rename(tmp_path / "pack")
-    show = 'echo "$PYTHONPATH" "$TRITON_CACHE_DIR"; python3 -c "import peer; print(peer.here)"'
+    show = 'echo "$PYTHONPATH" "$TRITON_CACHE_DIR" $TRITON_DISABLE_LINE_INFO; '
+    show += 'python3 -c "import peer; print(peer.here)"'
     first = activate(pack, target, f". {pack}/activate; {show}")
     paths = f"{target}/{unpack.SITE}:{target}/{unpack.SITE}/nvidia_cutlass_dsl/dsl_packages"
-    assert first.stdout.splitlines() == [f"{paths}:/already/there {target}/triton", "True"]
+    assert first.stdout.splitlines() == [f"{paths}:/already/there {target}/triton 1", "True"]
     assert first.stderr.count("unpacked into") == 1, first.stderr
     assert "unpacked" not in activate(pack, target).stderr
 

@@ -77,12 +77,12 @@ def test_dry_run_walks_through_every_stage(dry_run):
     assert json.loads((folder / "tiles.json").read_text())
 
 
-def test_limits_are_named_and_stay_under_twelve_minutes(dry_run):
+def test_limits_are_named_and_stay_under_thirteen_minutes(dry_run):
     output, folder = dry_run
     for stage in STAGES:
         assert re.search(rf"^limit +{stage.limit:.0f} s  {stage.name}: ", output, re.M)
     total = sum(stage.limit for stage in STAGES)
-    assert f"limit {total:4.0f} s  in all" in output and total < 720
+    assert f"limit {total:4.0f} s  in all" in output and total < 780
     assert written(folder)[0]["limits"] == {stage.name: stage.limit for stage in STAGES}
 
 
@@ -278,12 +278,12 @@ def test_what_triton_compiles_is_counted_and_what_was_cached_is_not(monkeypatch,
 
 
 def test_counters_of_nsight_compute():
-    head = '"ID","Kernel Name","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active","lts__throughput.avg.pct_of_peak_sustained_elapsed","dram__throughput.avg.pct_of_peak_sustained_elapsed","sm__inst_issued.avg.pct_of_peak_sustained_active"'  # noqa: E501
+    head = '"ID","Kernel Name","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","lts__throughput.avg.pct_of_peak_sustained_elapsed","dram__throughput.avg.pct_of_peak_sustained_elapsed","sm__inst_issued.avg.pct_of_peak_sustained_active","lts__throughput.max.pct_of_peak_sustained_elapsed","gpc__cycles_elapsed.avg.per_second"'  # noqa: E501
     text = f"""==PROF== Connected to process 1
 {head}
-"","","us","%","%","%","%"
-"0","statistics_kernel","5,012.30","91.20","70.10","20.00","33.00"
-"1","combine_kernel(int)","97.00","","12.00","80.50","5.00"
+"","","us","%","%","%","%","%","Ghz"
+"0","statistics_kernel","5,012.30","91.20","70.10","20.00","33.00","742.00","1.59"
+"1","combine_kernel(int)","97.00","","12.00","80.50","5.00","99.00",""
 """
     first, second = tools.read_counters(text)
     assert first == {
@@ -293,5 +293,6 @@ def test_counters_of_nsight_compute():
         "l2": 70.1,
         "dram": 20.0,
         "issue": 33.0,
+        "clock": pytest.approx(1.59e9),
     }
     assert second["case"] == "combine_kernel" and second["tensor_pipe"] is None

@@ -76,7 +76,7 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path):
     assert second.returncode == 0, second.stdout
     assert "Comparing against benchmarks from" in second.stdout + second.stderr
     assert list(tmp_path.glob("plot*.svg")) or not histogram
-    theirs, _, ours = second.stdout.partition("1 passed")
+    theirs, ours = re.split(r"\d passed", second.stdout)  # a case a type: bf16 on some CPUs alone
     assert "time in" in theirs and re.search(r"\npowerflow-fast +[\d.]+ m?s \([\d.]+x\)", ours)
     assert "Written to" not in ours
 

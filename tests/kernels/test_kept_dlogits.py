@@ -28,7 +28,7 @@ def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # n
     inputs = (head.hidden, head.weight, head.bias, targets)
     out = backend_triton.forward(*inputs, None, options, False, kept)
     return backend_triton.backward(
-        grad_logps, None, *inputs, out.lse, None, options, ALL, None, kept
+        grad_logps, None, *inputs, out.logps, out.lse, None, options, ALL, None, kept
     )
 
 

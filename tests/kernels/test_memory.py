@@ -19,6 +19,7 @@ from powerflow_fast.kernels import (
     kept,
     kept_dlogits,
     mean_direction,
+    row_shift,
     statistics,
 )
 from powerflow_fast.kernels.tiles import Operands
@@ -80,7 +81,7 @@ def no_kernels(monkeypatch):
         monkeypatch.setattr(module, "product", float32_product)
     monkeypatch.setattr(gradient_sums, "add_product", lambda total, left, right: None)
     modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits)
-    for module in (*modules, mean_direction, statistics):
+    for module in (*modules, mean_direction, row_shift, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
     for module in (direction, dlogits, statistics):
@@ -116,7 +117,7 @@ def forward(hidden, weight, targets, ref_hidden, options, want_direction, numera
 
 def backward(hidden, weight, targets, lse, numerators=None):
     """Gradients of hidden and weight."""
-    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, None)
+    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, lse, None)
     needs = (True, True, False)
     return backend_triton.backward(
         *arguments, HeadOptions(), needs, None, numerators, config=TILES

@@ -92,7 +92,8 @@ def pack_kernels(work: Path) -> Path:
     shutil.rmtree(cache / "keys", ignore_errors=True)  # what was launched, this time
     shutil.rmtree(cache / "launchers", ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    environment = os.environ | {
+    environment = os.environ | unpack.COMPILED_WITH
+    environment |= {
         "TRITON_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join([str(triton), str(ROOT)]),
     }

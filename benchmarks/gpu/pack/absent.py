@@ -120,7 +120,7 @@ def launch_head(
     ones = torch.ones(n, device=device)
     grad_entropy = ones if head_options.entropy else None
     needs = (True, True, bias)
-    backward = (ones, grad_entropy, *head, ones, grad_entropy, head_options, needs)
+    backward = (ones, grad_entropy, *head, ones, ones, grad_entropy, head_options, needs)
     if certified:
         for number in (
             3,

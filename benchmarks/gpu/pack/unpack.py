@@ -27,6 +27,9 @@ PACKAGES, KERNELS, MANIFEST = "packages.tar.xz", "kernels.tar.xz", "manifest.jso
 # quack takes functions from a folder of this name for another package's, and no others.
 SITE = "site-packages"
 KEY, LAUNCHERS = "key", "launchers"  # within the kernels' archive; launches.py fills them
+# Kernels without their source lines: less than half the size. Triton's keys say so, too, hence both
+# the compiling and the looking up have it set.
+COMPILED_WITH = {"TRITON_DISABLE_LINE_INFO": "1"}
 
 
 def main() -> int:
@@ -171,6 +174,7 @@ def exports(target: Path, path: str) -> list[str]:
     return [
         f"export PYTHONPATH={shlex.quote(whole)}",
         f"export TRITON_CACHE_DIR={shlex.quote(str(target / 'triton'))}",
+        *(f"export {name}={value}" for name, value in COMPILED_WITH.items()),
     ]
 
 
