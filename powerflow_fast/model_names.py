@@ -9,11 +9,23 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from powerflow_fast.model_shapes import MODEL_SHAPES, NO_EXPERTS, ModelShape, check_sizes
+from powerflow_fast.model_shapes import (
+    FAMILIES,
+    MODEL_SHAPES,
+    NO_EXPERTS,
+    SIZES,
+    ModelShape,
+    check_sizes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 HUB_SECONDS = 5.0  # to wait for the Hub
 
@@ -61,15 +73,12 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
             or the name of a repository on the Hugging Face Hub, which is asked once.
 
     Raises:
-        ValueError: one line that names `model`, what was tried, and the nearest names.
+        ValueError: one line that names `model`, what was tried, and the nearest names; for a
+            config.json its path, the key, what came and what was expected.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise ValueError(f"model: the folder {model} has no config.json")
-    if path.is_file():
-        return str(path), _from_json(model, path.read_text())
+    path = _config_path(model)
+    if path is not None:
+        return str(path), _from_json(str(path), path.read_bytes())
     name = table_name(model)
     if name is not None:
         same = model.rsplit("/", 1)[-1] == name
@@ -79,12 +88,27 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
     tried = "no name of the table, no folder with a config.json"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         try:
-            return f"{model}, config.json of the Hub", _from_json(model, _hub_config(model))
+            source = f"{model}, config.json of the Hub"
+            return source, _from_json(source, _hub_config(model))
         except LookupError as error:
             tried += f", and {error.args[0]}"
     raise ValueError(
         f"model: {model!r} is {tried}; {_nearest(model)}, or a folder with config.json"
     )
+
+
+def _config_path(model: str) -> Path | None:
+    """The config.json that `model` means as a folder or a file; None for a name."""
+    path = Path(os.path.expanduser(model))  # Path's own raises for an unknown user
+    if model and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: {model}: this folder has no config.json")
+        return path / "config.json"
+    if path.is_file():
+        return path
+    if path.is_absolute() or model.startswith(".") or path.suffix == ".json":
+        raise ValueError(f"model: {model}: no such folder or file")
+    return None
 
 
 def table_name(model: str) -> str | None:
@@ -111,33 +135,50 @@ def _nearest(model: str) -> str:
     return f"names there are: {', '.join(MODEL_SHAPES)}"
 
 
-def _from_json(model: str, text: str) -> ModelShape:
+def _from_json(source: str, text: bytes) -> ModelShape:
+    """The shape in a config.json, whose place `source` says; ValueError names the key at fault."""
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or no text, or too deep
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"model: {source} is no JSON object")
+    kind, nested = values.get("model_type"), values.get("text_config")
+    try:
+        if not isinstance(kind, str):
+            raise ValueError(f"model_type: expected a name, got {reprlib.repr(kind)}")
+        if not isinstance(nested, dict | None):
+            raise ValueError(f"text_config: expected an object, got {reprlib.repr(nested)}")
+        if nested is not None:  # transformers has sizes of its own for keys left out
+            check_sizes(nested, may_lack=SIZES)
+        elif kind in FAMILIES:
+            check_sizes(values)
+        return ModelShape.from_config(_config(kind, values))
+    except ValueError as error:
+        raise ValueError(f"model: {source}: {error}") from None
+
+
+def _config(kind: str, values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that transformers makes of a config.json; ValueError where it refuses."""
     from transformers import CONFIG_MAPPING
 
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type: transformers knows no {kind!r}")
     try:
-        values: dict[str, Any] = json.loads(text)
-        kind = values.get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"model: {model}: its config.json is no JSON object") from None
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"model: {model}: transformers knows no model_type {kind!r}")
-    try:
-        for part in (values, values.get("text_config")):  # before the configuration computes
-            check_sizes(part if isinstance(part, dict) else {})
-        return ModelShape.from_config(CONFIG_MAPPING[kind].from_dict(values))
-    except Exception as error:  # classes of the configuration's own, by what it checks
-        said = " ".join(str(error).split())
-        raise ValueError(f"model: {model}: its config.json: {said}") from error
+        return CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # of any class: a wrong type fails wherever it is first used
+        text = " ".join(str(error).split())
+        raise ValueError(f"transformers refuses it: {type(error).__name__}: {text}") from None
 
 
-def _hub_config(name: str) -> str:
-    """The text of a repository's config.json: from the cache, else by one request; LookupError."""
+def _hub_config(name: str) -> bytes:
+    """A repository's config.json: from the cache, else by one request; LookupError."""
     from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
-        return Path(cached).read_text()
+        return Path(cached).read_bytes()
     try:
         answer = get_session().get(
             hf_hub_url(name, "config.json"), headers=build_hf_headers(), timeout=HUB_SECONDS
@@ -150,4 +191,4 @@ def _hub_config(name: str) -> str:
         raise LookupError("the Hub has no such model or no config.json in it")
     if answer.status_code != 200:
         raise LookupError(f"the Hub answers with error {answer.status_code}")
-    return answer.text
+    return answer.content

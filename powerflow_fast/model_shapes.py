@@ -11,7 +11,8 @@ device and with the published counts. `model_names` finds an entry by the names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """Small parameters in which otherwise equal architectures differ."""
+    """In what otherwise equal architectures differ."""
 
     norms: int = 2  # RMS norms of the hidden size in each layer
     qkv_bias: bool = False
     qk_norm: bool = False  # RMS norms of queries and keys, of the head's size
     fused: bool = False  # one linear layer for queries, keys and values, one for gate and up
+    wide_scale: bool = False  # norms multiply by their weights in float32
 
 
 FAMILIES = {  # transformers' model_type
@@ -35,8 +37,8 @@ FAMILIES = {  # transformers' model_type
     "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
-    "gemma2": Family(norms=4),
-    "gemma3_text": Family(norms=4, qk_norm=True),
+    "gemma2": Family(norms=4, wide_scale=True),
+    "gemma3_text": Family(norms=4, qk_norm=True, wide_scale=True),
 }
 
 
@@ -47,19 +49,33 @@ NO_EXPERTS = (
 )
 
 
-# Of a configuration.
-SIZES = (
-    *("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size"),
-)
+# Keys of a config.json. The derived ones may be null or absent.
+SIZES = "hidden_size vocab_size num_hidden_layers num_attention_heads intermediate_size".split()
+DERIVED = ("num_key_value_heads", "head_dim")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+LARGEST_SIZE = 10**9
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """ValueError for a size among `values` that is no whole number > 0; None is one not given."""
-    for name in SIZES:
-        size = values.get(name)
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(f"{name}: expected a whole number > 0, got {size!r}")
+def check_sizes(values: Mapping[str, Any], may_lack: Collection[str] = ()) -> None:
+    """ValueError for the first key of a config.json whose value is no size of a model.
+
+    Args:
+        values: keys and values as they were read; other keys than sizes are left alone.
+        may_lack: keys that may be absent or null, beside those that are derived from others.
+    """
+    for name in (*SIZES, *DERIVED, *EXPERTS):
+        value, least = values.get(name), 0 if name in EXPERTS else 1
+        if value is None and name in (*DERIVED, *EXPERTS, *may_lack):
+            continue
+        if type(value) is not int or not least <= value <= LARGEST_SIZE:
+            got = reprlib.repr(value) if name in values else "no such key"
+            raise ValueError(
+                f"{name}: expected a whole number from {least} to {LARGEST_SIZE:.0e}, got {got}"
+            )
+    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        wanted = f"a divisor of num_attention_heads={heads}"
+        raise ValueError(f"num_key_value_heads: expected {wanted}, got {kv_heads}")
 
 
 @dataclass(frozen=True)
@@ -103,12 +119,12 @@ class ModelShape:
         """The shape of a transformers configuration; of its text model where it has several.
 
         Raises:
-            ValueError: for an architecture whose parameters are not known here, or a size that is
-                no whole number > 0.
+            ValueError: for an architecture whose parameters are not known here, and for sizes that
+                no model has.
         """
         config = config.get_text_config()
-        experts = ("num_local_experts", "num_experts", "n_routed_experts")
-        if any((getattr(config, name, None) or 0) > 1 for name in experts):
+        sizes = {name: getattr(config, name, None) for name in (*SIZES, *DERIVED, *EXPERTS)}
+        if any(type(sizes[name]) is int and sizes[name] > 1 for name in EXPERTS):
             raise ValueError(f"config: {config.model_type} {NO_EXPERTS}")
         if config.model_type not in FAMILIES:
             raise ValueError(
@@ -120,16 +136,20 @@ class ModelShape:
                 f"config: expected a {config.model_type} without biases, got attention_bias or "
                 "mlp_bias set; its parameters would be miscounted"
             )
-        check_sizes({name: getattr(config, name, None) for name in SIZES})
-        heads = config.num_attention_heads
+        check_sizes(sizes)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if not sizes["head_dim"] and hidden % heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size={hidden}, got {heads}"
+            )
         return cls(
             model_type=config.model_type,
-            hidden_size=config.hidden_size,
+            hidden_size=hidden,
             vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_kv_heads=sizes["num_key_value_heads"] or heads,
+            head_dim=sizes["head_dim"] or hidden // heads,
             intermediate_size=config.intermediate_size,
             tied=bool(config.tie_word_embeddings),
             softcap=getattr(config, "final_logit_softcapping", None),

@@ -1,12 +1,14 @@
 """Where every gigabyte of a training run goes, and the largest micro-batch that fits.
 
 Counted from the model's shape, not measured: the tensors that autograd keeps in a transformers
-decoder with LoRA on every linear layer and an attention that keeps no [L, L] scores. A test holds
-the counts against the measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
+decoder with LoRA on every linear layer and an attention that keeps no [L, L] scores (Gemma 2's
+keeps none with flash-attn alone). Tests hold the counts against what autograd keeps and against
+the measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
 """
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 
 from powerflow_fast.kernels.config import (
@@ -15,7 +17,7 @@ from powerflow_fast.kernels.config import (
     STATISTICS_BYTES,
     numerators_layout,
 )
-from powerflow_fast.model_shapes import FAMILIES, ModelShape
+from powerflow_fast.model_shapes import FAMILIES, LARGEST_SIZE, ModelShape
 from powerflow_fast.numerators import LARGEST_BYTES
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
@@ -23,6 +25,14 @@ QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
 CPU_TILES = 8 << 20  # what the torch head's tiles take
 RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
 KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
+
+
+def _check_number(name: str, value: float) -> None:
+    if not 0 < value <= LARGEST_SIZE:
+        raise ValueError(
+            f"{name}: expected a number > 0 and at most {LARGEST_SIZE:.0e}, "
+            f"got {reprlib.repr(value)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,11 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory_gb", "tokens", "completions"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: expected at least 0, got {self.lora_rank}")
+            _check_number(name, getattr(self, name))
+        if not 0 <= self.lora_rank <= LARGEST_SIZE:
+            raise ValueError(
+                f"lora_rank: expected 0 to {LARGEST_SIZE:.0e}, got {reprlib.repr(self.lora_rank)}"
+            )
         for name, choices in (("weights", tuple(BYTES)), ("sharding", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
@@ -80,6 +91,15 @@ class Run:
     def width(self) -> float:
         """Bytes of a number in activations."""
         return BYTES["fp32" if self.weights == "fp32" else "bf16"]
+
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapter copies its input: PEFT to the adapter's float32, autocast back.
+
+        Beside bf16 layers; quantised ones leave the type to autocast, and FSDP's mixed precision
+        makes the adapter bf16 while it is used.
+        """
+        return self.lora_rank > 0 and self.weights == "bf16" and self.sharding == "ddp"
 
 
 @dataclass(frozen=True)
@@ -113,21 +133,23 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
 def layer_activations(run: Run) -> float:
     """Bytes per token that the backward pass of one decoder layer needs, inputs included.
 
-    In the run's width: what goes into each linear layer (layers share it, but with float32 LoRA
-    matrices beside a 16-bit base each keeps a copy: PEFT casts it there, autocast back); queries,
-    keys, values, repeated for each query head, and attention's output [q each]; gate, its
-    activation and up [I each]; the LoRA bottlenecks. Of one layer for queries, keys and values the
-    whole output stays where the values alone would. In float32: the inputs of the norms [H], and of
-    those of queries and keys. Not counted: [tokens, tokens] matrices of an attention without a
-    fused kernel, which Gemma 2's softcap means where flash attention is not installed.
+    In the run's width: the normed inputs [H]; queries, keys, values (repeated for each query head)
+    and attention's output, once as attention keeps it and once as the next layer's input [q each];
+    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the inputs of
+    the norms, of those of queries and keys too. Where norms train, what their weights multiply.
     """
-    shape, family = run.shape, FAMILIES[run.shape.model_type]
+    shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    h, i, layers = shape.hidden_size, shape.intermediate_size, shape.linear_layers()
-    copies = run.lora_rank > 0 and run.width < 4
-    numbers = sum(inputs for inputs, _ in layers) if copies else 2 * h + q + i
-    numbers += 4 * q + 2 * kv * family.fused + 3 * i + len(layers) * run.lora_rank
-    return run.width * numbers + 4 * (family.norms * h + (q + kv) * family.qk_norm)
+    layers = len(shape.linear_layers())
+    # Attention's layers share a normed input, and so do gate and up.
+    normed_inputs = layers - 2 if run.copies_inputs else 2
+    attention = 5 * q
+    if family.fused:  # values are a view, which keeps the whole output, unless they are repeated
+        attention = max(attention, 4 * q + 3 * kv)
+    numbers = normed_inputs * shape.hidden_size + attention + 4 * shape.intermediate_size
+    normed = family.norms * shape.hidden_size + family.qk_norm * (q + kv)
+    scaled = full * normed * (4 if family.wide_scale else run.width)
+    return run.width * (numbers + layers * run.lora_rank) + 4 * normed + scaled
 
 
 def kept_bytes(run: Run, sequences: int) -> float:
@@ -139,10 +161,15 @@ def kept_bytes(run: Run, sequences: int) -> float:
 
 
 def backward_bytes(run: Run, sequences: int) -> float:
-    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values."""
-    passing = run.width * 3 * run.shape.intermediate_size  # of gate, up and their product
+    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values.
+
+    Gradients of gate, up and their product [I each]. Of a fused layer's output and its scaled
+    adapter's [2I each]. Where inputs are copied: of the product, its copy and, in float32, between.
+    """
+    fused = FAMILIES[run.shape.model_type].fused
+    passing = (4 if fused or run.copies_inputs else 3) * run.shape.intermediate_size
     again = layer_activations(run) if run.checkpointing else 0.0
-    return (passing + again) * run.tokens * sequences
+    return (run.width * passing + again) * run.tokens * sequences
 
 
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
@@ -182,7 +209,7 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
     if run.sharding == "fsdp":  # this layer, the next one, and the unit of embedding and head
         gathered = width * (2 * shape.layer_parameters() + rows)
     else:
-        largest = shape.hidden_size * max(shape.intermediate_size, shape.hidden_size)
+        largest = max(inputs * outputs for inputs, outputs in shape.linear_layers())
         gathered = width * largest if run.weights in QUANTIZED else 0.0
     full = run.lora_rank == 0
     trained = total if full else lora_parameters(shape, run.lora_rank)
@@ -246,8 +273,9 @@ activations, and the larger of the two lines under them. fused head: this librar
 
 def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
     """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
-    if sequences is not None and sequences < 1:
-        raise ValueError(f"micro_batch: expected at least 1 sequence, got {sequences}")
+    for name, value in (("micro_batch", sequences), ("tflops", tflops)):
+        if value is not None:
+            _check_number(name, value)
     fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
     shown = sequences or max(fits[True], 1)
     memory = {fused: plan(run, shown, fused) for fused in (True, False)}

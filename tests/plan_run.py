@@ -1,4 +1,4 @@
-"""Peak memory of one real step, for test_plan.py: `plan_run.py CHECKPOINTING HEAD`; prints bytes.
+"""Peak bytes of one real step, for test_plan.py: `plan_run.py KIND CHECKPOINTING HEAD`.
 
 The resident size at the peak of the second step less that before it, on a CPU in float32.
 """
@@ -20,14 +20,16 @@ from powerflow_fast.model_head import base_model, last_hidden_state, read_head  
 from powerflow_fast.model_shapes import ModelShape  # noqa: E402
 from powerflow_fast.plan import Run  # noqa: E402
 
-SHAPE = ModelShape("llama", 256, 8192, 6, 4, 2, 64, 768)
+SHAPES = {
+    "llama": ModelShape("llama", 256, 8192, 6, 4, 2, 64, 768),
+    "phi3": ModelShape("phi3", 256, 8192, 6, 4, 4, 64, 768),  # as Phi-3-mini, all heads have keys
+}
 SEQUENCES = 8
 
 
-def run_of(checkpointing: bool) -> Run:
-    return Run(
-        SHAPE, weights="fp32", lora_rank=8, tokens=256, checkpointing=checkpointing, device="cpu"
-    )
+def run_of(kind: str, checkpointing: bool) -> Run:
+    sizes = dict(weights="fp32", lora_rank=8, tokens=256, device="cpu")
+    return Run(SHAPES[kind], checkpointing=checkpointing, **sizes)
 
 
 def resident(field: str) -> int:
@@ -35,10 +37,12 @@ def resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) * 1024
 
 
-def build(checkpointing: bool):
+def build(kind: str, checkpointing: bool):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_config(SHAPE.to_config(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        SHAPES[kind].to_config(pad_token_id=0), dtype=torch.float32
+    )
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -68,10 +72,10 @@ def token_logps(hidden, weight, targets):
 
 
 if __name__ == "__main__":
-    checkpointing, fused = sys.argv[1] == "1", sys.argv[2] == "fused"
-    model = build(checkpointing)
+    kind, checkpointing, fused = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "fused"
+    model = build(kind, checkpointing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, SHAPE.vocab_size, (SEQUENCES, run_of(False).tokens))
+    ids = torch.randint(0, SHAPES[kind].vocab_size, (SEQUENCES, run_of(kind, False).tokens))
     step(model, ids[:4, :32], fused)  # libraries, thread pools, gradients and optimizer states
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)

@@ -1,4 +1,4 @@
-"""`powerflow-fast plan`: its counts against real steps, against each other, and its answers."""
+"""`powerflow-fast plan`: its counts against real steps, against each other, and its tables."""
 
 import os
 import re
@@ -16,78 +16,81 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from powerflow_fast.cli import main  # noqa: E402
-from powerflow_fast.model_shapes import ModelShape, model_shape  # noqa: E402
+from powerflow_fast.model_shapes import FAMILIES, ModelShape, model_shape  # noqa: E402
 from powerflow_fast.plan import (  # noqa: E402
     Run,
+    backward_bytes,
+    kept_bytes,
     largest_micro_batch,
     layer_activations,
     lora_parameters,
     plan,
 )
 from tests import plan_run, tiny  # noqa: E402
+from tests.kept_tensors import kept_by_a_layer, peak_of_a_step  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
 
 
-@pytest.mark.parametrize(("checkpointing", "fused"), [(True, True), (False, False)])
-def test_counts_are_the_measured_peak_of_a_real_step(checkpointing, fused):
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "fused"),
+    [("llama", True, True), ("llama", False, False), ("phi3", True, True), ("phi3", False, True)],
+)
+def test_counts_are_the_measured_peak_of_a_real_step(kind, checkpointing, fused):
     """Within -5 % and +20 %: a plan that errs should err on the safe side.
 
-    Seen when this was written, with the other two combinations: +1 to +11 %.
+    Seen when this was written, with the combinations left out: -3 to +10 %.
     """
     script = Path(plan_run.__file__)
-    command = [sys.executable, script, str(int(checkpointing)), "fused" if fused else "plain"]
+    command = [sys.executable, script, kind, str(int(checkpointing)), "fused" if fused else "plain"]
     # Freed blocks go back to the system, so that a freed one does not hide a new one.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    memory = plan(plan_run.run_of(checkpointing), plan_run.SEQUENCES, fused)
+    memory = plan(plan_run.run_of(kind, checkpointing), plan_run.SEQUENCES, fused)
     counted = memory.activations + max(memory.head, memory.backward)
     ratio = counted / int(done.stdout)
     print(f"counted {counted / 1e6:.0f} MB, measured {int(done.stdout) / 1e6:.0f} MB")
     assert 0.95 < ratio < 1.2
 
 
-def kept_of_a_layer(shape: ModelShape, dtype: torch.dtype) -> float:
-    """Bytes a token that autograd keeps of one more layer, as the trainer runs it."""
-
-    def kept(layers: int) -> float:
-        config = replace(shape, num_layers=layers).to_config(pad_token_id=0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear")).train()
-        own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-        found: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage
-            return tensor
-
-        ids = torch.randint(512, (2, 128))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                model.base_model.model.model(input_ids=ids, use_cache=False)
-        return sum(storage.nbytes() for storage in found.values()) / ids.numel()
-
-    return kept(3) - kept(2)
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"gemma2"}))  # whose attention keeps scores
+@pytest.mark.parametrize(("weights", "rank"), [("bf16", 8), ("fp32", 8), ("fp32", 0)])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_layers_activations_are_those_that_autograd_keeps(kind, weights, rank, kv_heads):
+    """Seen when this was written: 2 % below, without masks and means of norms, to 14 % above."""
+    shape = ModelShape(kind, 96, 64, 2, 4, kv_heads, 32, 256)
+    counted = layer_activations(Run(shape, weights=weights, lora_rank=rank))
+    for padded in (False, True):
+        kept = kept_by_a_layer(shape, weights, rank, padded)
+        print(f"padded {padded}: counted {counted:.0f}, kept {kept:.0f} bytes a token")
+        assert 0.98 < counted / kept < 1.15
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text"])
-def test_what_a_layer_keeps_is_counted_in_every_family(kind, dtype):
-    """-1.3 to +10 % with 2 or 4 key-value heads, of four."""
-    shape = ModelShape(kind, 256, 512, 2, 4, 4, 64, 768)
-    width = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    run = Run(shape, weights=width, lora_rank=8, tokens=128, device="cpu")
-    assert 0.95 < layer_activations(run) / kept_of_a_layer(shape, dtype) < 1.12
+@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_in_bf16_with_lora_take_what_a_step_takes(kind, checkpointing):
+    """Seen when this was written: 1 to 5 % above."""
+    shape = ModelShape(kind, 128, 64, 4, 4, 4 if kind == "phi3" else 2, 32, 384)
+    run = Run(shape, lora_rank=8, tokens=1, checkpointing=checkpointing)
+    of_the_states = run.width * shape.hidden_size  # their gradient, which comes from the head
+    counted = kept_bytes(run, 1) + backward_bytes(run, 1) + of_the_states
+    peak = peak_of_a_step(shape, "bf16", 8, checkpointing)
+    print(f"counted {counted:.0f}, at the peak {peak:.0f} bytes a token")
+    assert 0.99 < counted / peak < 1.1
 
 
-def test_weights_and_adapter_are_those_of_the_model():
-    model = plan_run.build(False)
+def test_a_fused_layer_is_dequantised_whole():
+    shape = model_shape("Phi-4")
+    assert plan(Run(shape, weights="nf4"), 1).gathered == 2 * 5120 * 2 * 17920
+
+
+@pytest.mark.parametrize("kind", plan_run.SHAPES)
+def test_weights_and_adapter_are_those_of_the_model(kind):
+    model = plan_run.build(kind, False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert lora_parameters(plan_run.SHAPE, 8) == trained
-    memory = plan(plan_run.run_of(False), 1)
+    assert lora_parameters(plan_run.SHAPES[kind], 8) == trained
+    memory = plan(plan_run.run_of(kind, False), 1)
     assert memory.weights == 4 * (sum(p.numel() for p in model.parameters()) - trained)
     assert memory.adapter == memory.gradients == memory.optimizer / 2 == 4 * trained
     for name in ("Llama-3-70B", "Qwen2.5-7B"):
@@ -156,16 +159,19 @@ def test_the_command_answers(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["nothing"], "names there are: Llama-2-7B"),
-        (["Llama-3-71B"], "nearest: Llama-3-70B"),
-        (["Mixtral-8x7B-Instruct-v0.1"], "mixture of experts"),
-        (["nobody/nothing-7B"], "Hub"),
         (["Llama-3-70B", "--memory-gb", "0"], "memory_gb"),
         (["Llama-3-70B", "--weights", "int3"], "invalid choice"),
         (["Llama-3-70B", "--weights", "nf4", "--lora-rank", "0"], "LoRA"),
         (["Llama-3-70B", "--offload"], "sharding"),
         (["Llama-3-70B", "--offload-reference"], "lora_rank=0"),
-        (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch"),
+        (["Llama-3-70B", "--micro-batch", "-1"], "micro_batch: expected a number > 0"),
+        (["Llama-3-70B", "--micro-batch", "0"], "micro_batch: expected a number > 0"),
+        (["Llama-3-70B", "--memory-gb", "inf"], "memory_gb: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--memory-gb", "nan"], "memory_gb: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--tokens", "9" * 400], "tokens: expected a number > 0 and at most"),
+        (["Llama-3-70B", "--lora-rank", "9" * 400], "lora_rank: expected 0 to"),
+        (["Llama-3-70B", "--tflops", "0"], "tflops: expected a number > 0"),
+        (["Llama-3-70B", "--tflops", "nan"], "tflops: expected a number > 0"),
     ],
 )
 def test_bad_questions_get_one_line(capsys, argv, word):

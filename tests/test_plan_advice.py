@@ -1,20 +1,19 @@
-"""What `powerflow-fast plan` advises: ways to fit, and the trainer's options."""
+"""What `plan` advises: commands that fit, and the trainer's options."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from powerflow_fast.cli import main
-from powerflow_fast.model_shapes import model_shape
-from powerflow_fast.plan import Run
-from powerflow_fast.plan_advice import trainer_options
-from tests import tiny
+pytest.importorskip("trl")
+
+from powerflow_fast.cli import main  # noqa: E402
+from powerflow_fast.model_shapes import model_shape  # noqa: E402
+from powerflow_fast.plan import Run, largest_micro_batch  # noqa: E402
+from powerflow_fast.plan_advice import trainer_options, ways_to_fit  # noqa: E402
+from tests import tiny  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
-
-
-def options_of(text: str) -> dict[str, int]:
-    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
 
 
 @pytest.mark.parametrize(
@@ -40,47 +39,71 @@ def test_what_does_not_fit_gets_commands_that_do(argv, capsys):
         assert round(float(re.search(r"^peak +([\d.]+)", out, re.M)[1])) == int(peak)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "Llama-3-70B --weights nf4 --micro-batch 40",
+        "Llama-3-8B --micro-batch 13",
+        "Llama-3-8B --micro-batch 13 --gpus 2",
+        "Llama-3-8B --micro-batch 3 --no-checkpointing --memory-gb 40.0",
+    ],
+)
+def test_a_given_micro_batch_that_does_not_fit_gets_commands_that_do(argv, capsys):
+    assert main(["plan", *argv.split()]) == 1
+    out = capsys.readouterr().out
+    assert "It does not fit. These do:" in out and "trainer:" not in out
+    fits = int(re.search(r"^largest micro-batch +(\d+) ", out, re.M)[1])
+    given = int(re.search(r"--micro-batch (\d+)", argv)[1])
+    ways = re.findall(r"^  powerflow-fast (plan .*?)   # micro-batch (\d+)", out, re.M)
+    sizes = [int(shown) for _, shown in ways]
+    assert len(ways) >= 2 and fits < given
+    assert sizes == ([fits] if fits else []) + [given] * (len(ways) - (fits > 0))
+    for way, shown in ways:
+        assert way.endswith(f" --micro-batch {shown}") and main(way.split()) == 0
+        assert f"{shown} sequence(s) of" in capsys.readouterr().out
+
+
+def test_a_given_micro_batch_that_fits(capsys):
+    assert main(["plan", "Llama-3-8B", "--micro-batch", "4"]) == 0
+    assert "trainer: per_device_train_batch_size=4 num_generations=8 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "memory_gb", "gpus"),
+    [
+        ("Llama-3-70B", 80, 4),
+        ("Llama-3-70B", 96, 3),
+        ("Llama-3-70B", 64, 5),
+        ("Mistral-Large-123B", 80, 6),
+    ],
+)
+def test_the_fewest_gpus_that_fit(model, memory_gb, gpus):
+    run = Run(model_shape(model), memory_gb=memory_gb)
+    (line,) = [way for way in ways_to_fit(model, run) if "--gpus" in way]
+    assert f" --gpus {gpus} " in line
+    sharded = replace(run, sharding="fsdp")
+    assert largest_micro_batch(replace(sharded, gpus=gpus)) > 0
+    assert largest_micro_batch(replace(sharded, gpus=gpus - 1)) == 0
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("completions", [1, 2, 6, 8, 11, 48])
 @pytest.mark.parametrize("fits", [1, 2, 3, 8, 13, 500])
-def test_the_trainers_options_are_taken_by_the_trainer(gpus, fits, tmp_path):
-    text = trainer_options(Run(LLAMA, gpus=gpus), fits)
-    options = options_of(text)
+def test_the_trainers_options_multiply_to_what_was_planned(gpus, completions, fits, tmp_path):
+    text = trainer_options(Run(LLAMA, gpus=gpus, completions=completions), fits)
+    if completions * gpus == 1:
+        assert text == "trainer: no group has 1 completion; plan --completions 2 or more"
+        return
+    options = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
     size, steps = options["per_device_train_batch_size"], options["steps_per_generation"]
-    assert size <= fits and (size * gpus * steps) % 8 == 0
-    assert ("groups stay whole" in text) == (size % 8 == 0)
+    group = options["num_generations"]
+    assert size <= fits and size * steps == completions
+    assert completions * gpus % group == 0 and group >= 2
+    assert group == 8 or completions * gpus % 8
+    assert ("groups stay whole" in text) == (size % group == 0)
+    assert ("would not divide" in text) == (size < fits)
     assert options["gradient_accumulation_steps"] % steps == 0
+    assert size * gpus * options["gradient_accumulation_steps"] >= 64
     if gpus == 1:
         made = tiny.config(tmp_path, **options)
-        assert made.generation_batch_size == size * steps
-
-
-@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
-@pytest.mark.parametrize("completions", [1, 4, 8, 20, 64])
-@pytest.mark.parametrize("fits", [1, 3, 8, 40])
-def test_no_more_is_sampled_than_was_planned_unless_it_must(gpus, completions, fits):
-    text = trainer_options(Run(LLAMA, gpus=gpus, completions=completions), fits)
-    options = options_of(text)
-    own = options["per_device_train_batch_size"] * options["steps_per_generation"]
-    fewest = next(n for n in range(1, 9) if n * gpus % 8 == 0)  # of one GPU, for a whole group
-    assert own <= max(completions, fewest)
-    assert ("not" in text) == (completions < fewest)
-
-
-def test_a_micro_batch_that_does_not_fit(capsys):
-    assert main("plan Llama-3-8B --micro-batch 40 --tokens 4096".split()) == 1
-    out = capsys.readouterr().out
-    fits = int(re.search(r"^largest micro-batch +(\d+) ", out, re.M)[1])
-    assert f"A micro-batch of 40 does not fit. One of {fits} does:" in out
-    assert main(f"plan Llama-3-8B --micro-batch {fits} --tokens 4096".split()) == 0
-    assert "per_device_train_batch_size" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("model", ["Llama-3-70B --tokens 2048", "Qwen2.5-14B --lora-rank 0"])
-def test_the_fewest_gpus_that_fit_are_advised(model, capsys):
-    """Also where they are no power of two."""
-    assert main(["plan", *model.split()]) == 1
-    sharded = [x for x in capsys.readouterr().out.splitlines() if "--sharding fsdp" in x]
-    gpus = int(re.search(r"--gpus (\d+)", sharded[0])[1])
-    fewer = ["--sharding", "fsdp", "--gpus", str(gpus - 1)]
-    assert main(["plan", *model.split(), *fewer]) == 1
-    assert gpus == 3
+        assert made.generation_batch_size == completions

@@ -38,16 +38,11 @@ def _plan(args: argparse.Namespace) -> int:
     run = user_input(lambda: Run(shape, **options))
     text = user_input(report, run, args.micro_batch, args.tflops)
     print(f"{source}: {shape.parameters() / 1e9:.2f}e9 parameters\n{text}\n")
-    fits = largest_micro_batch(run)
-    asked = args.micro_batch or 1
-    if fits >= asked:
-        print(trainer_options(run, args.micro_batch or fits))
+    fits, wanted = largest_micro_batch(run), args.micro_batch
+    if (wanted or 1) <= fits:
+        print(trainer_options(run, wanted or fits))
         return 0
-    if fits:
-        print(f"A micro-batch of {asked} does not fit. One of {fits} does:")
-        print(trainer_options(run, fits))
-        return 1
-    ways = ways_to_fit(args.model, run)
+    ways = ways_to_fit(args.model, run, wanted)
     print("It does not fit." + (" These do:" if ways else " Nor does any one change of it."))
     print("\n".join(f"  {way}" for way in ways))
     return 1
