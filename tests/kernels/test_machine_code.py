@@ -80,7 +80,10 @@ def test_shared_memory_fits(facts):
 
 
 # With and without the copy engine's descriptors; float16 scales what the other types do not.
-@pytest.mark.parametrize(("chip", "dtype"), [("sm_80", "float32"), ("sm_90", "float16")])
+LAUNCHED = [("sm_80", "float32"), ("sm_90", "float16"), ("sm_90", "bfloat16")]
+
+
+@pytest.mark.parametrize(("chip", "dtype"), LAUNCHED if len(TESTED) > 1 else LAUNCHED[2:])
 def test_every_kernel_is_launched_as_on_a_gpu(chip, dtype, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.kernels.launch_run", chip, dtype]
