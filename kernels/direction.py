@@ -6,8 +6,8 @@ The eager code it replaces, with p the softmax and J the softcap's slope:
 
 Of float16 `soft` holds the numerators of p * J relative to their own part's shift. They are brought
 to the row's shift, a multiplication by a power of two, on their way into the matrix unit. (On
-Hopper, Triton before 3.8 waits for that unit at every such step.) The target's column is absent
-from `soft`, so that weight[y] enters once, with J_y * (1 - p_y) in float32.
+Hopper, Triton waits for that unit at every such step.) The target's column is absent from `soft`,
+so that weight[y] enters once, with J_y * (1 - p_y) in float32.
 
 On the certified route `soft` holds p * J of the columns that each block of rows keeps, and the rows
 of the weight are gathered.
@@ -36,6 +36,33 @@ from powerflow_fast.kernels.tiles import (
 )
 
 GROUP = 16
+
+
+@triton.jit
+def at_targets(
+    weight_ptr,  # [V, H]
+    targets_ptr,  # [N]
+    others_ptr,  # [N] 1 - p of the target
+    target_logit_ptr,  # [N]
+    offs_n,
+    mask_n,
+    num_v,
+    stride_wv,
+    inverse_cap,
+    ignore_index,
+    SOFTCAP: tl.constexpr,
+):
+    """-> of each row: target, (1 - p) J, pointer to weight[target], whether there is such a row.
+
+    Of a target outside the vocabulary 1 - p is NaN, hence its direction: nothing is read for it.
+    """
+    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
+    if SOFTCAP:
+        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
+        slope *= 1.0 - capped * capped
+    inside = mask_n & (target >= 0) & (target < num_v)
+    return target, slope, weight_ptr + tl.where(inside, target, 0) * stride_wv, inside
 
 
 @triton.jit
@@ -160,14 +187,19 @@ def direction_kernel(
             tile_s = round_to(scaled, tile_s.dtype)
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
-    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
-    if SOFTCAP:
-        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
-        slope *= 1.0 - capped * capped
-    # Of a target outside the vocabulary 1 - p is NaN, hence its row: nothing is read for it.
-    inside = mask_n & (target >= 0) & (target < num_v)
-    rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
+    target, slope, rows_y, inside = at_targets(
+        weight_ptr,
+        targets_ptr,
+        others_ptr,
+        target_logit_ptr,
+        offs_n,
+        mask_n,
+        num_v,
+        stride_wv,
+        inverse_cap,
+        ignore_index,
+        SOFTCAP,
+    )
     rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
     WIDTH: tl.constexpr = BLOCK_H // PARTS
     parts = split_columns(acc, PARTS)

@@ -209,6 +209,7 @@ def write_dlogits_chunk(
     grad_logps: torch.Tensor,  # [N] contiguous float32
     grad_entropy: torch.Tensor | None,  # [N] likewise
     logps: torch.Tensor,  # [N] likewise, of the targets
+    others: torch.Tensor,  # [N] likewise: 1 - p, -expm1(logps)
     lse: torch.Tensor,  # [N] likewise
     entropy: torch.Tensor | None,  # [N] likewise
     active: torch.Tensor,  # [N] contiguous bool
@@ -234,7 +235,7 @@ def write_dlogits_chunk(
             grad_logps_ptr=grad_logps,
             grad_entropy_ptr=grad_entropy,
             logps_ptr=logps,
-            others_ptr=-torch.expm1(logps),
+            others_ptr=others,
             lse_ptr=lse,
             entropy_ptr=entropy,
             active_ptr=active,

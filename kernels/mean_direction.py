@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH
-from powerflow_fast.kernels.direction import write_direction
+from powerflow_fast.kernels.direction import at_targets, write_direction
 from powerflow_fast.kernels.tiles import logit_form
 
 BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
@@ -48,15 +48,20 @@ def mean_direction_kernel(
     start_h = tl.program_id(1) * WIDTH
     offs_h = start_h + tl.arange(0, WIDTH)
     mask_n = offs_n < num_n
-    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
+    target, slope, rows_y, inside = at_targets(
+        weight_ptr,
+        targets_ptr,
+        others_ptr,
+        target_logit_ptr,
+        offs_n,
+        mask_n,
+        num_v,
+        stride_wv,
+        inverse_cap,
+        ignore_index,
+        SOFTCAP,
+    )
     factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
-    if SOFTCAP:
-        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
-        slope *= 1.0 - capped * capped
-    # Of a target outside the vocabulary 1 - p is NaN, hence its row: nothing is read for it.
-    inside = mask_n & (target >= 0) & (target < num_v)
-    rows_y = weight_ptr + tl.where(inside, target, 0) * stride_wv
     rows_mean = mean_ptr + offs_n.to(tl.int64) * stride_mn
     mask = mask_n[:, None] & (offs_h < num_h)[None, :]
     mean = tl.load(rows_mean[:, None] + offs_h[None, :], mask=mask, other=0.0)

@@ -181,10 +181,8 @@ def backward(
     known = 0 if numerators is None else numerators.rows
     grad_known = grad_logps[:known] * (options.scale * out_scale)
     entropy = None if grad_entropy is None else entropy
-    others = [
-        None if x is None else x[known:].contiguous()
-        for x in (grad_logps, grad_entropy, logps, lse, entropy, active)
-    ]
+    vectors = (grad_logps, grad_entropy, logps, -torch.expm1(logps), lse, entropy, active)
+    others = [None if x is None else x[known:].contiguous() for x in vectors]
     for start in range(0, num_v if num_n else 0, columns):
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]

@@ -212,6 +212,7 @@ def kept_gradients(
 
     hidden, weight, bias = policy
     (num_n, num_h), num_v = hidden.shape, len(weight)
+    others = -torch.expm1(logps)
     masked = hidden.where(active[:, None], 0)  # 0 * inf is NaN: such rows must be 0
     spans = [slice(first, min(first + CHUNK, num_n)) for first in range(0, num_n, CHUNK)]
     unions = [kept[r.start // BLOCK : -(-r.stop // BLOCK)].any(0) for r in spans]
@@ -239,6 +240,7 @@ def kept_gradients(
                 grad_logps[r],
                 None,
                 logps[r],
+                others[r],
                 lse[r],
                 None,
                 active[r],

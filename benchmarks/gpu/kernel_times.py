@@ -234,7 +234,7 @@ def _dlogits(chunks: Chunks) -> Work:
     scale = torch.ones(1, device=chunks.device)
     tile, tma = chunks.config.dlogits, chunks.config.tma
     policy = Operands(hidden, weight, None)
-    rows = (targets, grad, None, -lse, lse, None, active, scale)
+    rows = (targets, grad, None, -lse, lse, lse, None, active, scale)
     return Work(
         lambda: dlogits.write_dlogits_chunk(policy, *rows, out, PLAIN, tile, tma),
         hidden.nbytes + weight.nbytes + out.nbytes,
