@@ -1,7 +1,7 @@
 """Tile shapes by chip: the one table a new chip is added to.
 
 The token count is never part of a key and never a compile-time constant, so no batch recompiles.
-The shapes are the largest tried for which `python -m powerflow_fast.kernel_facts` finds no spilled
+The shapes are the largest tried for which `python -m benchmarks.kernels.machine_code` finds no spilled
 register. Those of sm_90 were the fastest of CANDIDATES on an H100 (docs/gpu-notes.md); the others
 were not timed.
 """
@@ -96,6 +96,18 @@ TABLE = {
         dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
         tma=False,
     ),
+    "gfx950": Config(
+        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        tma=False,
+    ),
+    "gfx1151": Config(
+        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        tma=False,
+    ),
     # float32 operands use no matrix unit (no tf32), so any chip gets one shape.
     "float32": Config(
         statistics=Tile(64, 64, 16, num_warps=8, num_stages=2),
@@ -148,10 +160,27 @@ def chip_name(device: torch.device) -> str:
     if is_interpreted():
         return "interpreter"
     if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # 12.x, the consumer chips after 10.x, lack its matrix unit and have sm_80's shared memory.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+        name = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
+        return table_row(name.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return table_row(f"sm_{major}{minor}")
+
+
+def table_row(chip: str) -> str:
+    """As `chip_name`, of a chip as compilers name it. One that no row was compiled for is refused:
+
+    tiles that spill registers, or need more shared memory than there is, are slower than PyTorch.
+    """
+    if chip.startswith("sm_") and int(chip[3:-1]) >= 8:
+        # 12.x, the consumer chips after 10.x, lack its matrix unit and have sm_80's shared memory.
+        return {"9": "sm_90", "10": "sm_100"}.get(chip[3:-1], "sm_80")
+    if chip.startswith("gfx") and chip in TABLE:
+        return chip
+    known = ", ".join(name for name in TABLE if name.startswith("gfx"))
+    raise ValueError(
+        f"backend: 'triton' expects compute capability 8.0 or newer, or one of {known}, got {chip}; "
+        "use backend='torch'"
+    )
 
 
 def config_for(device: torch.device, dtype: torch.dtype) -> Config:

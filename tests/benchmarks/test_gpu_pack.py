@@ -22,7 +22,8 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 FILL = """
 import os, sys
 from pathlib import Path
-from benchmarks.gpu.pack import absent, launches
+from benchmarks.gpu.pack import launches
+from benchmarks.kernels import absent
 
 cache = Path(os.environ["TRITON_CACHE_DIR"])
 launches.note_keys(cache)
@@ -32,7 +33,7 @@ absent.launch_residual(12, 2)
 print(launches.collect(cache, Path(sys.argv[1])), *launches.GROUPS)
 """
 LAUNCH = """
-from benchmarks.gpu.pack import absent
+from benchmarks.kernels import absent
 from triton import knobs
 
 hits = []

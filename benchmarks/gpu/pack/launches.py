@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.gpu.pack import absent  # before Triton
+from benchmarks.kernels import absent  # before Triton
 
 import torch  # isort: skip
 from triton.compiler import compiler

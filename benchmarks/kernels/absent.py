@@ -13,11 +13,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+from benchmarks.kernels.chips import CHIPS, is_amd  # noqa: E402
 from powerflow_fast import backend_triton, certified_triton  # noqa: E402
-from powerflow_fast.kernel_facts import CHIPS  # noqa: E402
 from powerflow_fast.kernels import columns, config  # noqa: E402
 from powerflow_fast.kernels.residual import BALANCES  # noqa: E402
 from powerflow_fast.numerators import new_numerators  # noqa: E402
@@ -27,10 +26,14 @@ Watch = Callable[[object, object], None]  # of a launcher's source and metadata
 
 
 class AbsentGpu:
-    """The part of Triton's driver that compiling and launching need."""
+    """The part of Triton's driver that compiling and launching need.
+
+    Triton keeps compiled kernels by the device's number: every chip has one of its own.
+    """
 
     def __init__(self, chip: str, watch: Watch) -> None:
         self.chip, self.watch = chip, watch
+        self.shared = CHIPS[chip].shared  # bytes; a kernel that needs more is not launched
 
     @property
     def utils(self):
@@ -42,17 +45,19 @@ class AbsentGpu:
         return lambda *_: None
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(self.chip[3:]), 32)
+        if is_amd(self.chip):
+            return GPUTarget("hip", self.chip, CHIPS[self.chip].warp)
+        return GPUTarget("cuda", int(self.chip[3:]), CHIPS[self.chip].warp)
 
     def get_current_device(self) -> int:
-        return 0
+        return list(CHIPS).index(self.chip)
 
     def get_current_stream(self, device=None) -> int:
         return 0
 
     def get_device_properties(self, device) -> dict[str, int]:
-        shared = CHIPS[self.chip].shared
-        return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32}
+        warp = CHIPS[self.chip].warp
+        return {"max_shared_mem": self.shared, "multiprocessor_count": 1, "warpSize": warp}
 
     def load_binary(self, name, kernel, shared, device):
         return object(), 1, 0, 0, 1024  # module, function, registers, spills, most threads
@@ -61,21 +66,18 @@ class AbsentGpu:
         pass
 
 
-def use(chip: str, watch: Watch, machine_code: bool = True) -> None:
-    """From now on kernels are launched for `chip`; `watch` sees each one that was compiled.
-
-    Without `machine_code` they are compiled down to PTX, which takes a fifth less.
-    """
-    if not machine_code:
-        CUDABackend.make_cubin = lambda *_: b""
+def use(chip: str, watch: Watch = lambda *_: None) -> AbsentGpu:
+    """From now on kernels are launched for `chip`; `watch` sees each one that was compiled."""
     # What a kernel that did not run leaves is NaN, every time: every block of rows fails its check.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    driver.set_active(AbsentGpu(chip, watch))
+    gpu = AbsentGpu(chip, watch)
+    driver.set_active(gpu)
     backend_triton._check_inputs = lambda *_: None  # type: ignore[assignment]
     certified_triton._looks_sharp = lambda *_: True  # type: ignore[assignment]
-    row = CHIPS[chip].row
-    config.config_for = lambda _, dtype: config.TABLE["float32" if dtype == torch.float32 else row]
+    row = config.table_row(chip)
+    config.chip_name = lambda _: row
     columns.choose_columns = few_columns
+    return gpu
 
 
 def few_columns(*arguments):
