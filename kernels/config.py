@@ -1,9 +1,9 @@
 """Tile shapes by chip: the one table a new chip is added to.
 
 The token count is never part of a key and never a compile-time constant, so no batch recompiles.
-The shapes are the largest tried for which `python -m benchmarks.kernels.machine_code` finds no spilled
-register. Those of sm_90 were the fastest of CANDIDATES on an H100 (docs/gpu-notes.md); the others
-were not timed.
+The shapes are the largest tried for which `python -m benchmarks.kernels.machine_code` finds no
+spilled register. Those of sm_90 were the fastest of CANDIDATES on an H100 (docs/gpu-notes.md); the
+others were not timed.
 """
 
 from __future__ import annotations
@@ -102,10 +102,11 @@ TABLE = {
         dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
         tma=False,
     ),
+    # Registers: with a depth of 64 the statistics spill 45 of them.
     "gfx1151": Config(
-        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
+        statistics=Tile(128, 128, 32, num_warps=8, num_stages=2),
+        direction=Tile(128, 128, 32, num_warps=8, num_stages=2),
+        dlogits=Tile(128, 128, 32, num_warps=8, num_stages=2),
         tma=False,
     ),
     # float32 operands use no matrix unit (no tf32), so any chip gets one shape.
@@ -157,29 +158,33 @@ def numerators_layout() -> Layout:
 
 def chip_name(device: torch.device) -> str:
     """The row of TABLE that serves this device with 16-bit operands."""
-    if is_interpreted():
-        return "interpreter"
+    return "interpreter" if is_interpreted() else table_row(compilers_name(device))
+
+
+def compilers_name(device: torch.device) -> str:
+    """Of a GPU's chip: "sm_90", "gfx942"."""
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
-        return table_row(name.split(":")[0])
+        return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return table_row(f"sm_{major}{minor}")
+    return f"sm_{major}{minor}"
 
 
 def table_row(chip: str) -> str:
-    """As `chip_name`, of a chip as compilers name it. One that no row was compiled for is refused:
+    """The row of TABLE that serves a chip, by its name among compilers.
 
-    tiles that spill registers, or need more shared memory than there is, are slower than PyTorch.
+    Refused are chips before Ampere, and of AMD's all that no row was compiled for: their registers,
+    shared memory and matrix units differ so much that another's tiles spill or do not fit.
     """
     if chip.startswith("sm_") and int(chip[3:-1]) >= 8:
         # 12.x, the consumer chips after 10.x, lack its matrix unit and have sm_80's shared memory.
         return {"9": "sm_90", "10": "sm_100"}.get(chip[3:-1], "sm_80")
-    if chip.startswith("gfx") and chip in TABLE:
+    known = [name for name in TABLE if name.startswith("gfx")]
+    if chip in known:
         return chip
-    known = ", ".join(name for name in TABLE if name.startswith("gfx"))
     raise ValueError(
-        f"backend: 'triton' expects compute capability 8.0 or newer, or one of {known}, got {chip}; "
-        "use backend='torch'"
+        f"backend: 'triton' has no tile shapes for {chip}, only for sm_80 and newer, "
+        f"{', '.join(known)}; use backend='torch'"
     )
 
 

@@ -64,8 +64,12 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         return "torch", "the kernels have no float64"
     if find_spec("triton") is None:
         return "torch", "triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "torch", "the kernels need compute capability 8.0 (Ampere) or newer"
+    from powerflow_fast.kernels.config import compilers_name, table_row
+
+    try:
+        table_row(compilers_name(device))
+    except ValueError as refusal:
+        return "torch", str(refusal)
     return "triton", "a GPU, and triton is installed"
 
 

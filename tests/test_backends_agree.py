@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,28 @@ def test_auto_on_a_gpu(capability, dtype, expected, compiled, monkeypatch):
         torch._dynamo.reset()
         chosen = torch.compile(chosen, fullgraph=True, backend="eager")
     assert chosen(torch.ones(1)).item() == (1 if expected == "triton" else -1)
+
+
+@pytest.mark.parametrize(
+    ("chip", "expected"),
+    [("gfx942:sramecc+:xnack-", "triton"), ("gfx1151", "triton"), ("gfx1100", "torch")],
+)
+def test_auto_on_amd(chip, expected, monkeypatch):
+    from powerflow_fast.kernels import config
+    from powerflow_fast.ops import choose_backend
+
+    properties = SimpleNamespace(gcnArchName=chip)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    name, reason = choose_backend("auto", torch.device("cuda"), torch.bfloat16)
+    assert name == expected
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if expected == "triton":
+        assert config.chip_name(torch.device("cuda")) == chip.split(":")[0]
+    else:
+        assert chip in reason and "backend='torch'" in reason
+        with pytest.raises(ValueError, match=chip):
+            config.config_for(torch.device("cuda"), torch.float32)
 
 
 def test_auto_is_torch_without_a_gpu():

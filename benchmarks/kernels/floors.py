@@ -1,6 +1,6 @@
 """What no kernel can go below: operations and bytes of each, and the time they take at the least.
 
-`python -m powerflow_fast.kernel_floors --tokens 16384 --hidden 4096 --vocab 131072 --device h100`
+`python -m benchmarks.kernels.floors --tokens 16384 --hidden 4096 --vocab 131072 --device h100`
 
 A floor is the larger of operations over the matrix unit's rate and bytes over the memory's, with
 every operand read once and every result written once. The rates are the vendors' (dense bf16); what

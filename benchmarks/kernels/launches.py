@@ -1,14 +1,16 @@
-"""The launches whose machine code is read: calls of the back end, and a name for each kernel.
+"""The launches whose machine code is read: calls of the back end, and what Triton compiles of them.
 
-No kernel's arguments are written down here. A name is made of what differs between the launches of
-one kernel: which arguments are given at all, and the switches that it is compiled with. So a new
-kernel, or a new argument, appears by itself.
+    python -m benchmarks.kernels.launches --chip sm_90 --case strided
+
+compiles the kernels of a case, prints their names and reads nothing: arguments that do not fit a
+signature, and code that does not compile, are what the interpreter cannot find.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +20,10 @@ from benchmarks.kernels import absent  # before Triton
 
 import torch  # isort: skip
 from triton import knobs
+from triton.backends.nvidia.compiler import CUDABackend
+
+from benchmarks.kernels.chips import CHIPS
+from benchmarks.kernels.names import Launch, Name, flags, switches
 
 
 class Case(NamedTuple):
@@ -54,23 +60,6 @@ CASES = {
         partial(absent.launch_head, 17, 40, 257, torch.bfloat16, models=1, strided=True), "strided"
     ),
 }
-
-
-class Launch(NamedTuple):
-    """One way in which a kernel is specialised."""
-
-    kernel: str
-    label: str
-    key: str  # types and constants
-    switches: tuple[str, ...]  # arguments that are given, and constants that are not off
-
-
-class Name(NamedTuple):
-    kernel: str
-    flags: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return " ".join((self.kernel, *self.flags))
 
 
 class Compiled(NamedTuple):
@@ -149,40 +138,15 @@ def _launch(case: str, wanted: Callable[[Launch], object]) -> None:
     knobs.runtime.jit_cache_hook = None
 
 
-def switches(params, signature: Mapping[str, object], constants: Mapping[tuple, object]):
-    """Arguments that are given, and compile-time constants that are neither None nor False."""
-    for index, (name, kind) in enumerate(signature.items()):
-        for path, part, leaf in _leaves((index,), name.removesuffix("_ptr"), kind):
-            value = constants.get(path)
-            if leaf != "constexpr" or not params[index].is_constexpr:
-                if leaf != "constexpr" or value is not None:  # Triton makes a size of 1 constant
-                    yield part
-            elif isinstance(value, bool) or value is None:
-                if value:
-                    yield part.lower()
-            else:
-                yield f"{part.lower()}={getattr(value, '__name__', value)}"
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compile the kernels of some launches")
+    parser.add_argument("--chip", choices=CHIPS, default="sm_90")
+    parser.add_argument("--case", choices=CASES, action="append", required=True)
+    arguments = parser.parse_args()
+    CUDABackend.make_cubin = lambda *_: b""  # the assembler would take a fifth of the time
+    names = listed(arguments.chip, arguments.case)
+    compile_listed(arguments.chip, arguments.case, names, lambda compiled: print(compiled.name))
 
 
-def _leaves(path: tuple[int, ...], name: str, kind) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """Of an argument that may be a tuple, or a NamedTuple: path, name and type of each part."""
-    if not isinstance(kind, tuple):
-        yield path, name, kind
-        return
-    names = getattr(kind, "_fields", range(len(kind)))
-    for index, (part, inner) in enumerate(zip(names, kind, strict=True)):
-        yield from _leaves((*path, index), f"{name}.{part}".removesuffix("_ptr"), inner)
-
-
-def flags(launch: Launch, alike: Iterable[Launch]) -> tuple[str, ...]:
-    """The switches that are on here and off in another launch; of those that go together the first.
-
-    A label comes last.
-    """
-    others = [set(other.switches) for other in alike]
-    patterns: dict[tuple[bool, ...], str] = {}
-    for switch in launch.switches:
-        pattern = tuple(switch in other for other in others)
-        if not all(pattern):
-            patterns.setdefault(pattern, switch)
-    return (*patterns.values(), *([launch.label] if launch.label else []))
+if __name__ == "__main__":
+    main()

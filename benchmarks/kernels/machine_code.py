@@ -12,13 +12,13 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.kernels import launches, sass, table  # launches before Triton
 from benchmarks.kernels.chips import CHIPS, is_amd
-from benchmarks.kernels.launches import CASES, Compiled
+from benchmarks.kernels.launches import CASES, Compiled, compile_listed
 from benchmarks.kernels.table import Facts
 
 import triton  # isort: skip
@@ -29,18 +29,23 @@ FMA = r"\bFFMA|\bv_(?:pk_|dual_)?fmac?_f32"
 
 
 def facts_of(compiled: Compiled, chip: str) -> Facts:
+    ttgir = compiled.files["ttgir"].read_text()
+    has_product = re.search(r"tt\.dot|warp_group_dot|tc_gen5_mma", ttgir) is not None
     if is_amd(chip):
         code = compiled.files["amdgcn"].read_text()
         registers = _number(r"\.vgpr_count:\s+(\d+)", code)
         stores = loads = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
         scalar = _number(r"\.sgpr_spill_count:\s+(\d+)", code)
     else:
-        usage, code = _disassemble(compiled.files["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", compiled.files["cubin"])
         registers, scalar = _number(r"REG:(\d+)", usage), 0
+        # Half a second; without a stack there are no spills.
+        needed = has_product or _number(r"STACK:(\d+)", usage) > 0
+        code = _tool("nvdisasm", "-c", compiled.files["cubin"]) if needed else ""
         stores, loads = len(re.findall(r"\bSTL\b", code)), len(re.findall(r"\bLDL\b", code))
     loop = None
-    if chip == "sm_90":
-        loop = sass.main_loop(code, compiled.files["ttgir"].read_text(), compiled.num_warps)
+    if chip == "sm_90" and has_product:
+        loop = sass.main_loop(code, ttgir, compiled.num_warps)
     groups = max((int(count, 16) for count in re.findall(WAIT, code)), default=0)
     return Facts(
         chip=chip,
@@ -51,8 +56,9 @@ def facts_of(compiled: Compiled, chip: str) -> Facts:
         spill_loads=loads,
         scalar_spills=scalar,
         shared=compiled.shared,
+        product=has_product,
         matrix=len(re.findall(CHIPS[chip].matrix, code)),
-        fma=len(re.findall(FMA, code)),
+        fma=len(re.findall(FMA, code)) if has_product else None,
         tma=len(re.findall(TMA, code)),
         in_flight=loop and groups,
         step=loop and loop.step,
@@ -70,30 +76,11 @@ def _number(pattern: str, text: str) -> int:
     return int(match.group(1))
 
 
-def _disassemble(cubin: Path) -> tuple[str, str]:
-    """Resource usage and machine code, by the tools in Triton's wheel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
-    outputs = [
-        subprocess.run(
-            [str(tools / name), option, str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        for name, option in commands
-    ]
-    return outputs[0], outputs[1]
-
-
-def compile_all(
-    chips: Iterable[str], cases: list[str], kernels: list[str] | None, show: Callable[[Facts], None]
-) -> None:
-    for chip in chips:
-        names = listed(chip, cases, kernels)
-        launches.compile_listed(chip, cases, names, lambda x, chip=chip: show(facts_of(x, chip)))
-
-
-def listed(chip: str, cases: Iterable[str], kernels: list[str] | None) -> dict:
-    names = launches.listed(chip, cases)
-    return {x: name for x, name in names.items() if kernels is None or name.kernel in kernels}
+def _tool(name: str, option: str, cubin: Path) -> str:
+    """What a tool in Triton's wheel prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(path), option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -103,37 +90,27 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", help="only this kernel")
     parser.add_argument("--case", choices=CASES, action="append", help="these launches")
     arguments = parser.parse_args()
-    cases = arguments.case or [name for name, case in CASES.items() if case.usual]
     chips = arguments.chip or list(CHIPS)
-    known = {name.kernel for name in listed(chips[0], cases, None).values()}
-    if unknown := set(arguments.kernel or ()) - known:
-        parser.error(f"--kernel: expected some of {', '.join(sorted(known))}, got {unknown}")
-    rows: list[Facts] = []
+    cases = arguments.case or [name for name, case in CASES.items() if case.usual]
+    names = {chip: launches.listed(chip, cases) for chip in chips}
+    if arguments.kernel:
+        known = {name.kernel for name in names[chips[0]].values()}
+        if unknown := set(arguments.kernel) - known:
+            parser.error(f"--kernel: expected some of {sorted(known)}, got {sorted(unknown)}")
+        for chip, found in names.items():
+            names[chip] = {x: name for x, name in found.items() if name.kernel in arguments.kernel}
+
+    def compile_for(chip: str, show: Callable[[Facts], None]) -> None:
+        compile_listed(chip, cases, names[chip], lambda compiled: show(facts_of(compiled, chip)))
+
     if arguments.json:
-        compile_all(chips, cases, arguments.kernel, rows.append)
-        found = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}
-        print(json.dumps(found))
+        rows: list[Facts] = []
+        for chip in chips:
+            compile_for(chip, rows.append)
+        print(json.dumps({"triton": triton.__version__, "kernels": [asdict(x) for x in rows]}))
     else:
-        print_table(chips, cases, arguments.kernel)
-
-
-def print_table(chips: list[str], cases: list[str], kernels: list[str] | None) -> None:
-    """A line a kernel as soon as it is compiled: all of them take minutes."""
-    count = sum(len(listed(chip, cases, kernels)) for chip in chips)
-    print(f"{count} kernels to compile by Triton {triton.__version__}, each shown as soon as it is.")
-    print(table.LEGEND, flush=True)
-    rows: list[Facts] = []
-
-    def show(row: Facts) -> None:
-        rows.append(row)
-        print(table.line(row), flush=True)
-
-    for name in chips:
-        chip = CHIPS[name]
-        unit = f"matrix unit: {chip.matrix_name}"
-        print(f"\n{name} ({chip.devices}), {unit}\n{table.HEAD}", flush=True)
-        compile_all([name], cases, kernels, show)
-    print(f"\n{table.verdict(rows)}")
+        count = sum(map(len, names.values()))
+        table.print_table(chips, count, triton.__version__, compile_for)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ class Graph:
     def forward(self, node: int) -> list[int]:
         return [child for child in self.blocks[node].next if (node, child) not in self.back]
 
+    def ends(self) -> set[int]:
+        """Blocks that end the program, or go back to the next tile."""
+        return {i for i, block in enumerate(self.blocks) if block.code and not self.forward(i)}
+
     def reachable(self, node: int) -> set[int]:
         """From a node on, itself included, without closing a loop."""
         found, todo = {node}, [node]
@@ -82,12 +86,13 @@ class Graph:
 
 
 def main_loop(code: str, ttgir: str, num_warps: int) -> Loop | None:
-    """Of `nvdisasm -c`, with Triton's last intermediate form. None without HGMMA in a loop."""
+    """Of `nvdisasm -c`, with Triton's last intermediate form. None without such a loop."""
     graph = Graph(basic_blocks(code))
     loops = [(edge, natural_loop(graph.blocks, edge)) for edge in graph.back]
     loops = [(edge, nodes) for edge, nodes in loops if graph.holds(nodes, MATRIX)]
     inner = [x for x in loops if not any(other < x[1] for _, other in loops)]
-    found = [_read(graph, *x, steps_of(graph, x[1], ttgir, num_warps)) for x in inner]
+    read = [_read(graph, *x, steps_of(graph, x[1], ttgir, num_warps)) for x in inner]
+    found = [loop for loop in read if loop is not None]
     return max(found, key=lambda loop: loop.epilogue, default=None)
 
 
@@ -102,30 +107,23 @@ def steps_of(graph: Graph, nodes: Set[int], ttgir: str, num_warps: int) -> float
     return len(matrix) / (max(rows / warps_rows, 1) * (columns / n) * (depth / k))
 
 
-def _read(
-    graph: Graph, edge: tuple[int, int], nodes: Set[int], steps: float
-) -> Loop:
+def _read(graph: Graph, edge: tuple[int, int], nodes: Set[int], steps: float) -> Loop | None:
     last, first = edge
-    around = graph.way(first, min, {last})
+    step = graph.way(first, min, {last})
     flattened = bool(graph.holds(nodes, STORE) and graph.holds(nodes, COPY))
     if flattened:
-        start, ends = first, {last}
+        start, ends, spent = first, {last}, step
     else:
+        ends, spent = graph.ends(), 0
         after = {child for node in nodes for child in graph.forward(node)} - nodes
-        start = max(after, key=lambda node: graph.way(node, max, _ends(graph)))
-        ends = _ends(graph)
-    longest = graph.way(start, max, ends)
-    spent = around if flattened else 0
+        if not after:  # a walk over tiles whose product takes one step
+            return None
+        start = max(after, key=lambda node: graph.way(node, max, ends))
     copies = two_copies(graph, start)
     if copies is None:
-        return Loop(around / steps, longest - spent, None, flattened)
+        return Loop(step / steps, graph.way(start, max, ends) - spent, None, flattened)
     both = [graph.way(start, max, ends, avoid={copy}) - spent for copy in copies]
-    return Loop(around / steps, min(both), max(both), flattened)
-
-
-def _ends(graph: Graph) -> set[int]:
-    """Blocks that end the program, or go back to the next tile."""
-    return {i for i, block in enumerate(graph.blocks) if block.code and not graph.forward(i)}
+    return Loop(step / steps, min(both), max(both), flattened)
 
 
 def two_copies(graph: Graph, start: int) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
-"""What is found of a compiled kernel, and how it is printed: a legend, a line a kernel, a verdict."""
+"""What is found of a compiled kernel, and its print: a legend, a line a kernel, a verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from benchmarks.kernels.chips import CHIPS
@@ -18,9 +18,11 @@ class Facts:
     spill_loads: int
     scalar_spills: int  # scalar registers kept in vector registers (AMD): no memory is touched
     shared: int  # bytes
-    matrix: int
-    fma: int  # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands
-    tma: int
+    product: bool  # whether it has a matrix product
+    matrix: int  # instructions of the matrix unit
+    # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands. None: not read
+    fma: int | None
+    tma: int  # bulk copies
     seconds: float
     # Of sm_90's kernels with a product; sass.py says how they are read. None of other kernels.
     in_flight: int | None  # groups of products that a main loop's step leaves running
@@ -41,6 +43,29 @@ HEAD = (
     f"  {'kernel':56} {'regs':>4} {'spills':>6} {'shared':>6} {'matrix':>6} {'TMA':>3} "
     f"{'flight':>6} {'step':>4} {'epilogue':>9} {'flat':>4} {'s':>4}"
 )
+
+
+def print_table(
+    chips: Iterable[str],
+    count: int,  # of kernels
+    triton: str,  # its version
+    compile_for: Callable[[str, Callable[[Facts], None]], None],  # a chip, what is done with a row
+) -> None:
+    """A line a kernel as soon as it is compiled: all of them take minutes."""
+    print(f"{count} kernels to compile by Triton {triton}, each shown as soon as it is.")
+    print(LEGEND, flush=True)
+    rows: list[Facts] = []
+
+    def show(row: Facts) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+
+    for name in chips:
+        chip = CHIPS[name]
+        unit = f"matrix unit: {chip.matrix_name}"
+        print(f"\n{name} ({chip.devices}), {unit}\n{HEAD}", flush=True)
+        compile_for(name, show)
+    print(f"\n{verdict(rows)}")
 
 
 def line(row: Facts) -> str:
@@ -67,13 +92,15 @@ def verdict(rows: Collection[Facts]) -> str:
         limit = CHIPS[row.chip].registers
         most[limit] = max(row.registers, most.get(limit, 0))
     registers = ", ".join(f"at most {used} of {limit}" for limit, used in most.items())
-    matrix = sum(row.matrix > 0 for row in rows)
+    products = [row for row in rows if row.product]
+    without = [row for row in products if not row.matrix]
+    used = f"used by every kernel with a product ({len(products)})"
     return "\n".join(
         [
             f"spills: {_named(spilled) or f'none in {len(rows)} kernels'}",
             f"registers a thread: {registers}",
             f"shared memory: {'too much in ' + _named(large) if large else 'every kernel fits'}",
-            f"matrix unit: used by {matrix} of {len(rows)} kernels",
+            f"matrix unit: {'not used by ' + _named(without) if without else used}",
         ]
     )
 

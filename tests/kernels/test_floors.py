@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from powerflow_fast.kernel_floors import DEVICES, floors
+from benchmarks.kernels.floors import DEVICES, floors
 
 N, H, V = 1024, 512, 32000
 
@@ -31,6 +31,6 @@ def test_bound_follows_the_device():
 
 @pytest.mark.parametrize("arguments", [["--tokens", "0"], ["--kept", "1.5"], ["--device", "x"]])
 def test_bad_arguments_say_what_was_expected(arguments):
-    command = [sys.executable, "-m", "powerflow_fast.kernel_floors", *arguments]
+    command = [sys.executable, "-m", "benchmarks.kernels.floors", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and arguments[0] in result.stderr
