@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test lint test-kills test-chips test-others test-oldest test-newest architectures \
-	bench bench-gpu gpu-pack report kernels evidence step-70b-small clean
+	bench bench-gpu gpu-pack report kernels floors evidence step-70b-small clean
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z0-9 -]+):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 25
@@ -32,7 +32,7 @@ test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
 	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
 
-test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; half a minute a chip
+test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; about a minute a chip
 	ALL_CHIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_machine_code.py
 
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
@@ -74,9 +74,11 @@ evidence: $(STAMP)  ## the paper's claims on small models, about 33 minutes on 2
 report: $(STAMP)  ## rewrite the pages' tables and the plots from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
 
-kernels: $(STAMP)  ## compile every kernel for every chip: its machine code; about a minute
-	$(BIN)/python -m powerflow_fast.kernel_facts
-	$(BIN)/python -m powerflow_fast.kernel_floors $(ARGS)
+kernels: $(STAMP)  ## compile every kernel for every chip: its machine code; half a minute a chip
+	@$(BIN)/python -m benchmarks.kernels.machine_code $(ARGS)
+
+floors: $(STAMP)  ## operations, bytes and least time of every kernel, for a shape and a device
+	@$(BIN)/python -m benchmarks.kernels.floors $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf gpu-pack $(VENV) .venv-oldest .venv-newest .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -101,12 +101,13 @@ def launch_head(
     bias: bool = False,
     strided: bool = False,
     device: str = "cpu",
+    whole: bool = True,
     **options,
 ) -> None:
     """The launches of a step with the head frozen, and trained.
 
-    Scores alone too, and the trained head's with and without stored numerators. With a gradient
-    tolerance, those of the certified route.
+    Unless it is not the `whole`, scores alone too, and the trained head's with stored numerators.
+    With a gradient tolerance, those of the certified route.
     """
     hidden = torch.zeros(n, h, dtype=dtype, device=device)
     weight = torch.zeros(v, h, dtype=dtype, device=device)
@@ -133,6 +134,8 @@ def launch_head(
             backend_triton.backward(*backward, few)
         return
     backend_triton.backward(*backward)
+    if not whole:
+        return
     backend_triton.forward(*head, reference, head_options, False)
     if not head_options.entropy:
         layout = backend_triton.numerators_layout(hidden.device)

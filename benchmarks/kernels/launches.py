@@ -41,6 +41,7 @@ class Case(NamedTuple):
 # Sizes are divisible by 16, as a model's are; tensors without storage where no result is read.
 _step = partial(absent.launch_head, 4096, 1024, 32768, device="meta")
 _bf16 = partial(_step, torch.bfloat16)
+_few = partial(absent.launch_head, dtype=torch.bfloat16, whole=False)
 OPTIONS = {"bias": True, "softcap": 30.0, "entropy": True, "round_logits": True}
 CASES = {
     "step": Case(_bf16, usual=True),
@@ -55,10 +56,8 @@ CASES = {
     "one model": Case(partial(_bf16, models=1)),
     "float32": Case(partial(_step, torch.float32), "float32"),
     # Triton makes a constant of a size of 1, and the copy engine cannot read these.
-    "one token": Case(partial(absent.launch_head, 1, 1, 1, torch.bfloat16), "one token"),
-    "strided": Case(
-        partial(absent.launch_head, 17, 40, 257, torch.bfloat16, models=1, strided=True), "strided"
-    ),
+    "one token": Case(partial(_few, 1, 1, 1), "one token"),
+    "strided": Case(partial(_few, 17, 40, 257, models=1, strided=True), "strided"),
 }
 
 
