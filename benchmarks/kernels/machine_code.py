@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", help="only this kernel")
     parser.add_argument("--case", choices=CASES, action="append", help="these launches")
     arguments = parser.parse_args()
-    chips = arguments.chip or list(CHIPS)
+    chips = list(dict.fromkeys(arguments.chip or CHIPS))
     cases = arguments.case or [name for name, case in CASES.items() if case.usual]
     names = {chip: launches.listed(chip, cases) for chip in chips}
     if arguments.kernel:

@@ -5,8 +5,8 @@ alone. All counts are instructions that one warp issues.
 
 * The main loop is the innermost loop that holds HGMMA, the instruction of the matrix unit. A step
   of it, one piece of the summed axis, is the shortest way around it: the longer ones try again
-  until a copy has arrived. The compiler may unroll it, so that one round is several steps: as many
-  as its HGMMA hold tiles of the product.
+  until a copy has arrived. The assembler may unroll it, so that one round is several steps: as many
+  as its HGMMA hold those of one step of the loop in Triton's last form.
 * The epilogue is the longest way from the main loop's exit to the tile's end. That is the program's
   end or, where a program walks over tiles, the way back to the next tile. Kernels have it twice: at
   a branch after the loop, tiles with a target or a ragged end (`marked`) go one way, all others the
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 MATRIX = re.compile(r"\bHGMMA\.(\d+)x(\d+)x(\d+)")
 COPY = re.compile(r"\bUTMALDG|\bLDGSTS")
-STORE = re.compile(r"\bSTG|\bUTMASTG|\bRED[GX.]|\bATOMG|\bUTMAREDG")
+STORE = re.compile(r"\bSTG|\bUTMASTG|\bRED[G.]|\bATOMG|\bUTMAREDG")
 DOT = re.compile(r"ttng\.warp_group_dot [^:]*: [^<]*<(\d+)x(\d+)x[^*]*\* [^<]*<\d+x(\d+)x")
 COPIES = 100  # instructions that each of two ways has where they are two copies of an epilogue
 
@@ -97,14 +97,25 @@ def main_loop(code: str, ttgir: str, num_warps: int) -> Loop | None:
 
 
 def steps_of(graph: Graph, nodes: Set[int], ttgir: str, num_warps: int) -> float:
-    """Steps in one round of a loop: its HGMMA over those of one product in Triton's own form."""
+    """Steps in one round of a loop: its HGMMA over those of a step of Triton's own loop."""
     matrix = graph.holds(nodes, MATRIX)
-    product = DOT.search(ttgir)
-    assert product is not None, "HGMMA without a product"
-    rows, depth, columns = map(int, product.groups())
-    _, n, k = map(int, matrix[0].groups())
-    warps_rows = 16 * num_warps  # that all warps finish by one HGMMA each
-    return len(matrix) / (max(rows / warps_rows, 1) * (columns / n) * (depth / k))
+    m, n, k = map(int, matrix[0].groups())
+    warpgroups = num_warps // 4  # each issues HGMMA of its own
+    return len(matrix) * m * n * k * warpgroups / step_size(ttgir)
+
+
+def step_size(ttgir: str) -> int:
+    """Multiply-adds of one step: of the largest loop's products, which may come piece by piece."""
+    found, loops = 1, []  # [indentation, multiply-adds] of the loops that a line is within
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1][0]:
+            found = max(found, loops.pop()[1])
+        if "scf.for" in line or "scf.while" in line:
+            loops.append([indent, 0])
+        elif loops and (product := DOT.search(line)):
+            loops[-1][1] += math.prod(map(int, product.groups()))
+    return found
 
 
 def _read(graph: Graph, edge: tuple[int, int], nodes: Set[int], steps: float) -> Loop | None:

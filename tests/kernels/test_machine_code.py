@@ -80,7 +80,11 @@ def test_hoppers_matrix_unit_is_never_waited_for_within_a_main_loop(facts):
 
 
 def test_epilogues_on_hopper(facts):
-    """Instructions of the usual tile, policy and reference in one launch."""
+    """Instructions of the usual tile, policy and reference in one launch.
+
+    636, and 796 with stored numerators, by Triton 3.9; 638 and 828 by 3.6. The tiles that hold a
+    target or end past the vocabulary, a fifth of them, take 1951 and 1797; 1709 and 1810.
+    """
     options = {"tile_spread", "peaks", "softcap", "bias", "float16", "persistent", "models=1"}
     pairs = [
         row
@@ -98,8 +102,10 @@ def test_epilogues_on_hopper(facts):
 def test_main_loops_on_hopper(facts):
     """A step of a 128 x 256 x 64 tile keeps the matrix unit busy for 1,024 cycles."""
     for row in products(facts, "sm_90"):
-        assert row["step"] <= (350 if gathers(row) else 150), row
-        assert row["flattened"] is False  # whoever changes that changes sass.py's tests too
+        # Rows are gathered, or float16's numerators scaled in registers.
+        slow = row["kernel"] in ("direction", "kept_probabilities")
+        assert row["step"] <= (300 if slow else 95), row
+        assert row["flattened"] is False, row  # Tile.persistent says why
 
 
 def test_no_product_is_done_by_float32_multiply_adds(facts):

@@ -2,7 +2,13 @@
 
 from benchmarks.kernels import sass
 
-TTGIR = "%a = ttng.warp_group_dot %h, %w : !ttg.memdesc<128x64xbf16> * !ttg.memdesc<64x256xbf16>"
+TTGIR = """
+  %r = scf.for %i = %zero to %n step %one {
+    %a = ttng.warp_group_dot %h, %w, %c {isAsync = true} : !ttg.memdesc<128x64xbf16, #shared> \
+* !ttg.memdesc<64x256xbf16, #shared> -> tensor<128x256xf32, #mma>
+  }
+  %last = ttng.warp_group_dot %h, %w, %r : !ttg.memdesc<128x64xbf16> * !ttg.memdesc<64x256xbf16>
+"""
 HGMMA = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR24], R24"
 
 
@@ -35,6 +41,14 @@ def test_a_step_does_not_count_what_waits_for_a_copy():
 def test_an_unrolled_loop_holds_several_steps():
     lines = (".L_loop", f"8 * {HGMMA}", "11 * IADD", "@P0 BRA `(.L_loop)", "EXIT")
     assert loop(*lines).step == 10.0
+
+
+def test_a_step_may_be_multiplied_in_pieces():
+    """As Triton does where one operand is in registers."""
+    piece = "    %a = ttng.warp_group_dot %h, %w, %c : tensor<128x16xf16, #ttg.dot_op<{idx = 0}>> \
+* !ttg.memdesc<16x256xf16, #shared> -> tensor<128x256xf32, #mma>\n"
+    lines = (".L_loop", f"4 * {HGMMA}", "16 * HMUL2", "@P0 BRA `(.L_loop)", "EXIT")
+    assert loop(*lines, ttgir=f"  scf.for %i = %zero to %n {{\n{4 * piece}  }}\n").step == 21.0
 
 
 def test_a_program_may_have_two_copies_of_its_epilogue():
