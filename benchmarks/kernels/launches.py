@@ -63,6 +63,7 @@ CASES = {
 
 class Compiled(NamedTuple):
     name: Name
+    case: str  # the first that launches it
     shared: int  # bytes
     num_warps: int
     files: dict[str, Path]  # by their endings: "cubin", "ttgir", "amdgcn"
@@ -108,7 +109,8 @@ def compile_listed(
     def listen(*, metadata, metadata_group, times, **_) -> None:
         files = {path.rsplit(".", 1)[-1]: Path(path) for path in metadata_group.values()}
         seconds = round(times.total / 1e6, 1)
-        show(Compiled(current[0], metadata["shared"], metadata["num_warps"], files, seconds))
+        launch = (metadata["shared"], metadata["num_warps"], files, seconds)
+        show(Compiled(current[0], case, *launch))
 
     knobs.compilation.listener = listen
     for case in cases:

@@ -51,6 +51,7 @@ def facts_of(compiled: Compiled, chip: str) -> Facts:
         chip=chip,
         kernel=compiled.name.kernel,
         flags=compiled.name.flags,
+        case=compiled.case,
         registers=registers,
         spill_stores=stores,
         spill_loads=loads,

@@ -7,7 +7,7 @@ appears by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -28,7 +28,11 @@ class Name(NamedTuple):
         return " ".join((self.kernel, *self.flags))
 
 
-def switches(params, signature: Mapping[str, object], constants: Mapping[tuple, object]):
+def switches(
+    params: Sequence,  # of the kernel, as Triton describes them
+    signature: Mapping[str, object],  # types by name; a tuple's are a tuple
+    constants: Mapping[tuple[int, ...], object],  # by position
+) -> Iterator[str]:
     """Arguments that are given, and compile-time constants that are neither None nor False."""
     for index, (name, kind) in enumerate(signature.items()):
         for path, part, leaf in _leaves((index,), name.removesuffix("_ptr"), kind):

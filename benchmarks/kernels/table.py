@@ -12,7 +12,8 @@ from benchmarks.kernels.chips import CHIPS
 class Facts:
     chip: str
     kernel: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # arguments that are given and switches that are on: names.py
+    case: str  # of launches.py
     registers: int
     spill_stores: int
     spill_loads: int

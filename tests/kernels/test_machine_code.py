@@ -11,6 +11,7 @@ import pytest
 import triton
 
 from benchmarks.kernels.chips import CHIPS
+from powerflow_fast.kernels import config
 
 ROOT = Path(__file__).parents[2]
 PINNED = f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text().split()
@@ -85,18 +86,18 @@ def test_epilogues_on_hopper(facts):
     636, and 796 with stored numerators, by Triton 3.9; 638 and 828 by 3.6. The tiles that hold a
     target or end past the vocabulary, a fifth of them, take 1951 and 1797; 1709 and 1810.
     """
-    options = {"tile_spread", "peaks", "softcap", "bias", "float16", "persistent", "models=1"}
-    pairs = [
+    statistics = [
         row
         for row in products(facts, "sm_90")
-        if row["kernel"] == "statistics" and not options & set(row["flags"])
+        if (row["case"], row["kernel"]) == ("step", "statistics")
+        and "persistent" not in row["flags"]
     ]
     slack = 1.0 if PINNED else 1.15
     for soft, most in ((False, 1300), (True, 1450)):
-        rows = [row for row in pairs if ("soft" in row["flags"]) == soft]
-        assert len(rows) == 1, pairs
-        assert 128 * 3 < rows[0]["epilogue"] <= most * slack  # 3 an element are needed
-        assert rows[0]["epilogue"] < rows[0]["epilogue_marked"]
+        rows = [row for row in statistics if ("soft" in row["flags"]) == soft]
+        row = max(rows, key=lambda row: row["epilogue"])
+        assert 128 * 3 < row["epilogue"] <= most * slack  # 3 an element are needed
+        assert row["epilogue"] < row["epilogue_marked"]
 
 
 def test_main_loops_on_hopper(facts):
@@ -121,6 +122,13 @@ def test_products_copy_by_tma_where_the_chip_can(facts):
 
 def test_shared_memory_fits(facts):
     assert [row for row in facts if row["shared"] > CHIPS[row["chip"]].shared] == []
+
+
+def test_chips_that_are_compiled_for_are_those_of_the_table():
+    rows = {config.table_row(chip) for chip in CHIPS}
+    assert rows == set(config.TABLE) - {"float32", "interpreter"}
+    with pytest.raises(ValueError, match="gfx1100"):
+        config.table_row("gfx1100")
 
 
 # Options; sizes that Triton makes constants; matrices that the copy engine cannot read.

@@ -11,6 +11,7 @@ FACTS = Facts(
     chip="sm_90",
     kernel="statistics",
     flags=("soft", "models=2"),
+    case="step",
     registers=64,
     spill_stores=0,
     spill_loads=0,
