@@ -84,8 +84,8 @@ TABLE = {
         dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         tma=True,
     ),
-    # In parts, a soft-capped head's statistics with stored numerators do not compile: Triton 3.6 and
-    # 3.9 end in TritonNvidiaGPUOptimizeTMemLayoutsPass.
+    # In parts, a soft-capped head's statistics with stored numerators do not compile: Triton 3.6
+    # and 3.9 end in TritonNvidiaGPUOptimizeTMemLayoutsPass.
     "sm_100": Config(
         statistics=Tile(128, 256, 64, num_warps=8, num_stages=3),
         direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
