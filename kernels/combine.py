@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
 from powerflow_fast.kernels.statistics import Statistics
-from powerflow_fast.kernels.tiles import LN2, above_shift
+from powerflow_fast.kernels.tiles import LN2, above_shift, sum_rows
 
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
 # Powers of two between which a row's total may lie. The column that set its shift adds a half or
@@ -49,8 +49,10 @@ def combine_kernel(
     tile_spread_ptr,  # [parts, rows] or None
     target_logit_ptr,  # [rows]
     targets_ptr,  # [N]; row r belongs to token r % N
-    misled_ptr,  # [N] int32 zeros: 1 where a given shift led a total out of bounds; or None
-    only_ptr,  # [N] int32: rows of tokens with a 0 are left as they are; or None
+    misled_ptr,  # [rows] int32: 1 where a given shift led a total out of bounds; or None
+    misled_shift_ptr,  # [rows] -inf there, elsewhere the given shift
+    misled_blocks_ptr,  # [row blocks] int32, all -1: a block's number where it has such a row
+    misled_count_ptr,  # [1] int32, -1: the number of blocks if one of them has such a row
     logps_ptr,  # [models, N], row stride stride_model
     lse_ptr,  # [models, N] likewise
     entropy_ptr,  # [models, N] likewise, or None
@@ -64,8 +66,10 @@ def combine_kernel(
     num_v,
     stride_model,
     ignore_index,
+    AGAIN: tl.constexpr,  # misled rows alone
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows of a block
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -73,8 +77,8 @@ def combine_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_r = offs_r < num_rows
     offs_n = offs_r % num_n
-    if only_ptr is not None:
-        mask_r &= tl.load(only_ptr + offs_n, mask=mask_r, other=0) != 0
+    if AGAIN:
+        mask_r &= tl.load(misled_ptr + offs_r, mask=mask_r, other=0) != 0
         if tl.max(mask_r.to(tl.int32), 0) == 0:
             return
     target = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index)
@@ -112,17 +116,22 @@ def combine_kernel(
             if tile_spread_ptr is not None:
                 spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
                 spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
-    others = tl.sum(totals, 0)
+    others = sum_rows(totals)
     inside = counted & (target >= 0) & (target < num_v)
     target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
     target_centred = above_shift(target_logit, base)
     own = tl.where(inside, tl.exp2(target_centred), 0.0)
     total = tl.where(counted, others + own, 1.0)
     log_total = tl.log2(total)
-    if misled_ptr is not None:
+    if misled_ptr is not None and not AGAIN:
         # Not `<`: NaN is out of bounds, too.
         misled = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
-        tl.store(misled_ptr + offs_n, 1, mask=misled)
+        tl.store(misled_ptr + offs_r, misled.to(tl.int32), mask=mask_r)
+        shift = tl.where(misled, float("-inf"), row_shift)
+        tl.store(misled_shift_ptr + offs_r, shift, mask=mask_r)
+        block = offs_n // BLOCK_N  # of several misled rows all store the same
+        tl.store(misled_blocks_ptr + block, block, mask=misled)
+        tl.store(misled_count_ptr + 0 * block, tl.cdiv(num_n, BLOCK_N), mask=misled)
 
     # The total's own power of two goes to the shift: what is left to round is small.
     power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
@@ -140,7 +149,7 @@ def combine_kernel(
     if factor_ptr is not None:
         tl.store(factor_ptr + offs_r, 1.0 / total, mask=mask_r)
     if entropy_ptr is not None:
-        spread = tl.sum(spreads, 0) + tl.where(own == 0, 0.0, own * target_centred)
+        spread = sum_rows(spreads) + tl.where(own == 0, 0.0, own * target_centred)
         entropy = (log_total - spread / total) * LN2
         tl.store(entropy_ptr + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
 
@@ -158,6 +167,23 @@ class Rows(NamedTuple):
         return Rows(*(None if x is None else x[rows] for x in self))
 
 
+class Misled(NamedTuple):
+    """Rows whose given shift led their total out of bounds, and what doing them again takes."""
+
+    rows: torch.Tensor  # [rows] int32
+    shift: torch.Tensor  # [rows] -inf where a row was misled, elsewhere the given shift
+    blocks: torch.Tensor  # [row blocks] int32, -1 where no row was misled
+    count: torch.Tensor  # [1] int32 of all row blocks, -1 where no block has such a row
+    block: int  # rows of a block
+
+
+def new_misled(shift: torch.Tensor, num_n: int, block: int) -> Misled:
+    """For `combine` to fill."""
+    rows = torch.empty_like(shift, dtype=torch.int32)
+    none = torch.full((ceil_div(num_n, block) + 1,), -1, dtype=torch.int32, device=shift.device)
+    return Misled(rows, torch.empty_like(shift), none[:-1], none[-1:], block)
+
+
 def combine(
     statistics: Statistics,
     targets: torch.Tensor,  # [N] contiguous
@@ -166,8 +192,8 @@ def combine(
     logps: torch.Tensor,  # [models, N] to be filled, unit stride along N
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
-    misled: torch.Tensor | None = None,  # [N] int32 zeros, to be filled: 1 where a shift misled
-    only: torch.Tensor | None = None,  # [N] int32: rows of tokens with a 0 are left as they are
+    misled: Misled | None = None,  # to be filled
+    again: bool = False,  # misled rows alone, of a `misled` that is filled
     out: Rows | None = None,  # to be filled
 ) -> Rows:
     num_parts, num_rows = statistics.tile_total.shape
@@ -175,15 +201,17 @@ def combine(
         new = [torch.empty_like(statistics.target_logit) for _ in range(4)]
         out = Rows(*new[:3], new[3] if statistics.row_shift is not None else None)
     with torch.cuda.device_of(targets):
-        combine_kernel[(triton.cdiv(num_rows, BLOCKS["BLOCK_R"]),)](
+        combine_kernel[(ceil_div(num_rows, BLOCKS["BLOCK_R"]),)](
             given_shift_ptr=statistics.row_shift,
             tile_shift_ptr=statistics.tile_shift,
             tile_total_ptr=statistics.tile_total,
             tile_spread_ptr=statistics.tile_spread,
             target_logit_ptr=statistics.target_logit,
             targets_ptr=targets,
-            misled_ptr=misled,
-            only_ptr=only,
+            misled_ptr=misled and misled.rows,
+            misled_shift_ptr=misled and misled.shift,
+            misled_blocks_ptr=misled and misled.blocks,
+            misled_count_ptr=misled and misled.count,
             logps_ptr=logps,
             lse_ptr=lse,
             entropy_ptr=entropy,
@@ -197,8 +225,10 @@ def combine(
             num_v=num_v,
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
+            AGAIN=again,
             LOWEST=LOWEST,
             HIGHEST=HIGHEST,
+            BLOCK_N=misled.block if misled else 1,
             **BLOCKS,
             **LAUNCH,
         )

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.active_blocks import active_blocks
-from powerflow_fast.kernels.config import Config, soft_exponent
+from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
+from powerflow_fast.kernels.config import Config, ceil_div, soft_exponent
 from powerflow_fast.kernels.tiles import (
     Operands,
     as_factor,
@@ -247,6 +247,7 @@ def write_directions(
     config: Config,
     shifts: Shifts | None = None,  # None: `soft` is relative to its row's total
     kept: Kept | None = None,  # None: `soft` covers the whole vocabulary
+    active: ActiveBlocks | None = None,  # None: blocks with a row that counts
 ) -> None:
     """Rows past N in the shifts are the reference's and are not read."""
     weight = policy.weight
@@ -256,8 +257,8 @@ def write_directions(
     assert kept is None or tile.rows == config.statistics.rows
     use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
     form = logit_form(options)
-    active = active_blocks(targets, options.ignore_index, tile.rows)
-    grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
+    active = active or active_blocks(targets, options.ignore_index, tile.rows)
+    grid = (ceil_div(num_n, tile.rows) * ceil_div(num_h, tile.columns),)
     with torch.cuda.device_of(soft):
         direction_kernel[grid](
             soft=describe(soft, tile.rows, tile.depth, use_tma),

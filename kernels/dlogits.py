@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.active_blocks import active_blocks
-from powerflow_fast.kernels.config import Tile
+from powerflow_fast.kernels.active_blocks import ActiveBlocks
+from powerflow_fast.kernels.config import Tile, ceil_div
 from powerflow_fast.kernels.tiles import (
     LOG2E,
     Operands,
@@ -213,6 +213,7 @@ def write_dlogits_chunk(
     lse: torch.Tensor,  # [N] likewise
     entropy: torch.Tensor | None,  # [N] likewise
     active: torch.Tensor,  # [N] contiguous bool
+    blocks: ActiveBlocks,  # those with an active row, of tile.rows rows
     out_scale: torch.Tensor,  # [1] float32
     dlogits: torch.Tensor,  # [N, columns of the chunk] to be filled, unit stride along the columns
     options,
@@ -224,8 +225,7 @@ def write_dlogits_chunk(
     num_v = weight.shape[0]
     use_tma = use_tma and can_describe(hidden) and can_describe(weight)
     form = logit_form(options)
-    listed = active_blocks(active, 0, tile.rows)
-    grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_v, tile.columns),)
+    grid = (ceil_div(num_n, tile.rows) * ceil_div(num_v, tile.columns),)
     with torch.cuda.device_of(hidden):
         dlogits_kernel[grid](
             hidden=describe(hidden, tile.rows, tile.depth, use_tma),
@@ -239,8 +239,8 @@ def write_dlogits_chunk(
             lse_ptr=lse,
             entropy_ptr=entropy,
             active_ptr=active,
-            blocks_ptr=listed.blocks,
-            count_ptr=listed.count,
+            blocks_ptr=blocks.blocks,
+            count_ptr=blocks.count,
             out_scale_ptr=out_scale,
             dlogits_ptr=dlogits,
             num_n=num_n,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile, soft_exponent
+from powerflow_fast.kernels.config import Tile, ceil_div, soft_exponent
 from powerflow_fast.kernels.direction import Kept
 from powerflow_fast.kernels.tiles import (
     Operands,
@@ -169,12 +169,12 @@ def kept_probabilities(
     """-> soft [N, most padded to whole tiles] in the dtype of hidden, mass [N] float32."""
     hidden, weight, bias = policy
     num_n, num_h = hidden.shape
-    tiles = triton.cdiv(most, tile.columns)
+    tiles = ceil_div(most, tile.columns)
     soft = hidden.new_empty((num_n, tiles * tile.columns))
     mass = torch.zeros((tiles, num_n), dtype=torch.float32, device=hidden.device)
     form = logit_form(options)
     with torch.cuda.device_of(hidden):
-        kept_probabilities_kernel[(tiles, triton.cdiv(num_n, tile.rows))](
+        kept_probabilities_kernel[(tiles, ceil_div(num_n, tile.rows))](
             hidden=hidden,
             weight=weight,
             bias_ptr=bias,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
 from powerflow_fast.kernels.direction import at_targets, write_direction
 from powerflow_fast.kernels.tiles import logit_form
 
@@ -93,7 +93,7 @@ def write_mean_directions(
 ) -> None:
     num_n, num_h = mean.shape
     form = logit_form(options)
-    grid = (triton.cdiv(num_n, BLOCKS["BLOCK_N"]), triton.cdiv(num_h, BLOCKS["WIDTH"]))
+    grid = (ceil_div(num_n, BLOCKS["BLOCK_N"]), ceil_div(num_h, BLOCKS["WIDTH"]))
     with torch.cuda.device_of(mean):
         mean_direction_kernel[grid](
             mean_ptr=mean,

@@ -27,10 +27,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
-from powerflow_fast.kernels.config import Tile, num_processors, soft_exponent
+from powerflow_fast.kernels.config import Tile, ceil_div, num_processors, soft_exponent
 from powerflow_fast.kernels.statistics_kernel import statistics_kernel
 from powerflow_fast.kernels.tiles import (
     Operands,
@@ -66,10 +65,11 @@ def has_row_shift(dtype: torch.dtype) -> bool:
 
 def padded_columns(num_v: int, tile: Tile) -> int:
     """Columns of the buffer of softmax numerators: every tile is stored whole."""
-    return triton.cdiv(num_v, tile.columns) * tile.columns
+    return ceil_div(num_v, tile.columns) * tile.columns
 
 
-def row_maxima(
+def raise_to_maxima(
+    highest: torch.Tensor,  # [models * N] to be raised
     policy: Operands,
     reference: Operands | None,
     targets: torch.Tensor,  # [N] contiguous
@@ -77,19 +77,14 @@ def row_maxima(
     options,
     tile: Tile,
     use_tma: bool,
-    out: torch.Tensor | None = None,  # [tiles, models * N] to be filled
-) -> torch.Tensor:
-    """-> ceil of each row's largest logit in each tile, in units of log 2, [tiles, models * N].
+    wanted: torch.Tensor | None = None,  # [models * N] int32: rows with a 0 stay; None: all wanted
+) -> None:
+    """Each row's number to ceil of its largest logit, in units of log 2, if that is larger.
 
     By persistent programs: their tiles are few, of pilot columns or of rows that are done again.
     """
-    tile = replace(tile, persistent=True)
-    rows = targets.shape[0] * (1 + (reference is not None))
-    if out is None:
-        tiles = triton.cdiv(policy.weight.shape[0], tile.columns)
-        out = torch.empty((tiles, rows), dtype=torch.float32, device=targets.device)
-    _launch(policy, reference, targets, active, options, tile, use_tma, tile_shift=out)
-    return out
+    tile, written = replace(tile, persistent=True), dict(highest=highest, wanted=wanted)
+    _launch(policy, reference, targets, active, options, tile, use_tma, **written)
 
 
 def logit_statistics(
@@ -110,7 +105,7 @@ def logit_statistics(
         active = active_blocks(targets, options.ignore_index, tile.rows)
     if out is None:
         rows = targets.shape[0] * (1 + (reference is not None))
-        tiles = triton.cdiv(policy.weight.shape[0], tile.columns)
+        tiles = ceil_div(policy.weight.shape[0], tile.columns)
         parts = tiles * tile.parts if row_shift is None else tiles
         total = torch.empty((parts, rows), dtype=torch.float32, device=targets.device)
         out = Statistics(
@@ -136,6 +131,8 @@ def _launch(
     use_tma: bool,
     *,
     row_shift: torch.Tensor | None = None,
+    highest: torch.Tensor | None = None,
+    wanted: torch.Tensor | None = None,
     tile_shift: torch.Tensor | None = None,
     tile_total: torch.Tensor | None = None,
     tile_spread: torch.Tensor | None = None,
@@ -150,7 +147,7 @@ def _launch(
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     soft_tma = use_tma and soft is not None and can_describe(soft)
     form = logit_form(options)
-    programs = triton.cdiv(num_n, tile.rows) * models * triton.cdiv(num_v, tile.columns)
+    programs = ceil_div(num_n, tile.rows) * models * ceil_div(num_v, tile.columns)
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
     with torch.cuda.device_of(hidden):
@@ -165,6 +162,8 @@ def _launch(
             blocks_ptr=active.blocks,
             count_ptr=active.count,
             row_shift_ptr=row_shift,
+            highest_ptr=highest,
+            wanted_ptr=wanted,
             tile_shift_ptr=tile_shift,
             tile_total_ptr=tile_total,
             tile_spread_ptr=tile_spread,

@@ -23,8 +23,10 @@ def write_tile(
     bias_ptr,  # [V] or None
     target,  # [BLOCK_N]
     row_shift,  # [BLOCK_N], or None: each part has its own
-    tile_shift_ptr,  # [parts, rows] if row_shift is None, [tiles, rows] if there are no totals
-    tile_total_ptr,  # [parts, rows] if row_shift is None, else [tiles, rows], or None
+    highest_ptr,  # [rows] raised to the row's largest logit, if there are no totals
+    wanted,  # [BLOCK_N] rows of which it is
+    tile_shift_ptr,  # [parts, rows] if row_shift is None
+    tile_total_ptr,  # [parts, rows] if row_shift is None, else [tiles, rows]; None: highest alone
     tile_spread_ptr,  # likewise, or None
     target_logit_ptr,  # [rows]
     soft,  # [N, tiles * BLOCK_V] pointer, or tensor descriptor if SOFT_TMA, or None
@@ -111,7 +113,8 @@ def write_tile(
                     )
     offs = (start_v // (PARTS * PART)).to(tl.int64) * num_rows + offs_r
     if tile_total_ptr is None:
-        tl.store(tile_shift_ptr + offs, tl.ceil(highest * LOG2E), mask=mask_n)
+        # + 0: of the zeros, atomic_max may take -0 for less than -inf.
+        tl.atomic_max(highest_ptr + offs_r, tl.ceil(highest * LOG2E) + 0.0, mask=wanted)
     elif row_shift is not None:
         tl.store(tile_total_ptr + offs, total, mask=mask_n)
         if tile_spread_ptr is not None:
@@ -127,10 +130,12 @@ def statistics_kernel(
     ref_weight,  # [V, H]
     ref_bias_ptr,  # [V] or None, as bias
     targets_ptr,  # [N]
-    blocks_ptr,  # [row blocks] int32, the active ones first
-    count_ptr,  # [1] int32 of the active ones
+    blocks_ptr,  # [row blocks] int32; below 0: passed by, if PERSISTENT
+    count_ptr,  # [1] int32 of the blocks that are looked at
     row_shift_ptr,  # [MODELS * N] row r = model * N + n, or None: each part has its own
-    tile_shift_ptr,  # [parts or tiles, MODELS * N], or None, as `write_tile` says
+    highest_ptr,  # likewise, as `write_tile` says
+    wanted_ptr,  # [MODELS * N] int32: rows with a 0 are left as they are; None: all are wanted
+    tile_shift_ptr,  # [parts, MODELS * N], or None, as `write_tile` says
     tile_total_ptr,  # likewise
     tile_spread_ptr,  # likewise
     target_logit_ptr,  # [MODELS * N]
@@ -178,91 +183,97 @@ def statistics_kernel(
         unit, tile_v = walk_in_groups(program, num_units, num_tiles, GROUP)
         start_v = tile_v * BLOCK_V
         model = unit % MODELS
-        start_n = tl.load(blocks_ptr + unit // MODELS) * BLOCK_N
+        block = tl.load(blocks_ptr + unit // MODELS)
+        start_n = block * BLOCK_N
+        if block >= 0 if PERSISTENT else True:
+            # Names of their own: what a loop assigns to is carried from tile to tile.
+            own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
+            own_hn, own_hh, own_wv, own_wh = stride_hn, stride_hh, stride_wv, stride_wh
+            if MODELS == 2:
+                own_hn = tl.where(model == 1, stride_ref_hn, stride_hn)
+                own_hh = tl.where(model == 1, stride_ref_hh, stride_hh)
+                own_wv = tl.where(model == 1, stride_ref_wv, stride_wv)
+                own_wh = tl.where(model == 1, stride_ref_wh, stride_wh)
+                if model == 1:
+                    own_hidden = ref_hidden
+                    own_weight = ref_weight
+                    if bias_ptr is not None:
+                        own_bias = ref_bias_ptr
 
-        # Names of their own: what a loop assigns to is carried from tile to tile.
-        own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
-        own_hn, own_hh, own_wv, own_wh = stride_hn, stride_hh, stride_wv, stride_wh
-        if MODELS == 2:
-            own_hn = tl.where(model == 1, stride_ref_hn, stride_hn)
-            own_hh = tl.where(model == 1, stride_ref_hh, stride_hh)
-            own_wv = tl.where(model == 1, stride_ref_wv, stride_wv)
-            own_wh = tl.where(model == 1, stride_ref_wh, stride_wh)
-            if model == 1:
-                own_hidden = ref_hidden
-                own_weight = ref_weight
-                if bias_ptr is not None:
-                    own_bias = ref_bias_ptr
-
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < num_n
-        offs_v = start_v + tl.arange(0, BLOCK_V)
-        acc = multiply_transposed(
-            own_hidden,
-            own_weight,
-            start_n,
-            start_v,
-            offs_v,
-            offs_v < num_v,
-            num_n,
-            num_h,
-            own_hn,
-            own_hh,
-            own_wv,
-            own_wh,
-            USE_TMA,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-        )
-        target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-        offs_r = model * num_n + offs_n
-        soft_n = num_n * (1 - model)  # the policy's rows alone
-        num_rows = num_n * MODELS
-        guess = 0.0
-        own_peaks = peaks_ptr
-        if peaks_ptr is not None:
-            own_peaks += (start_n // BLOCK_N).to(tl.int64) * num_v
-            guess = tl.load(guess_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
-            guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
-        row_shift = None
-        if row_shift_ptr is not None:
-            row_shift = tl.load(row_shift_ptr + offs_r, mask=mask_n, other=0.0)
-        marked = tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V)
-        PART: tl.constexpr = BLOCK_V // PARTS
-        parts = split_columns(acc, PARTS)
-        for kind in tl.static_range(2):
-            if marked == (kind == 1):
-                write_tile(
-                    parts,
-                    own_bias,
-                    target,
-                    row_shift,
-                    tile_shift_ptr,
-                    tile_total_ptr,
-                    tile_spread_ptr,
-                    target_logit_ptr,
-                    soft,
-                    own_peaks,
-                    guess,
-                    num_v * (1 - model),
-                    start_n,
-                    start_v,
-                    offs_n,
-                    offs_r,
-                    mask_n,
-                    soft_n,
-                    num_v,
-                    num_rows,
-                    stride_sn,
-                    scale,
-                    cap,
-                    kind == 1,
-                    ROUND_TO,
-                    SOFTCAP,
-                    SOFT_EXPONENT,
-                    SOFT_TMA,
-                    BLOCK_N,
-                    PARTS,
-                    PART,
-                )
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < num_n
+            offs_v = start_v + tl.arange(0, BLOCK_V)
+            acc = multiply_transposed(
+                own_hidden,
+                own_weight,
+                start_n,
+                start_v,
+                offs_v,
+                offs_v < num_v,
+                num_n,
+                num_h,
+                own_hn,
+                own_hh,
+                own_wv,
+                own_wh,
+                USE_TMA,
+                BLOCK_N,
+                BLOCK_V,
+                BLOCK_H,
+            )
+            target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
+            offs_r = model * num_n + offs_n
+            soft_n = num_n * (1 - model)  # the policy's rows alone
+            num_rows = num_n * MODELS
+            guess = 0.0
+            own_peaks = peaks_ptr
+            if peaks_ptr is not None:
+                own_peaks += (start_n // BLOCK_N).to(tl.int64) * num_v
+                guess = tl.load(guess_ptr + offs_n, mask=mask_n, other=0.0) * LOG2E
+                guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
+            wanted = mask_n
+            if wanted_ptr is not None:
+                wanted &= tl.load(wanted_ptr + offs_r, mask=mask_n, other=0) != 0
+            row_shift = None
+            if row_shift_ptr is not None:
+                row_shift = tl.load(row_shift_ptr + offs_r, mask=mask_n, other=0.0)
+            marked = tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V)
+            PART: tl.constexpr = BLOCK_V // PARTS
+            parts = split_columns(acc, PARTS)
+            for kind in tl.static_range(2):
+                if marked == (kind == 1):
+                    write_tile(
+                        parts,
+                        own_bias,
+                        target,
+                        row_shift,
+                        highest_ptr,
+                        wanted,
+                        tile_shift_ptr,
+                        tile_total_ptr,
+                        tile_spread_ptr,
+                        target_logit_ptr,
+                        soft,
+                        own_peaks,
+                        guess,
+                        num_v * (1 - model),
+                        start_n,
+                        start_v,
+                        offs_n,
+                        offs_r,
+                        mask_n,
+                        soft_n,
+                        num_v,
+                        num_rows,
+                        stride_sn,
+                        scale,
+                        cap,
+                        kind == 1,
+                        ROUND_TO,
+                        SOFTCAP,
+                        SOFT_EXPONENT,
+                        SOFT_TMA,
+                        BLOCK_N,
+                        PARTS,
+                        PART,
+                    )

@@ -136,6 +136,23 @@ def halve_columns(tile):
 
 
 @triton.jit
+def sum_rows(tile):
+    """[ROWS, COLUMNS] to [COLUMNS], ROWS a power of two.
+
+    By halves: tl.sum's order follows the layout, and that the alignment of what was loaded, so that
+    the number of tokens would show in the last bit.
+    """
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    if rows == 1:
+        total = tile.reshape([columns])
+    else:
+        upper, lower = tile.reshape([2, rows // 2, columns]).permute(1, 2, 0).split()
+        total = sum_rows(upper + lower)
+    return total
+
+
+@triton.jit
 def split_columns(tile, PARTS: tl.constexpr):
     """A tile's columns as a tuple of 1, 2 or 4 equal parts, left to right."""
     if PARTS == 1:

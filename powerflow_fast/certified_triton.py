@@ -207,6 +207,7 @@ def kept_gradients(
     gathered columns, a few more than are needed. A chunk's columns differ from one another, so
     adding its rows to the gradient is deterministic.
     """
+    from powerflow_fast.kernels.active_blocks import active_blocks
     from powerflow_fast.kernels.config import DLOGITS_BYTES
     from powerflow_fast.kernels.dlogits import write_dlogits_chunk
 
@@ -244,6 +245,7 @@ def kept_gradients(
                 lse[r],
                 None,
                 active[r],
+                active_blocks(active[r], 0, config.dlogits.rows),
                 out_scale,
                 dlogits,
                 options,

@@ -127,7 +127,7 @@ class Chunks:
     def pilot(self, rows: int, models: int) -> Tensor:
         targets = self.inputs.targets[:rows]
         active = active_blocks(targets, PLAIN.ignore_index, self.config.statistics.rows)
-        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how)
+        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how).view(-1)
 
     def statistics(self, shift: Tensor, rows: int, models: int, soft=None, search=None):
         both = self.models(rows, models)
@@ -139,7 +139,7 @@ class Chunks:
         logps, lse = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
         return logps, lse, None
 
-    def combined(self, stats, rows: int, models: int, misled: Tensor | None = None):
+    def combined(self, stats, rows: int, models: int, misled=None):
         targets, num_v = self.inputs.targets[:rows], len(self.weight)
         results = self.results(rows, models)
         return combine.combine(stats, targets, num_v, PLAIN.ignore_index, *results, misled)
@@ -188,15 +188,16 @@ def _combine(chunks: Chunks) -> Work:
 def _guard(chunks: Chunks) -> Work:
     """Launches that find that no row was misled."""
     rows, models = chunks.rows(2, want_direction=True), 2
-    stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
-    misled = torch.zeros(rows, dtype=torch.int32, device=chunks.device)
+    shift = chunks.pilot(rows, models)
+    stats = chunks.statistics(shift, rows, models)
+    misled = combine.new_misled(shift, rows, chunks.config.statistics.rows)
     found = chunks.combined(stats, rows, models, misled)
     both, results = chunks.models(rows, models), chunks.results(rows, models)
     return Work(
         lambda: row_shift.redo_misled(
             *both, misled, stats, found, *results, None, None, *chunks.how
         ),
-        misled.nbytes,
+        misled.rows.nbytes,
         rows=rows,
     )
 
@@ -234,7 +235,8 @@ def _dlogits(chunks: Chunks) -> Work:
     scale = torch.ones(1, device=chunks.device)
     tile, tma = chunks.config.dlogits, chunks.config.tma
     policy = Operands(hidden, weight, None)
-    rows = (targets, grad, None, -lse, lse, lse, None, active, scale)
+    blocks = active_blocks(active, 0, tile.rows)
+    rows = (targets, grad, None, -lse, lse, lse, None, active, blocks, scale)
     return Work(
         lambda: dlogits.write_dlogits_chunk(policy, *rows, out, PLAIN, tile, tma),
         hidden.nbytes + weight.nbytes + out.nbytes,

@@ -73,12 +73,15 @@ def test_only_rows_that_were_misled_are_done_again(device, monkeypatch):
     seen, redo = [], row_shift.redo_misled
 
     def watch(policy, reference, targets, misled, *rest):
-        seen.append(misled.tolist())
+        seen.append((misled.rows.tolist(), misled.blocks.tolist(), misled.count.tolist()))
         return redo(policy, reference, targets, misled, *rest)
 
     monkeypatch.setattr(row_shift, "redo_misled", watch)
     run(head, targets)
-    assert seen == [[int(n == row) for n in range(len(targets))]]
+    assert seen == [([int(n == row) for n in range(len(targets))], [-1, 1], [2])]
+    head.hidden[row, 0] = 0
+    run(head, targets)
+    assert seen[1] == ([0] * len(targets), [-1, -1], [-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
