@@ -31,7 +31,7 @@ from powerflow_fast.kernels.tiles import LN2, above_shift, sum_rows
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
 # Powers of two between which a row's total may lie. The column that set its shift adds a half or
 # more, unless it is the target; float32 ends at 2^128, and totals of tiles are summed.
-LOWEST, HIGHEST = -100.0, 120.0
+LOWEST, HIGHEST = tl.constexpr(-100.0), tl.constexpr(120.0)
 
 
 @triton.jit
@@ -43,23 +43,13 @@ def log1p2(x):
 
 @triton.jit
 def combine_kernel(
-    given_shift_ptr,  # [rows], or None: each part has its own
-    tile_shift_ptr,  # [parts, rows], or None
-    tile_total_ptr,  # [parts, rows], targets left out
-    tile_spread_ptr,  # [parts, rows] or None
-    target_logit_ptr,  # [rows]
+    statistics,  # Statistics; without a row_shift each part has its own
     targets_ptr,  # [N]; row r belongs to token r % N
-    misled_ptr,  # [rows] int32: 1 where a given shift led a total out of bounds; or None
-    misled_shift_ptr,  # [rows] -inf there, elsewhere the given shift
-    misled_blocks_ptr,  # [row blocks] int32, all -1: a block's number where it has such a row
-    misled_count_ptr,  # [1] int32, -1: the number of blocks if one of them has such a row
+    misled,  # Misled, to be filled, or read if AGAIN; or None
     logps_ptr,  # [models, N], row stride stride_model
     lse_ptr,  # [models, N] likewise
     entropy_ptr,  # [models, N] likewise, or None
-    row_shift_ptr,  # [rows]
-    row_total_ptr,  # [rows]
-    others_ptr,  # [rows]
-    factor_ptr,  # [rows], or None
+    out,  # Rows
     num_parts,
     num_rows,
     num_n,
@@ -67,9 +57,6 @@ def combine_kernel(
     stride_model,
     ignore_index,
     AGAIN: tl.constexpr,  # misled rows alone
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # rows of a block
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -78,13 +65,13 @@ def combine_kernel(
     mask_r = offs_r < num_rows
     offs_n = offs_r % num_n
     if AGAIN:
-        mask_r &= tl.load(misled_ptr + offs_r, mask=mask_r, other=0) != 0
+        mask_r &= tl.load(misled.rows + offs_r, mask=mask_r, other=0) != 0
         if tl.max(mask_r.to(tl.int32), 0) == 0:
             return
     target = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index)
     counted = mask_r & (target != ignore_index)
-    if given_shift_ptr is not None:
-        row_shift = tl.load(given_shift_ptr + offs_r, mask=counted, other=0.0)
+    if statistics.row_shift is not None:
+        row_shift = tl.load(statistics.row_shift + offs_r, mask=counted, other=0.0)
     else:
         # Running maxima start at -inf, and so count parts that do not exist.
         highest = tl.full([BLOCK_P, BLOCK_R], float("-inf"), tl.float32)
@@ -93,7 +80,7 @@ def combine_kernel(
             mask = (part < num_parts)[:, None] & counted[None, :]
             offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
             highest = tl.maximum(
-                highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
+                highest, tl.load(statistics.tile_shift + offs, mask=mask, other=float("-inf"))
             )
         row_shift = tl.where(counted, tl.max(highest, 0), 0.0)
     base = tl.where(row_shift == float("-inf"), 0.0, row_shift)
@@ -104,34 +91,37 @@ def combine_kernel(
         part = start + offs_p
         mask = (part < num_parts)[:, None] & counted[None, :]
         offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
-        total = tl.load(tile_total_ptr + offs, mask=mask, other=0.0)
-        if given_shift_ptr is not None:
+        total = tl.load(statistics.tile_total + offs, mask=mask, other=0.0)
+        if statistics.row_shift is not None:
             totals += total
-            if tile_spread_ptr is not None:
-                spreads += tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+            if statistics.tile_spread is not None:
+                spreads += tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
         else:
-            moved = tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf")) - base[None, :]
+            moved = (
+                tl.load(statistics.tile_shift + offs, mask=mask, other=float("-inf"))
+                - base[None, :]
+            )
             factor = tl.exp2(moved)  # of an integer: exact
             totals += factor * total
-            if tile_spread_ptr is not None:
-                spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+            if statistics.tile_spread is not None:
+                spread = tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
                 spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
     others = sum_rows(totals)
     inside = counted & (target >= 0) & (target < num_v)
-    target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
+    target_logit = tl.load(statistics.target_logit + offs_r, mask=mask_r, other=0.0)
     target_centred = above_shift(target_logit, base)
     own = tl.where(inside, tl.exp2(target_centred), 0.0)
     total = tl.where(counted, others + own, 1.0)
     log_total = tl.log2(total)
-    if misled_ptr is not None and not AGAIN:
+    if misled is not None and not AGAIN:
         # Not `<`: NaN is out of bounds, too.
-        misled = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
-        tl.store(misled_ptr + offs_r, misled.to(tl.int32), mask=mask_r)
-        shift = tl.where(misled, float("-inf"), row_shift)
-        tl.store(misled_shift_ptr + offs_r, shift, mask=mask_r)
-        block = offs_n // BLOCK_N  # of several misled rows all store the same
-        tl.store(misled_blocks_ptr + block, block, mask=misled)
-        tl.store(misled_count_ptr + 0 * block, tl.cdiv(num_n, BLOCK_N), mask=misled)
+        wrong = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
+        tl.store(misled.rows + offs_r, wrong.to(tl.int32), mask=mask_r)
+        shift = tl.where(wrong, float("-inf"), row_shift)
+        tl.store(misled.shift + offs_r, shift, mask=mask_r)
+        block = offs_n // misled.block  # of several misled rows all store the same
+        tl.store(misled.blocks + block, block, mask=wrong)
+        tl.store(misled.count + 0 * block, tl.cdiv(num_n, misled.block), mask=wrong)
 
     # The total's own power of two goes to the shift: what is left to round is small.
     power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
@@ -142,12 +132,12 @@ def combine_kernel(
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
     tl.store(logps_ptr + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
     tl.store(lse_ptr + offs_out, (base + power + log_near) * LN2, mask=mask_r)
-    tl.store(row_shift_ptr + offs_r, base + power, mask=mask_r)
-    tl.store(row_total_ptr + offs_r, near, mask=mask_r)
+    tl.store(out.shift + offs_r, base + power, mask=mask_r)
+    tl.store(out.total + offs_r, near, mask=mask_r)
     share = tl.where(inside, others / total, float("nan"))
-    tl.store(others_ptr + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
-    if factor_ptr is not None:
-        tl.store(factor_ptr + offs_r, 1.0 / total, mask=mask_r)
+    tl.store(out.others + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
+    if out.factor is not None:
+        tl.store(out.factor + offs_r, 1.0 / total, mask=mask_r)
     if entropy_ptr is not None:
         spread = sum_rows(spreads) + tl.where(own == 0, 0.0, own * target_centred)
         entropy = (log_total - spread / total) * LN2
@@ -202,23 +192,13 @@ def combine(
         out = Rows(*new[:3], new[3] if statistics.row_shift is not None else None)
     with torch.cuda.device_of(targets):
         combine_kernel[(ceil_div(num_rows, BLOCKS["BLOCK_R"]),)](
-            given_shift_ptr=statistics.row_shift,
-            tile_shift_ptr=statistics.tile_shift,
-            tile_total_ptr=statistics.tile_total,
-            tile_spread_ptr=statistics.tile_spread,
-            target_logit_ptr=statistics.target_logit,
+            statistics=statistics,
             targets_ptr=targets,
-            misled_ptr=misled and misled.rows,
-            misled_shift_ptr=misled and misled.shift,
-            misled_blocks_ptr=misled and misled.blocks,
-            misled_count_ptr=misled and misled.count,
+            misled=misled,
             logps_ptr=logps,
             lse_ptr=lse,
             entropy_ptr=entropy,
-            row_shift_ptr=out.shift,
-            row_total_ptr=out.total,
-            others_ptr=out.others,
-            factor_ptr=out.factor,
+            out=out,
             num_parts=num_parts,
             num_rows=num_rows,
             num_n=targets.shape[0],
@@ -226,9 +206,6 @@ def combine(
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
             AGAIN=again,
-            LOWEST=LOWEST,
-            HIGHEST=HIGHEST,
-            BLOCK_N=misled.block if misled else 1,
             **BLOCKS,
             **LAUNCH,
         )

@@ -155,7 +155,7 @@ def backward(
     confident target's 1 - p comes from `logps`: the recomputed logits have lost its digits.
     """
     from powerflow_fast.kernels.active_blocks import active_blocks
-    from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+    from powerflow_fast.kernels.dlogits import UpstreamRows, write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
     from powerflow_fast.tuning import tile_config
 
@@ -187,20 +187,20 @@ def backward(
     grad_known = grad_logps[:known] * (options.scale * out_scale)
     entropy = None if grad_entropy is None else entropy
     vectors = (grad_logps, grad_entropy, logps, -torch.expm1(logps), lse, entropy, active)
-    others = [None if x is None else x[known:].contiguous() for x in vectors]
-    blocks = active_blocks(others[-1], 0, config.dlogits.rows)
+    rows = UpstreamRows(*(None if x is None else x[known:].contiguous() for x in vectors))
+    blocks = active_blocks(rows.active, 0, config.dlogits.rows)
     for start in range(0, num_v if num_n else 0, columns):
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]
         if known:
-            rows = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
-            write_kept_dlogits(numerators, start, *rows)
+            of_known = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
+            write_kept_dlogits(numerators, start, *of_known)
         if known < num_n:
             of_chunk = weight[start:stop], None if bias is None else bias[start:stop]
             write_dlogits_chunk(
                 _operands(hidden[known:], *of_chunk),
                 targets[known:] - start,
-                *others,
+                rows,
                 blocks,
                 out_scale,
                 dlogits[known:],
@@ -350,7 +350,7 @@ def _forward_chunk(
     search: certified_triton.Search | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> shift, total, 1 - p and logit of the target, of the policy's rows, [n] each."""
-    from powerflow_fast.kernels.direction import Shifts, write_directions
+    from powerflow_fast.kernels.direction import Shifts, TargetRows, write_directions
     from powerflow_fast.kernels.mean_direction import write_mean_directions
 
     num_n, num_v = len(targets), policy.weight.shape[0]
@@ -366,13 +366,13 @@ def _forward_chunk(
         in_place = len(left) == num_n and direction.dtype == torch.float32
         out = direction if in_place else None
         mean = product(left[:, :num_v], policy.weight, out=out)[:num_n]
-        at_target = (targets, own.others, own.factor, target_logit)
-        write_mean_directions(mean, policy.weight, *at_target, direction, options)
+        at_target = TargetRows(targets, own.others, target_logit)
+        write_mean_directions(mean, policy.weight, at_target, own.factor, direction, options)
     elif direction is not None:
         shifts = Shifts(statistics.tile_shift, rows.shift, rows.total)
-        vectors = (targets, own.others, target_logit)
+        at_target = TargetRows(targets, own.others, target_logit)
         how = (options, config, shifts, None, active)
-        write_directions(soft, policy, *vectors, direction, *how)
+        write_directions(soft, policy.weight, at_target, direction, *how)
     if numerators is not None:
         _finish_numerators(numerators, statistics, own, options, config)
     return own.shift, own.total, own.others, target_logit

@@ -211,11 +211,12 @@ def _direction(chunks: Chunks) -> Work:
     found = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
     targets = chunks.inputs.targets[:rows]
-    arguments = (targets, found.others, found.factor, stats.target_logit, out, PLAIN)
+    at_target = direction.TargetRows(targets, found.others, stats.target_logit)
 
     def launch() -> None:
         product(soft[:, :num_v], chunks.weight, out=out)
-        mean_direction.write_mean_directions(out, chunks.weight, *arguments)
+        how = (found.factor, out, PLAIN)
+        mean_direction.write_mean_directions(out, chunks.weight, at_target, *how)
 
     moved = soft.nbytes + chunks.weight.nbytes + out.nbytes
     flops = 2 * rows * num_h * num_v
@@ -236,9 +237,11 @@ def _dlogits(chunks: Chunks) -> Work:
     tile, tma = chunks.config.dlogits, chunks.config.tma
     policy = Operands(hidden, weight, None)
     blocks = active_blocks(active, 0, tile.rows)
-    rows = (targets, grad, None, -lse, lse, lse, None, active, blocks, scale)
+    rows = dlogits.UpstreamRows(grad, None, -lse, lse, lse, None, active)
     return Work(
-        lambda: dlogits.write_dlogits_chunk(policy, *rows, out, PLAIN, tile, tma),
+        lambda: dlogits.write_dlogits_chunk(
+            policy, targets, rows, blocks, scale, out, PLAIN, tile, tma
+        ),
         hidden.nbytes + weight.nbytes + out.nbytes,
         2 * num_n * num_h * columns_,
         lambda: hidden @ weight.T,
@@ -310,7 +313,8 @@ def _kept_direction(chunks: Chunks) -> Work:
     )
     out = torch.empty((rows, num_h), dtype=chunks.weight.dtype, device=chunks.device)
     zeros = torch.zeros(rows, device=chunks.device)
-    arguments = (soft, policy, targets, of_rows.others, zeros, out, PLAIN, chunks.config)
+    at_target = direction.TargetRows(targets, of_rows.others, zeros)
+    arguments = (soft, chunks.weight, at_target, out, PLAIN, chunks.config)
     return Work(
         lambda: direction.write_directions(*arguments, kept=found),
         soft.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,

@@ -128,13 +128,9 @@ def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, 
         dlogits.write_dlogits_chunk(
             Operands(policy.hidden, policy.weight, None),
             targets,
-            ones,
-            None,
-            -4 * ones,
-            -torch.expm1(-4 * ones),
-            6 * ones,
-            None,
-            targets != -100,
+            dlogits.UpstreamRows(
+                ones, None, -4 * ones, -torch.expm1(-4 * ones), 6 * ones, None, targets != -100
+            ),
             active_blocks.active_blocks(targets, -100, config.dlogits.rows),
             ones[:1],
             out,

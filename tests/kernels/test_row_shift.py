@@ -138,7 +138,7 @@ def test_confident_rows_keep_the_digits_of_log_p_and_of_1_minus_p(dtype, device)
 
 def test_bounds_leave_room_for_the_sum():
     """Of 2^8 tiles near the highest bound, and for a shift that is one too small."""
-    assert 2.0 ** (combine.HIGHEST + 7) < torch.finfo(torch.float32).max
+    assert 2.0 ** (combine.HIGHEST.value + 7) < torch.finfo(torch.float32).max
 
 
 def test_the_exact_route_of_a_tolerance_writes_the_same_direction_in_bfloat16(device):
