@@ -5,6 +5,8 @@ The eager code it replaces, with `active` [row blocks] whether any row of a bloc
     blocks = (~active).sort(stable=True).indices                              # int32
     count = active.sum()                                                      # int32
 
+once for each chunk of rows, whose blocks are numbered from 0.
+
 The kernels with a product take a block by its position in this list. So the number of steps of a
 product depends on no row, and groups of blocks that share the weight through L2 have no holes.
 """
@@ -17,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
 
 CHUNK = 64  # blocks looked at together by the one program: two rounds for 16384 rows
 
@@ -34,18 +36,24 @@ def any_row_counts(rows_ptr, idle, block, num_n, BLOCK_N: tl.constexpr):
 def active_blocks_kernel(
     rows_ptr,  # [N]
     blocks_ptr,  # [row blocks] int32
-    count_ptr,  # [1] int32
+    count_ptr,  # [chunks] int32
     idle,
     num_n,
+    chunk_rows,  # a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    chunk = tl.program_id(0)
+    first = chunk * chunk_rows
+    num_n = min(num_n - first, chunk_rows)
+    rows_ptr += first
+    blocks_ptr += first // BLOCK_N
     num_blocks = tl.cdiv(num_n, BLOCK_N)
     offs = tl.arange(0, CHUNK)
     count = 0
     for start in range(0, num_blocks, CHUNK):
         count += tl.sum(any_row_counts(rows_ptr, idle, start + offs, num_n, BLOCK_N), 0)
-    tl.store(count_ptr, count)
+    tl.store(count_ptr + chunk, count)
     before = 0
     for start in range(0, num_blocks, CHUNK):
         block = start + offs
@@ -58,24 +66,33 @@ def active_blocks_kernel(
 
 class ActiveBlocks(NamedTuple):
     blocks: torch.Tensor  # [row blocks] int32: active ones ascending, then idle ones ascending
-    count: torch.Tensor  # [1] int32 of the active ones
+    count: torch.Tensor  # [1] int32 of the active ones; of several chunks [chunks]
+
+    def of_chunk(self, chunk: int, blocks: int) -> ActiveBlocks:
+        """Of one of several chunks, all of so many blocks but the last."""
+        own = slice(chunk * blocks, (chunk + 1) * blocks)
+        return ActiveBlocks(self.blocks[own], self.count[chunk : chunk + 1])
 
 
 def active_blocks(
     rows: torch.Tensor,  # [N] contiguous integers or bool
     idle: int,  # of a row that does not count
     block: int,  # rows of a block
+    chunk_rows: int | None = None,  # a multiple of `block`; None: all rows are one chunk
 ) -> ActiveBlocks:
     num_n = rows.shape[0]
-    blocks = torch.empty(triton.cdiv(num_n, block), dtype=torch.int32, device=rows.device)
-    count = torch.empty(1, dtype=torch.int32, device=rows.device)
+    chunk_rows = chunk_rows or max(num_n, 1)
+    chunks = max(ceil_div(num_n, chunk_rows), 1)
+    blocks = torch.empty(ceil_div(num_n, block), dtype=torch.int32, device=rows.device)
+    count = torch.empty(chunks, dtype=torch.int32, device=rows.device)
     with torch.cuda.device_of(rows):
-        active_blocks_kernel[(1,)](
+        active_blocks_kernel[(chunks,)](
             rows_ptr=rows,
             blocks_ptr=blocks,
             count_ptr=count,
             idle=idle,
             num_n=num_n,
+            chunk_rows=chunk_rows,
             BLOCK_N=block,
             CHUNK=CHUNK,
             num_warps=8,

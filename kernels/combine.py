@@ -24,14 +24,14 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
 from powerflow_fast.kernels.statistics import Statistics
-from powerflow_fast.kernels.tiles import LN2, above_shift
+from powerflow_fast.kernels.tiles import LN2, above_shift, sum_rows
 
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
 # Powers of two between which a row's total may lie. The column that set its shift adds a half or
 # more, unless it is the target; float32 ends at 2^128, and totals of tiles are summed.
-LOWEST, HIGHEST = -100.0, 120.0
+LOWEST, HIGHEST = tl.constexpr(-100.0), tl.constexpr(120.0)
 
 
 @triton.jit
@@ -43,29 +43,20 @@ def log1p2(x):
 
 @triton.jit
 def combine_kernel(
-    given_shift_ptr,  # [rows], or None: each part has its own
-    tile_shift_ptr,  # [parts, rows], or None
-    tile_total_ptr,  # [parts, rows], targets left out
-    tile_spread_ptr,  # [parts, rows] or None
-    target_logit_ptr,  # [rows]
+    statistics,  # Statistics; without a row_shift each part has its own
     targets_ptr,  # [N]; row r belongs to token r % N
-    misled_ptr,  # [N] int32 zeros: 1 where a given shift led a total out of bounds; or None
-    only_ptr,  # [N] int32: rows of tokens with a 0 are left as they are; or None
+    misled,  # Misled, to be filled, or read if AGAIN; or None
     logps_ptr,  # [models, N], row stride stride_model
     lse_ptr,  # [models, N] likewise
     entropy_ptr,  # [models, N] likewise, or None
-    row_shift_ptr,  # [rows]
-    row_total_ptr,  # [rows]
-    others_ptr,  # [rows]
-    factor_ptr,  # [rows], or None
+    out,  # Rows
     num_parts,
     num_rows,
     num_n,
     num_v,
     stride_model,
     ignore_index,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
+    AGAIN: tl.constexpr,  # misled rows alone
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -73,14 +64,14 @@ def combine_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_r = offs_r < num_rows
     offs_n = offs_r % num_n
-    if only_ptr is not None:
-        mask_r &= tl.load(only_ptr + offs_n, mask=mask_r, other=0) != 0
+    if AGAIN:
+        mask_r &= tl.load(misled.rows + offs_r, mask=mask_r, other=0) != 0
         if tl.max(mask_r.to(tl.int32), 0) == 0:
             return
     target = tl.load(targets_ptr + offs_n, mask=mask_r, other=ignore_index)
     counted = mask_r & (target != ignore_index)
-    if given_shift_ptr is not None:
-        row_shift = tl.load(given_shift_ptr + offs_r, mask=counted, other=0.0)
+    if statistics.row_shift is not None:
+        row_shift = tl.load(statistics.row_shift + offs_r, mask=counted, other=0.0)
     else:
         # Running maxima start at -inf, and so count parts that do not exist.
         highest = tl.full([BLOCK_P, BLOCK_R], float("-inf"), tl.float32)
@@ -89,7 +80,7 @@ def combine_kernel(
             mask = (part < num_parts)[:, None] & counted[None, :]
             offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
             highest = tl.maximum(
-                highest, tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf"))
+                highest, tl.load(statistics.tile_shift + offs, mask=mask, other=float("-inf"))
             )
         row_shift = tl.where(counted, tl.max(highest, 0), 0.0)
     base = tl.where(row_shift == float("-inf"), 0.0, row_shift)
@@ -100,29 +91,37 @@ def combine_kernel(
         part = start + offs_p
         mask = (part < num_parts)[:, None] & counted[None, :]
         offs = part.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
-        total = tl.load(tile_total_ptr + offs, mask=mask, other=0.0)
-        if given_shift_ptr is not None:
+        total = tl.load(statistics.tile_total + offs, mask=mask, other=0.0)
+        if statistics.row_shift is not None:
             totals += total
-            if tile_spread_ptr is not None:
-                spreads += tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+            if statistics.tile_spread is not None:
+                spreads += tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
         else:
-            moved = tl.load(tile_shift_ptr + offs, mask=mask, other=float("-inf")) - base[None, :]
+            moved = (
+                tl.load(statistics.tile_shift + offs, mask=mask, other=float("-inf"))
+                - base[None, :]
+            )
             factor = tl.exp2(moved)  # of an integer: exact
             totals += factor * total
-            if tile_spread_ptr is not None:
-                spread = tl.load(tile_spread_ptr + offs, mask=mask, other=0.0)
+            if statistics.tile_spread is not None:
+                spread = tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
                 spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
-    others = tl.sum(totals, 0)
+    others = sum_rows(totals)
     inside = counted & (target >= 0) & (target < num_v)
-    target_logit = tl.load(target_logit_ptr + offs_r, mask=mask_r, other=0.0)
+    target_logit = tl.load(statistics.target_logit + offs_r, mask=mask_r, other=0.0)
     target_centred = above_shift(target_logit, base)
     own = tl.where(inside, tl.exp2(target_centred), 0.0)
     total = tl.where(counted, others + own, 1.0)
     log_total = tl.log2(total)
-    if misled_ptr is not None:
+    if misled is not None and not AGAIN:
         # Not `<`: NaN is out of bounds, too.
-        misled = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
-        tl.store(misled_ptr + offs_n, 1, mask=misled)
+        wrong = counted & ~((log_total > LOWEST) & (log_total < HIGHEST))
+        tl.store(misled.rows + offs_r, wrong.to(tl.int32), mask=mask_r)
+        shift = tl.where(wrong, float("-inf"), row_shift)
+        tl.store(misled.shift + offs_r, shift, mask=mask_r)
+        block = offs_n // misled.block  # of several misled rows all store the same
+        tl.store(misled.blocks + block, block, mask=wrong)
+        tl.store(misled.count + 0 * block, tl.cdiv(num_n, misled.block), mask=wrong)
 
     # The total's own power of two goes to the shift: what is left to round is small.
     power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
@@ -133,14 +132,14 @@ def combine_kernel(
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
     tl.store(logps_ptr + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
     tl.store(lse_ptr + offs_out, (base + power + log_near) * LN2, mask=mask_r)
-    tl.store(row_shift_ptr + offs_r, base + power, mask=mask_r)
-    tl.store(row_total_ptr + offs_r, near, mask=mask_r)
+    tl.store(out.shift + offs_r, base + power, mask=mask_r)
+    tl.store(out.total + offs_r, near, mask=mask_r)
     share = tl.where(inside, others / total, float("nan"))
-    tl.store(others_ptr + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
-    if factor_ptr is not None:
-        tl.store(factor_ptr + offs_r, 1.0 / total, mask=mask_r)
+    tl.store(out.others + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
+    if out.factor is not None:
+        tl.store(out.factor + offs_r, 1.0 / total, mask=mask_r)
     if entropy_ptr is not None:
-        spread = tl.sum(spreads, 0) + tl.where(own == 0, 0.0, own * target_centred)
+        spread = sum_rows(spreads) + tl.where(own == 0, 0.0, own * target_centred)
         entropy = (log_total - spread / total) * LN2
         tl.store(entropy_ptr + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
 
@@ -158,6 +157,23 @@ class Rows(NamedTuple):
         return Rows(*(None if x is None else x[rows] for x in self))
 
 
+class Misled(NamedTuple):
+    """Rows whose given shift led their total out of bounds, and what doing them again takes."""
+
+    rows: torch.Tensor  # [rows] int32
+    shift: torch.Tensor  # [rows] -inf where a row was misled, elsewhere the given shift
+    blocks: torch.Tensor  # [row blocks] int32, -1 where no row was misled
+    count: torch.Tensor  # [1] int32 of all row blocks, -1 where no block has such a row
+    block: int  # rows of a block
+
+
+def new_misled(shift: torch.Tensor, num_n: int, block: int) -> Misled:
+    """For `combine` to fill."""
+    rows = torch.empty_like(shift, dtype=torch.int32)
+    none = torch.full((ceil_div(num_n, block) + 1,), -1, dtype=torch.int32, device=shift.device)
+    return Misled(rows, torch.empty_like(shift), none[:-1], none[-1:], block)
+
+
 def combine(
     statistics: Statistics,
     targets: torch.Tensor,  # [N] contiguous
@@ -166,8 +182,8 @@ def combine(
     logps: torch.Tensor,  # [models, N] to be filled, unit stride along N
     lse: torch.Tensor,  # [models, N] likewise, same strides
     entropy: torch.Tensor | None,  # [models, N] likewise
-    misled: torch.Tensor | None = None,  # [N] int32 zeros, to be filled: 1 where a shift misled
-    only: torch.Tensor | None = None,  # [N] int32: rows of tokens with a 0 are left as they are
+    misled: Misled | None = None,  # to be filled
+    again: bool = False,  # misled rows alone, of a `misled` that is filled
     out: Rows | None = None,  # to be filled
 ) -> Rows:
     num_parts, num_rows = statistics.tile_total.shape
@@ -175,30 +191,21 @@ def combine(
         new = [torch.empty_like(statistics.target_logit) for _ in range(4)]
         out = Rows(*new[:3], new[3] if statistics.row_shift is not None else None)
     with torch.cuda.device_of(targets):
-        combine_kernel[(triton.cdiv(num_rows, BLOCKS["BLOCK_R"]),)](
-            given_shift_ptr=statistics.row_shift,
-            tile_shift_ptr=statistics.tile_shift,
-            tile_total_ptr=statistics.tile_total,
-            tile_spread_ptr=statistics.tile_spread,
-            target_logit_ptr=statistics.target_logit,
+        combine_kernel[(ceil_div(num_rows, BLOCKS["BLOCK_R"]),)](
+            statistics=statistics,
             targets_ptr=targets,
-            misled_ptr=misled,
-            only_ptr=only,
+            misled=misled,
             logps_ptr=logps,
             lse_ptr=lse,
             entropy_ptr=entropy,
-            row_shift_ptr=out.shift,
-            row_total_ptr=out.total,
-            others_ptr=out.others,
-            factor_ptr=out.factor,
+            out=out,
             num_parts=num_parts,
             num_rows=num_rows,
             num_n=targets.shape[0],
             num_v=num_v,
             stride_model=logps.stride(0),
             ignore_index=ignore_index,
-            LOWEST=LOWEST,
-            HIGHEST=HIGHEST,
+            AGAIN=again,
             **BLOCKS,
             **LAUNCH,
         )

@@ -21,10 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.active_blocks import active_blocks
-from powerflow_fast.kernels.config import Config, soft_exponent
+from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
+from powerflow_fast.kernels.config import Config, ceil_div, soft_exponent
 from powerflow_fast.kernels.tiles import (
-    Operands,
     as_factor,
     can_describe,
     describe,
@@ -41,25 +40,22 @@ GROUP = 16
 @triton.jit
 def at_targets(
     weight_ptr,  # [V, H]
-    targets_ptr,  # [N]
-    others_ptr,  # [N] 1 - p of the target
-    target_logit_ptr,  # [N]
+    rows,  # TargetRows
     offs_n,
     mask_n,
     num_v,
     stride_wv,
-    inverse_cap,
+    form,
     ignore_index,
-    SOFTCAP: tl.constexpr,
 ):
     """-> of each row: target, (1 - p) J, pointer to weight[target], whether there is such a row.
 
     Of a target outside the vocabulary 1 - p is NaN, hence its direction: nothing is read for it.
     """
-    target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
-    slope = tl.load(others_ptr + offs_n, mask=mask_n, other=0.0)
-    if SOFTCAP:
-        capped = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0) * inverse_cap
+    target = tl.load(rows.targets + offs_n, mask=mask_n, other=ignore_index)
+    slope = tl.load(rows.others + offs_n, mask=mask_n, other=0.0)
+    if form.cap is not None:
+        capped = tl.load(rows.target_logit + offs_n, mask=mask_n, other=0.0) / form.cap
         slope *= 1.0 - capped * capped
     inside = mask_n & (target >= 0) & (target < num_v)
     return target, slope, weight_ptr + tl.where(inside, target, 0) * stride_wv, inside
@@ -95,53 +91,46 @@ def write_direction(
 
 @triton.jit
 def direction_kernel(
-    soft,  # [N, parts * PART] pointer, or tensor descriptor if USE_TMA
+    soft,  # [N, columns] pointer, or tensor descriptor if USE_TMA
+    stride_sn,
     weight,  # [V, H] likewise
     weight_ptr,  # [V, H] the rows of the targets are gathered from here
-    targets_ptr,  # [N]
-    blocks_ptr,  # [row blocks] int32, the active ones first
-    count_ptr,  # [1] int32 of the active ones
-    tile_shift_ptr,  # [parts, rows], or None: `soft` is relative to the row's total already
-    row_shift_ptr,  # [N], likewise
-    row_total_ptr,  # [N], likewise
-    columns_ptr,  # [row blocks, most] int32 rows of the weight that `soft` stands for, or None: all
-    counts_ptr,  # [row blocks] int32 of them, likewise
-    others_ptr,  # [N] 1 - p of the target
-    target_logit_ptr,  # [N]
+    stride_wv,
+    stride_wh,
+    rows,  # TargetRows
+    active,  # ActiveBlocks
+    shifts,  # Shifts, or None: `soft` is relative to the row's total already
+    kept,  # Kept columns, for which alone `soft` stands, or None: all
+    most,  # columns of a row of kept.columns
     direction_ptr,  # [N, H] contiguous
     num_n,
     num_v,
-    most,
     num_h,
-    num_rows,
-    stride_sn,
-    stride_wv,
-    stride_wh,
-    derivative,
-    inverse_cap,
+    num_rows,  # of the shifts
+    form,
     soft_scale,
     ignore_index,
     USE_TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PART: tl.constexpr,
+    PART: tl.constexpr,  # columns that share a shift
     GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = TILE.rows
+    BLOCK_H: tl.constexpr = TILE.columns
+    BLOCK_V: tl.constexpr = TILE.depth
+    PARTS: tl.constexpr = TILE.parts
     # Groups of row blocks share each column block of the weight through L2.
     program = tl.program_id(0)
-    num_blocks = tl.load(count_ptr)
+    num_blocks = tl.load(active.count)
     num_columns = tl.cdiv(num_h, BLOCK_H)
     idle = program - num_blocks * num_columns
     if idle >= 0:
         write_idle_zeros(
-            direction_ptr, num_h, blocks_ptr, num_blocks, idle, num_n, num_h, BLOCK_N, BLOCK_H
+            direction_ptr, num_h, active.blocks, num_blocks, idle, num_n, num_h, BLOCK_N, BLOCK_H
         )
         return
     position, column = walk_in_groups(program, num_blocks, num_columns, GROUP)
-    start_n = tl.load(blocks_ptr + position) * BLOCK_N
+    start_n = tl.load(active.blocks + position) * BLOCK_N
     start_h = column * BLOCK_H
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -149,15 +138,15 @@ def direction_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < num_n
     mask_h = offs_h < num_h
-    if tile_shift_ptr is not None:
-        row_shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
-        total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
+    if shifts is not None:
+        row_shift = tl.load(shifts.row_shift + offs_n, mask=mask_n, other=0.0)
+        total = tl.load(shifts.row_total + offs_n, mask=mask_n, other=1.0)
     else:
         total = tl.full([BLOCK_N], 1.0, tl.float32)
     num_kept = num_v
-    if columns_ptr is not None:
-        num_kept = tl.load(counts_ptr + start_n // BLOCK_N)
-        columns_ptr += (start_n // BLOCK_N).to(tl.int64) * most
+    if kept is not None:
+        num_kept = tl.load(kept.counts + start_n // BLOCK_N)
+        own_columns = kept.columns + (start_n // BLOCK_N).to(tl.int64) * most
 
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for step in range(tl.cdiv(num_kept, BLOCK_V)):
@@ -170,8 +159,8 @@ def direction_kernel(
             mask_v = offs < num_kept
             rows_s = soft + offs_n.to(tl.int64)[:, None] * stride_sn
             tile_s = tl.load(rows_s + offs[None, :], mask=mask_n[:, None], other=0.0)
-            if columns_ptr is not None:
-                offs = tl.load(columns_ptr + offs, mask=mask_v, other=0)
+            if kept is not None:
+                offs = tl.load(own_columns + offs, mask=mask_v, other=0)
             rows_w = weight + offs.to(tl.int64)[:, None] * stride_wv
             tile_w = tl.load(
                 rows_w + offs_h.to(tl.int64)[None, :] * stride_wh,
@@ -179,26 +168,16 @@ def direction_kernel(
                 other=0.0,
             )
         tile_s = as_factor(tile_s)
-        if tile_shift_ptr is not None:
+        if shifts is not None:
             part = (start_v // PART).to(tl.int64)
-            shift = tl.load(tile_shift_ptr + part * num_rows + offs_n, mask=mask_n, other=0.0)
+            shift = tl.load(shifts.tile_shift + part * num_rows + offs_n, mask=mask_n, other=0.0)
             # In float32: the factor itself may be below float16's smallest number.
             scaled = tile_s.to(tl.float32) * tl.exp2(shift - row_shift)[:, None]
             tile_s = round_to(scaled, tile_s.dtype)
         acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
 
     target, slope, rows_y, inside = at_targets(
-        weight_ptr,
-        targets_ptr,
-        others_ptr,
-        target_logit_ptr,
-        offs_n,
-        mask_n,
-        num_v,
-        stride_wv,
-        inverse_cap,
-        ignore_index,
-        SOFTCAP,
+        weight_ptr, rows, offs_n, mask_n, num_v, stride_wv, form, ignore_index
     )
     rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
     WIDTH: tl.constexpr = BLOCK_H // PARTS
@@ -208,8 +187,8 @@ def direction_kernel(
             parts[index],
             rows_y,
             rows_out,
-            slope * derivative,
-            soft_scale * derivative / total,
+            slope * form.derivative,
+            soft_scale * form.derivative / total,
             target != ignore_index,
             inside,
             mask_n,
@@ -228,6 +207,14 @@ class Shifts(NamedTuple):
     row_total: torch.Tensor  # [rows]
 
 
+class TargetRows(NamedTuple):
+    """What the direction takes of each row's target."""
+
+    targets: torch.Tensor  # [N] contiguous
+    others: torch.Tensor  # [N] 1 - p of the target, NaN where it is outside the vocabulary
+    target_logit: torch.Tensor  # [N]
+
+
 class Kept(NamedTuple):
     """Columns of the vocabulary that each block of rows keeps."""
 
@@ -238,61 +225,46 @@ class Kept(NamedTuple):
 
 def write_directions(
     soft: torch.Tensor,  # [N, padded columns]
-    policy: Operands,
-    targets: torch.Tensor,  # [N] contiguous
-    others: torch.Tensor,  # [N] 1 - p of the target, NaN where it is outside the vocabulary
-    target_logit: torch.Tensor,  # [N]
+    weight: torch.Tensor,  # [V, H]
+    rows: TargetRows,
     direction: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
     options,
     config: Config,
     shifts: Shifts | None = None,  # None: `soft` is relative to its row's total
     kept: Kept | None = None,  # None: `soft` covers the whole vocabulary
+    active: ActiveBlocks | None = None,  # None: blocks with a row that counts
 ) -> None:
     """Rows past N in the shifts are the reference's and are not read."""
-    weight = policy.weight
-    num_v, num_h = weight.shape
-    num_n = targets.shape[0]
+    (num_v, num_h), num_n = weight.shape, len(rows.targets)
     tile = config.direction
     assert kept is None or tile.rows == config.statistics.rows
     use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
-    form = logit_form(options)
-    active = active_blocks(targets, options.ignore_index, tile.rows)
-    grid = (triton.cdiv(num_n, tile.rows) * triton.cdiv(num_h, tile.columns),)
+    active = active or active_blocks(rows.targets, options.ignore_index, tile.rows)
+    grid = (ceil_div(num_n, tile.rows) * ceil_div(num_h, tile.columns),)
     with torch.cuda.device_of(soft):
         direction_kernel[grid](
             soft=describe(soft, tile.rows, tile.depth, use_tma),
+            stride_sn=soft.stride(0),
             weight=describe(weight, tile.depth, tile.columns, use_tma),
             weight_ptr=weight,
-            targets_ptr=targets,
-            blocks_ptr=active.blocks,
-            count_ptr=active.count,
-            tile_shift_ptr=shifts and shifts.tile_shift,
-            row_shift_ptr=shifts and shifts.row_shift,
-            row_total_ptr=shifts and shifts.row_total,
-            columns_ptr=kept and kept.columns,
-            counts_ptr=kept and kept.counts,
-            others_ptr=others,
-            target_logit_ptr=target_logit,
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            rows=rows,
+            active=active,
+            shifts=shifts,
+            kept=kept,
+            most=kept.columns.stride(0) if kept else 0,
             direction_ptr=direction,
             num_n=num_n,
             num_v=num_v,
-            most=kept.columns.stride(0) if kept else 0,
             num_h=num_h,
             num_rows=shifts.tile_shift.shape[1] if shifts else 0,
-            stride_sn=soft.stride(0),
-            stride_wv=weight.stride(0),
-            stride_wh=weight.stride(1),
-            derivative=form.derivative,
-            inverse_cap=1.0 / form.cap,
+            form=logit_form(options),
             soft_scale=2.0 ** -soft_exponent(soft.dtype),
             ignore_index=options.ignore_index,
             USE_TMA=use_tma,
-            SOFTCAP=form.softcap,
             PART=config.statistics.part,
             GROUP=GROUP,
-            BLOCK_N=tile.rows,
-            BLOCK_H=tile.columns,
-            BLOCK_V=tile.depth,
-            PARTS=tile.parts,
+            TILE=tile,
             **tile.launch_options,
         )

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile, soft_exponent
+from powerflow_fast.kernels.config import Tile, ceil_div, soft_exponent
 from powerflow_fast.kernels.direction import Kept
 from powerflow_fast.kernels.tiles import (
     Operands,
@@ -25,29 +25,26 @@ from powerflow_fast.kernels.tiles import (
     logit_form,
     multiply_transposed,
     round_to,
+    rounding,
     split_columns,
-    triton_dtype,
+    strides_of,
 )
 
 
 @triton.jit
 def write_probabilities(
-    product,  # [BLOCK_N, PART] tile of hidden @ weight[columns].T
+    product,  # [BLOCK_N, part] tile of hidden @ weight[columns].T
     bias_ptr,  # [V] or None
     columns_ptr,  # [most] of this block of rows
     count,
     target,  # [BLOCK_N]
     shift,  # [BLOCK_N] in units of log 2
     total,  # [BLOCK_N] sum of exp2(z - shift) over the whole vocabulary
-    soft_ptr,  # [N, padded columns]
+    rows_soft,  # [BLOCK_N] pointers to the rows of soft
     start_k,
-    offs_n,
     mask_n,
-    stride_sn,
-    scale,
-    cap,
+    form,
     ROUND_TO: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SOFT_EXPONENT: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -55,14 +52,14 @@ def write_probabilities(
     offs_k = start_k + tl.arange(0, PART)
     mask_k = offs_k < count
     offs_v = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
-    logits, slope = form_logits(product, bias_ptr, offs_v, mask_k, scale, cap, ROUND_TO, SOFTCAP)
+    logits, slope = form_logits(product, bias_ptr, offs_v, mask_k, form, ROUND_TO)
     p = tl.exp2(above_shift(logits, shift[:, None])) / total[:, None]
     p = tl.where(offs_v[None, :] == target[:, None], 0.0, p)
     soft = p * slope
     if SOFT_EXPONENT != 0:
         soft *= 2.0**SOFT_EXPONENT
-    soft_ptrs = soft_ptr + offs_n.to(tl.int64)[:, None] * stride_sn + offs_k[None, :]
-    tl.store(soft_ptrs, round_to(soft, soft_ptr.dtype.element_ty), mask=mask_n[:, None])
+    soft = round_to(soft, rows_soft.dtype.element_ty)
+    tl.store(rows_soft[:, None] + offs_k[None, :], soft, mask=mask_n[:, None])
     return tl.sum(p, 1)
 
 
@@ -71,38 +68,33 @@ def kept_probabilities_kernel(
     hidden,  # [N, H]
     weight,  # [V, H]
     bias_ptr,  # [V] or None
+    strides,  # of hidden, of weight
     targets_ptr,  # [N]
     row_shift_ptr,  # [N]
     row_total_ptr,  # [N]
-    columns_ptr,  # [row blocks, most]
-    counts_ptr,  # [row blocks]
+    kept,  # Kept
+    most,  # columns of a row of kept.columns
     mass_ptr,  # [tiles, N] zeros: a block that keeps fewer columns leaves some
     soft_ptr,  # [N, padded columns]
+    stride_sn,
     num_n,
     num_h,
-    most,
-    stride_hn,
-    stride_hh,
-    stride_wv,
-    stride_wh,
-    stride_sn,
-    scale,
-    cap,
+    form,
     ROUND_TO: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     SOFT_EXPONENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    BLOCK_N: tl.constexpr = TILE.rows
+    BLOCK_V: tl.constexpr = TILE.columns
+    PARTS: tl.constexpr = TILE.parts
+    PART: tl.constexpr = TILE.part
     # Tiles of one block are neighbours: they share its rows of hidden through L2.
     start_k = tl.program_id(0) * BLOCK_V
     block = tl.program_id(1)
-    count = tl.load(counts_ptr + block)
+    count = tl.load(kept.counts + block)
     if start_k >= count:
         return
-    columns_ptr += block.to(tl.int64) * most
+    columns_ptr = kept.columns + block.to(tl.int64) * most
     start_n = block * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_n
@@ -117,20 +109,15 @@ def kept_probabilities_kernel(
         mask_k,
         num_n,
         num_h,
-        stride_hn,
-        stride_hh,
-        stride_wv,
-        stride_wh,
+        strides,
         False,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_H,
+        TILE,
     )
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
     shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
     total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
     mass = tl.zeros([BLOCK_N], tl.float32)
-    PART: tl.constexpr = BLOCK_V // PARTS
+    rows_soft = soft_ptr + offs_n.to(tl.int64) * stride_sn
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
         mass += write_probabilities(
@@ -141,15 +128,11 @@ def kept_probabilities_kernel(
             target,
             shift,
             total,
-            soft_ptr,
+            rows_soft,
             start_k + index * PART,
-            offs_n,
             mask_n,
-            stride_sn,
-            scale,
-            cap,
+            form,
             ROUND_TO,
-            SOFTCAP,
             SOFT_EXPONENT,
             PART,
         )
@@ -169,39 +152,29 @@ def kept_probabilities(
     """-> soft [N, most padded to whole tiles] in the dtype of hidden, mass [N] float32."""
     hidden, weight, bias = policy
     num_n, num_h = hidden.shape
-    tiles = triton.cdiv(most, tile.columns)
+    tiles = ceil_div(most, tile.columns)
     soft = hidden.new_empty((num_n, tiles * tile.columns))
     mass = torch.zeros((tiles, num_n), dtype=torch.float32, device=hidden.device)
-    form = logit_form(options)
     with torch.cuda.device_of(hidden):
-        kept_probabilities_kernel[(tiles, triton.cdiv(num_n, tile.rows))](
+        kept_probabilities_kernel[(tiles, ceil_div(num_n, tile.rows))](
             hidden=hidden,
             weight=weight,
             bias_ptr=bias,
+            strides=strides_of(hidden, weight),
             targets_ptr=targets,
             row_shift_ptr=row_shift,
             row_total_ptr=row_total,
-            columns_ptr=kept.columns,
-            counts_ptr=kept.counts,
+            kept=kept,
+            most=kept.columns.stride(0),
             mass_ptr=mass,
             soft_ptr=soft,
+            stride_sn=soft.stride(0),
             num_n=num_n,
             num_h=num_h,
-            most=kept.columns.stride(0),
-            stride_hn=hidden.stride(0),
-            stride_hh=hidden.stride(1),
-            stride_wv=weight.stride(0),
-            stride_wh=weight.stride(1),
-            stride_sn=soft.stride(0),
-            scale=form.scale,
-            cap=form.cap,
-            ROUND_TO=triton_dtype(hidden.dtype) if options.round_logits else None,
-            SOFTCAP=form.softcap,
+            form=logit_form(options),
+            ROUND_TO=rounding(options, hidden.dtype),
             SOFT_EXPONENT=soft_exponent(hidden.dtype),
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.columns,
-            BLOCK_H=tile.depth,
-            PARTS=tile.parts,
+            TILE=tile,
             **tile.launch_options,
         )
     return soft, mass.sum(0)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH, numerators_layout
+from powerflow_fast.kernels.config import LAUNCH, ceil_div, numerators_layout
 from powerflow_fast.kernels.tiles import round_to
 from powerflow_fast.numerators import Numerators
 
@@ -74,7 +74,7 @@ def write_kept_dlogits(
     piece = numerators_layout().piece
     assert start % piece == 0
     soft, factors = numerators.values[:, start:], numerators.factors[start // piece :]
-    grid = (triton.cdiv(num_n, BLOCK) * triton.cdiv(num_v, piece),)
+    grid = (ceil_div(num_n, BLOCK) * ceil_div(num_v, piece),)
     with torch.cuda.device_of(soft):
         kept_dlogits_kernel[grid](
             soft_ptr=soft,

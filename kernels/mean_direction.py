@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
-from powerflow_fast.kernels.direction import at_targets, write_direction
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
+from powerflow_fast.kernels.direction import TargetRows, at_targets, write_direction
 from powerflow_fast.kernels.tiles import logit_form
 
 BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
@@ -24,23 +24,19 @@ BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
 @triton.jit
 def mean_direction_kernel(
     mean_ptr,  # [N, H] rows of stride_mn
+    stride_mn,
     weight_ptr,  # [V, H]
-    targets_ptr,  # [N]
-    others_ptr,  # [N] 1 - p of the target
+    stride_wv,
+    stride_wh,
+    rows,  # TargetRows
     factor_ptr,  # [N] p of a numerator of 1
-    target_logit_ptr,  # [N]
     direction_ptr,  # [N, H] rows of stride_dn
+    stride_dn,
     num_n,
     num_v,
     num_h,
-    stride_mn,
-    stride_dn,
-    stride_wv,
-    stride_wh,
-    derivative,
-    inverse_cap,
+    form,
     ignore_index,
-    SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -49,17 +45,7 @@ def mean_direction_kernel(
     offs_h = start_h + tl.arange(0, WIDTH)
     mask_n = offs_n < num_n
     target, slope, rows_y, inside = at_targets(
-        weight_ptr,
-        targets_ptr,
-        others_ptr,
-        target_logit_ptr,
-        offs_n,
-        mask_n,
-        num_v,
-        stride_wv,
-        inverse_cap,
-        ignore_index,
-        SOFTCAP,
+        weight_ptr, rows, offs_n, mask_n, num_v, stride_wv, form, ignore_index
     )
     factor = tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0)
     rows_mean = mean_ptr + offs_n.to(tl.int64) * stride_mn
@@ -69,8 +55,8 @@ def mean_direction_kernel(
         mean,
         rows_y,
         direction_ptr + offs_n.to(tl.int64) * stride_dn,
-        slope * derivative,
-        factor * derivative,
+        slope * form.derivative,
+        factor * form.derivative,
         target != ignore_index,
         inside,
         mask_n,
@@ -84,36 +70,29 @@ def mean_direction_kernel(
 def write_mean_directions(
     mean: torch.Tensor,  # [N, H] float32, unit stride along H
     weight: torch.Tensor,  # [V, H]
-    targets: torch.Tensor,  # [N] contiguous
-    others: torch.Tensor,  # [N] 1 - p of the target, NaN where it is outside the vocabulary
+    rows: TargetRows,
     factor: torch.Tensor,  # [N] p of a numerator of 1
-    target_logit: torch.Tensor,  # [N]
     direction: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`
     options,
 ) -> None:
     num_n, num_h = mean.shape
-    form = logit_form(options)
-    grid = (triton.cdiv(num_n, BLOCKS["BLOCK_N"]), triton.cdiv(num_h, BLOCKS["WIDTH"]))
+    grid = (ceil_div(num_n, BLOCKS["BLOCK_N"]), ceil_div(num_h, BLOCKS["WIDTH"]))
     with torch.cuda.device_of(mean):
         mean_direction_kernel[grid](
             mean_ptr=mean,
+            stride_mn=mean.stride(0),
             weight_ptr=weight,
-            targets_ptr=targets,
-            others_ptr=others,
+            stride_wv=weight.stride(0),
+            stride_wh=weight.stride(1),
+            rows=rows,
             factor_ptr=factor,
-            target_logit_ptr=target_logit,
             direction_ptr=direction,
+            stride_dn=direction.stride(0),
             num_n=num_n,
             num_v=len(weight),
             num_h=num_h,
-            stride_mn=mean.stride(0),
-            stride_dn=direction.stride(0),
-            stride_wv=weight.stride(0),
-            stride_wh=weight.stride(1),
-            derivative=form.derivative,
-            inverse_cap=1.0 / form.cap,
+            form=logit_form(options),
             ignore_index=options.ignore_index,
-            SOFTCAP=form.softcap,
             **BLOCKS,
             **LAUNCH,
         )

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import LAUNCH
+from powerflow_fast.kernels.config import LAUNCH, ceil_div
 
 BLOCK = 1024
 
@@ -161,7 +161,7 @@ def sequence_residual_backward(
         return torch.zeros(num_tokens, dtype=torch.float32, device=grad_delta0.device)
     grad_logps = torch.empty(num_tokens, dtype=torch.float32, device=grad_delta0.device)
     with torch.cuda.device_of(grad_delta0):
-        residual_gradient_kernel[(triton.cdiv(num_tokens, BLOCK),)](
+        residual_gradient_kernel[(ceil_div(num_tokens, BLOCK),)](
             grad_delta_ptr=grad_delta0,
             lengths_ptr=lengths,
             starts_ptr=starts,

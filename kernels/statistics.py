@@ -27,17 +27,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
-from powerflow_fast.kernels.config import Tile, num_processors, soft_exponent
+from powerflow_fast.kernels.config import Tile, ceil_div, num_processors, soft_exponent
 from powerflow_fast.kernels.statistics_kernel import statistics_kernel
 from powerflow_fast.kernels.tiles import (
     Operands,
     can_describe,
     describe,
     logit_form,
-    triton_dtype,
+    rounding,
+    strides_of,
 )
 
 # Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
     tile_shift: torch.Tensor | None  # [parts, rows], if there is no row_shift
     tile_total: torch.Tensor  # [tiles or parts, rows], targets left out
     tile_spread: torch.Tensor | None  # likewise
-    target_logit: torch.Tensor  # [rows], NaN where the target is outside the vocabulary
+    target_logit: torch.Tensor | None  # [rows], NaN where the target is outside the vocabulary
 
 
 def has_row_shift(dtype: torch.dtype) -> bool:
@@ -66,10 +66,11 @@ def has_row_shift(dtype: torch.dtype) -> bool:
 
 def padded_columns(num_v: int, tile: Tile) -> int:
     """Columns of the buffer of softmax numerators: every tile is stored whole."""
-    return triton.cdiv(num_v, tile.columns) * tile.columns
+    return ceil_div(num_v, tile.columns) * tile.columns
 
 
-def row_maxima(
+def raise_to_maxima(
+    highest: torch.Tensor,  # [models * N] to be raised
     policy: Operands,
     reference: Operands | None,
     targets: torch.Tensor,  # [N] contiguous
@@ -77,19 +78,14 @@ def row_maxima(
     options,
     tile: Tile,
     use_tma: bool,
-    out: torch.Tensor | None = None,  # [tiles, models * N] to be filled
-) -> torch.Tensor:
-    """-> ceil of each row's largest logit in each tile, in units of log 2, [tiles, models * N].
+    wanted: torch.Tensor | None = None,  # [models * N] int32: rows with a 0 stay; None: all wanted
+) -> None:
+    """Each row's number to ceil of its largest logit, in units of log 2, if that is larger.
 
     By persistent programs: their tiles are few, of pilot columns or of rows that are done again.
     """
-    tile = replace(tile, persistent=True)
-    rows = targets.shape[0] * (1 + (reference is not None))
-    if out is None:
-        tiles = triton.cdiv(policy.weight.shape[0], tile.columns)
-        out = torch.empty((tiles, rows), dtype=torch.float32, device=targets.device)
-    _launch(policy, reference, targets, active, options, tile, use_tma, tile_shift=out)
-    return out
+    tile, written = replace(tile, persistent=True), dict(highest=highest, wanted=wanted)
+    _launch(policy, reference, targets, active, options, tile, use_tma, **written)
 
 
 def logit_statistics(
@@ -110,7 +106,7 @@ def logit_statistics(
         active = active_blocks(targets, options.ignore_index, tile.rows)
     if out is None:
         rows = targets.shape[0] * (1 + (reference is not None))
-        tiles = triton.cdiv(policy.weight.shape[0], tile.columns)
+        tiles = ceil_div(policy.weight.shape[0], tile.columns)
         parts = tiles * tile.parts if row_shift is None else tiles
         total = torch.empty((parts, rows), dtype=torch.float32, device=targets.device)
         out = Statistics(
@@ -121,7 +117,7 @@ def logit_statistics(
             # No program owns an out-of-range target: its row stays NaN, never a plausible number.
             torch.full((rows,), float("nan"), dtype=torch.float32, device=targets.device),
         )
-    written = dict(out._asdict(), soft=soft, search=search)
+    written = dict(out=out, soft=soft, search=search)
     _launch(policy, reference, targets, active, options, tile, use_tma, **written)
     return out
 
@@ -135,11 +131,9 @@ def _launch(
     tile: Tile,
     use_tma: bool,
     *,
-    row_shift: torch.Tensor | None = None,
-    tile_shift: torch.Tensor | None = None,
-    tile_total: torch.Tensor | None = None,
-    tile_spread: torch.Tensor | None = None,
-    target_logit: torch.Tensor | None = None,
+    highest: torch.Tensor | None = None,
+    wanted: torch.Tensor | None = None,
+    out: Statistics | None = None,
     soft: torch.Tensor | None = None,
     search=None,
 ) -> None:
@@ -149,8 +143,7 @@ def _launch(
     (num_n, num_h), num_v = hidden.shape, weight.shape[0]
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     soft_tma = use_tma and soft is not None and can_describe(soft)
-    form = logit_form(options)
-    programs = triton.cdiv(num_n, tile.rows) * models * triton.cdiv(num_v, tile.columns)
+    programs = ceil_div(num_n, tile.rows) * models * ceil_div(num_v, tile.columns)
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
     with torch.cuda.device_of(hidden):
@@ -158,46 +151,30 @@ def _launch(
             hidden=describe(hidden, tile.rows, tile.depth, use_tma),
             weight=describe(weight, tile.columns, tile.depth, use_tma),
             bias_ptr=policy.bias,
+            strides=strides_of(hidden, weight),
             ref_hidden=describe(ref_hidden, tile.rows, tile.depth, use_tma),
             ref_weight=describe(ref_weight, tile.columns, tile.depth, use_tma),
             ref_bias_ptr=ref_bias,
+            ref_strides=strides_of(ref_hidden, ref_weight),
             targets_ptr=targets,
-            blocks_ptr=active.blocks,
-            count_ptr=active.count,
-            row_shift_ptr=row_shift,
-            tile_shift_ptr=tile_shift,
-            tile_total_ptr=tile_total,
-            tile_spread_ptr=tile_spread,
-            target_logit_ptr=target_logit,
+            active=active,
+            highest_ptr=highest,
+            wanted_ptr=wanted,
+            out=out or Statistics(None, None, None, None, None),
             soft=describe(soft, tile.rows, tile.part, soft_tma),
-            peaks_ptr=search and search.peaks,
-            guess_ptr=search and search.guess,
+            stride_sn=0 if soft is None else soft.stride(0),
+            search=search,
             num_n=num_n,
             num_v=num_v,
             num_h=num_h,
-            stride_hn=hidden.stride(0),
-            stride_hh=hidden.stride(1),
-            stride_wv=weight.stride(0),
-            stride_wh=weight.stride(1),
-            stride_ref_hn=ref_hidden.stride(0),
-            stride_ref_hh=ref_hidden.stride(1),
-            stride_ref_wv=ref_weight.stride(0),
-            stride_ref_wh=ref_weight.stride(1),
-            stride_sn=0 if soft is None else soft.stride(0),
-            scale=form.scale,
-            cap=form.cap,
+            form=logit_form(options),
             ignore_index=options.ignore_index,
             MODELS=models,
             USE_TMA=use_tma,
-            ROUND_TO=triton_dtype(hidden.dtype) if options.round_logits else None,
-            SOFTCAP=form.softcap,
+            ROUND_TO=rounding(options, hidden.dtype),
             SOFT_EXPONENT=soft_exponent(hidden.dtype),
             SOFT_TMA=soft_tma,
             GROUP=GROUP,
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.columns,
-            BLOCK_H=tile.depth,
-            PARTS=tile.parts,
-            PERSISTENT=tile.persistent,
+            TILE=tile,
             **tile.launch_options,
         )

@@ -63,16 +63,14 @@ def multiply_transposed(
     mask_v,
     num_n,
     num_h,
-    stride_hn,
-    stride_hh,
-    stride_wv,
-    stride_wh,
+    strides,  # of hidden, of weight
     USE_TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One tile of hidden @ weight.T in float32."""
+    BLOCK_N: tl.constexpr = TILE.rows
+    BLOCK_V: tl.constexpr = TILE.columns
+    BLOCK_H: tl.constexpr = TILE.depth
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     num_steps = tl.cdiv(num_h, BLOCK_H)
     if USE_TMA:
@@ -84,6 +82,7 @@ def multiply_transposed(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         offs_h = tl.arange(0, BLOCK_H)
         mask_n = offs_n < num_n
+        stride_hn, stride_hh, stride_wv, stride_wh = strides
         # int64 before the product: N x H and V x H can pass 2^31.
         rows_h = hidden + offs_n.to(tl.int64)[:, None] * stride_hn
         rows_w = weight + offs_v.to(tl.int64)[None, :] * stride_wv
@@ -103,6 +102,16 @@ def multiply_transposed(
             )
             acc = tl.dot(as_factor(tile_h), as_factor(tile_w), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def select(condition, chosen, others):
+    """`chosen` or `others`, four numbers each."""
+    a = tl.where(condition, chosen[0], others[0])
+    b = tl.where(condition, chosen[1], others[1])
+    c = tl.where(condition, chosen[2], others[2])
+    d = tl.where(condition, chosen[3], others[3])
+    return a, b, c, d
 
 
 @triton.jit
@@ -136,6 +145,23 @@ def halve_columns(tile):
 
 
 @triton.jit
+def sum_rows(tile):
+    """[ROWS, COLUMNS] to [COLUMNS], ROWS a power of two.
+
+    By halves: tl.sum's order follows the layout, and that the alignment of what was loaded, so that
+    the number of tokens would show in the last bit.
+    """
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    if rows == 1:
+        total = tile.reshape([columns])
+    else:
+        upper, lower = tile.reshape([2, rows // 2, columns]).permute(1, 2, 0).split()
+        total = sum_rows(upper + lower)
+    return total
+
+
+@triton.jit
 def split_columns(tile, PARTS: tl.constexpr):
     """A tile's columns as a tuple of 1, 2 or 4 equal parts, left to right."""
     if PARTS == 1:
@@ -155,10 +181,8 @@ def form_logits(
     bias_ptr,  # [V] or None
     offs_v,
     mask_v,  # of the columns; None: all
-    scale,
-    cap,
+    form,
     ROUND_TO: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
     """Logits of one tile, -inf where masked, and the softcap's slope (1 without one)."""
     if bias_ptr is not None:
@@ -169,14 +193,14 @@ def form_logits(
         product += bias.to(tl.float32)[None, :]
     if ROUND_TO is not None:
         product = round_to(product, ROUND_TO).to(tl.float32)
-    logits = product * scale
+    logits = product * form.scale
     slope = 1.0
-    if SOFTCAP:
+    if form.cap is not None:
         # tanh and its derivative through exp(-2|x|): neither overflows, and the slope 1 - tanh^2
         # keeps its relative accuracy where tanh rounds to 1.
         decay = tl.exp2(tl.abs(logits) * (-2.0 * LOG2E))
         inverse = 1.0 / (1.0 + decay)
-        capped = (1.0 - decay) * inverse * cap
+        capped = (1.0 - decay) * inverse * form.cap
         slope = 4.0 * decay * inverse * inverse
         logits = tl.where(logits < 0, -capped, capped)
     if mask_v is not None:
@@ -200,28 +224,29 @@ class Operands(NamedTuple):
 
 
 class LogitForm(NamedTuple):
-    """The numbers that `form_logits` takes; without softcap logits = scale * product."""
+    """The numbers that `form_logits` takes; without a cap logits = scale * product."""
 
     scale: float
-    cap: float
-    softcap: bool
+    cap: float | None
     derivative: float  # d logits / d product, to be multiplied by the softcap's slope
 
 
 def logit_form(options) -> LogitForm:
     derivative = options.logit_scale / options.temperature
     if options.softcap is None:
-        return LogitForm(derivative, 1.0, False, derivative)
+        return LogitForm(derivative, None, derivative)
     cap = options.softcap
-    return LogitForm(options.logit_scale / cap, cap / options.temperature, True, derivative)
+    return LogitForm(options.logit_scale / cap, cap / options.temperature, derivative)
 
 
-def triton_dtype(dtype: torch.dtype):
-    return {
-        torch.float32: tl.float32,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-    }[dtype]
+def rounding(options, dtype: torch.dtype):
+    """Triton's type to which products are rounded, None where they are not."""
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return types[dtype] if options.round_logits else None
+
+
+def strides_of(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
+    return *hidden.stride(), *weight.stride()
 
 
 def can_describe(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,11 @@ from powerflow_fast.certified import exact_certificate
 from powerflow_fast.certified_triton import direction_dtype
 from powerflow_fast.gradient_sums import GradientSums, dlogits_scale, product
 from powerflow_fast.numerators import Layout, Numerators
-from powerflow_fast.options import HeadForward, HeadOptions
+from powerflow_fast.options import HeadForward, HeadOptions, batch_invariant
 from powerflow_fast.tiled_head import softcap_slope
 
 if TYPE_CHECKING:
+    from powerflow_fast.kernels.active_blocks import ActiveBlocks
     from powerflow_fast.kernels.combine import Rows
     from powerflow_fast.kernels.config import Config
     from powerflow_fast.kernels.statistics import Statistics
@@ -88,17 +88,21 @@ def forward(
     if want_direction and search is None:
         direction = hidden.new_empty((num_n, num_h), dtype=direction_dtype(hidden, options))
     totals = []
-    shift = _pilot_shift(policy, reference, targets, options, config)
     rows = forward_rows(policy, models, direction is not None, config)
     known = 0 if numerators is None else numerators.rows
-    for span in (*_spans(0, known, rows), *_spans(known, num_n, rows)):
+    chunks = _chunks(targets, known, rows, options, config)
+    soft = None if direction is None else _soft(policy, rows, config)
+    shift = _pilot_shift(policy, reference, targets, chunks, options, config)
+    for span, active in chunks:
         totals.append(
             _forward_chunk(
                 policy._replace(hidden=policy.hidden[span]),
                 None if reference is None else reference._replace(hidden=reference.hidden[span]),
                 targets[span],
+                active,
                 None if shift is None else shift[:, span].reshape(-1),
                 (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
+                soft,
                 None if direction is None else direction[span],
                 numerators.of_rows(span) if span.start < known else None,
                 options,
@@ -150,7 +154,8 @@ def backward(
     Those of the kept columns alone, where they are given and few; hidden's is not formed then. A
     confident target's 1 - p comes from `logps`: the recomputed logits have lost its digits.
     """
-    from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+    from powerflow_fast.kernels.active_blocks import active_blocks
+    from powerflow_fast.kernels.dlogits import UpstreamRows, write_dlogits_chunk
     from powerflow_fast.kernels.kept_dlogits import write_kept_dlogits
     from powerflow_fast.tuning import tile_config
 
@@ -182,19 +187,21 @@ def backward(
     grad_known = grad_logps[:known] * (options.scale * out_scale)
     entropy = None if grad_entropy is None else entropy
     vectors = (grad_logps, grad_entropy, logps, -torch.expm1(logps), lse, entropy, active)
-    others = [None if x is None else x[known:].contiguous() for x in vectors]
+    rows = UpstreamRows(*(None if x is None else x[known:].contiguous() for x in vectors))
+    blocks = active_blocks(rows.active, 0, config.dlogits.rows)
     for start in range(0, num_v if num_n else 0, columns):
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]
         if known:
-            rows = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
-            write_kept_dlogits(numerators, start, *rows)
+            of_known = (targets[:known] - start, grad_known, active[:known], dlogits[:known])
+            write_kept_dlogits(numerators, start, *of_known)
         if known < num_n:
             of_chunk = weight[start:stop], None if bias is None else bias[start:stop]
             write_dlogits_chunk(
                 _operands(hidden[known:], *of_chunk),
                 targets[known:] - start,
-                *others,
+                rows,
+                blocks,
                 out_scale,
                 dlogits[known:],
                 options,
@@ -278,9 +285,25 @@ def _fit_one_launch(policy: Operands, reference: Operands) -> bool:
     )
 
 
-def _spans(start: int, stop: int, rows: int) -> Iterator[slice]:
-    for first in range(start, stop, rows):
-        yield slice(first, min(first + rows, stop))
+def _chunks(
+    targets: Tensor,  # [N]
+    known: int,  # rows that keep their numerators: they have chunks of their own
+    rows: int,  # of a chunk
+    options: HeadOptions,
+    config: Config,
+) -> list[tuple[slice, ActiveBlocks]]:
+    """Rows of each chunk, and which of their blocks have anything to compute."""
+    from powerflow_fast.kernels.active_blocks import active_blocks
+
+    chunks, block = [], config.statistics.rows
+    for start, stop in ((0, known), (known, len(targets))):
+        if start == stop:
+            continue
+        active = active_blocks(targets[start:stop], options.ignore_index, block, rows)
+        for index, first in enumerate(range(start, stop, rows)):
+            span = slice(first, min(first + rows, stop))
+            chunks.append((span, active.of_chunk(index, rows // block)))
+    return chunks
 
 
 def forward_rows(policy: Operands, models: int, want_direction: bool, config: Config) -> int:
@@ -316,8 +339,10 @@ def _forward_chunk(
     policy: Operands,
     reference: Operands | None,
     targets: Tensor,  # [n]
+    active: ActiveBlocks,
     shift: Tensor | None,  # [models * n]
     outputs: tuple[Tensor, Tensor, Tensor | None],  # logps, lse, entropy: [models, n], to be filled
+    buffer: Tensor | None,  # [at least n, padded columns] of softmax numerators, for the direction
     direction: Tensor | None,  # [n, H] to be filled
     numerators: Numerators | None,  # of these rows, to be filled
     options: HeadOptions,
@@ -325,37 +350,48 @@ def _forward_chunk(
     search: certified_triton.Search | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> shift, total, 1 - p and logit of the target, of the policy's rows, [n] each."""
-    from powerflow_fast.kernels.direction import Shifts, write_directions
+    from powerflow_fast.kernels.direction import Shifts, TargetRows, write_directions
     from powerflow_fast.kernels.mean_direction import write_mean_directions
-    from powerflow_fast.kernels.statistics import padded_columns
 
-    soft = None if numerators is None else numerators.values
     num_n, num_v = len(targets), policy.weight.shape[0]
-    if direction is not None:
-        soft = policy.hidden.new_empty((num_n, padded_columns(num_v, config.statistics)))
+    soft = None if buffer is None else buffer[:num_n]
+    if numerators is not None:
+        soft = numerators.values
     statistics, rows = _statistics(
-        policy, reference, targets, shift, outputs, soft, options, config, search
+        policy, reference, targets, active, shift, outputs, soft, options, config, search
     )
     own, target_logit = rows.of(slice(num_n)), statistics.target_logit[:num_n]
     if direction is not None and own.factor is not None:
-        in_place = direction if direction.dtype == torch.float32 else None
-        mean = product(soft[:, :num_v], policy.weight, out=in_place)
-        at_target = (targets, own.others, own.factor, target_logit)
-        write_mean_directions(mean, policy.weight, *at_target, direction, options)
+        left = buffer if batch_invariant() else soft
+        in_place = len(left) == num_n and direction.dtype == torch.float32
+        out = direction if in_place else None
+        mean = product(left[:, :num_v], policy.weight, out=out)[:num_n]
+        at_target = TargetRows(targets, own.others, target_logit)
+        write_mean_directions(mean, policy.weight, at_target, own.factor, direction, options)
     elif direction is not None:
         shifts = Shifts(statistics.tile_shift, rows.shift, rows.total)
-        write_directions(
-            soft, policy, targets, own.others, target_logit, direction, options, config, shifts
-        )
+        at_target = TargetRows(targets, own.others, target_logit)
+        how = (options, config, shifts, None, active)
+        write_directions(soft, policy.weight, at_target, direction, *how)
     if numerators is not None:
         _finish_numerators(numerators, statistics, own, options, config)
     return own.shift, own.total, own.others, target_logit
+
+
+def _soft(policy: Operands, rows: int, config: Config) -> Tensor:
+    """For the softmax numerators of one chunk after the other."""
+    from powerflow_fast.kernels.statistics import padded_columns
+
+    (num_n, _), num_v = policy.hidden.shape, len(policy.weight)
+    rows = rows if batch_invariant() else min(rows, num_n)
+    return policy.hidden.new_empty((rows, padded_columns(num_v, config.statistics)))
 
 
 def _pilot_shift(
     policy: Operands,
     reference: Operands | None,
     targets: Tensor,  # [N]
+    chunks: list[tuple[slice, ActiveBlocks]],
     options: HeadOptions,
     config: Config,
 ) -> Tensor | None:  # [models, N]
@@ -367,15 +403,16 @@ def _pilot_shift(
     if not has_row_shift(policy.hidden.dtype) or not len(targets):
         return None
     tile = config.statistics
-    active = active_blocks(targets, options.ignore_index, tile.rows)
-    shift = pilot_shift(policy, reference, targets, active, options, tile, config.tma)
-    return shift.view(-1, len(targets))
+    one = len(chunks) == 1
+    active = chunks[0][1] if one else active_blocks(targets, options.ignore_index, tile.rows)
+    return pilot_shift(policy, reference, targets, active, options, tile, config.tma)
 
 
 def _statistics(
     policy: Operands,
     reference: Operands | None,
     targets: Tensor,  # [n]
+    active: ActiveBlocks,
     shift: Tensor | None,  # [models * n]
     outputs: tuple[Tensor, Tensor, Tensor | None],  # to be filled
     soft: Tensor | None,  # likewise
@@ -384,15 +421,13 @@ def _statistics(
     search: certified_triton.Search | None,
 ) -> tuple[Statistics, Rows]:
     """The pass over the vocabulary, from logits to log-probs."""
-    from powerflow_fast.kernels.active_blocks import active_blocks
-    from powerflow_fast.kernels.combine import combine
+    from powerflow_fast.kernels.combine import combine, new_misled
     from powerflow_fast.kernels.row_shift import redo_misled
     from powerflow_fast.kernels.statistics import logit_statistics
 
     num_v, tile, tma = policy.weight.shape[0], config.statistics, config.tma
     models, how = (policy, reference, targets), (options, tile, tma)
-    active = active_blocks(targets, options.ignore_index, tile.rows)
-    misled = None if shift is None else torch.zeros_like(targets, dtype=torch.int32)
+    misled = None if shift is None else new_misled(shift, len(targets), tile.rows)
     statistics = logit_statistics(*models, soft, *how, search, shift, active)
     rows = combine(statistics, targets, num_v, options.ignore_index, *outputs, misled)
     if misled is not None:

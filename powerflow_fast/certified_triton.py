@@ -207,12 +207,13 @@ def kept_gradients(
     gathered columns, a few more than are needed. A chunk's columns differ from one another, so
     adding its rows to the gradient is deterministic.
     """
+    from powerflow_fast.kernels.active_blocks import active_blocks
     from powerflow_fast.kernels.config import DLOGITS_BYTES
-    from powerflow_fast.kernels.dlogits import write_dlogits_chunk
+    from powerflow_fast.kernels.dlogits import UpstreamRows, write_dlogits_chunk
 
     hidden, weight, bias = policy
     (num_n, num_h), num_v = hidden.shape, len(weight)
-    others = -torch.expm1(logps)
+    rows = UpstreamRows(grad_logps, None, logps, -torch.expm1(logps), lse, None, active)
     masked = hidden.where(active[:, None], 0)  # 0 * inf is NaN: such rows must be 0
     spans = [slice(first, min(first + CHUNK, num_n)) for first in range(0, num_n, CHUNK)]
     unions = [kept[r.start // BLOCK : -(-r.stop // BLOCK)].any(0) for r in spans]
@@ -237,13 +238,8 @@ def kept_gradients(
                     bias=None if bias is None else bias[start:stop][columns],
                 ),
                 place.where(there, -1)[:, 0].contiguous(),
-                grad_logps[r],
-                None,
-                logps[r],
-                others[r],
-                lse[r],
-                None,
-                active[r],
+                rows.of(r),
+                active_blocks(active[r], 0, config.dlogits.rows),
                 out_scale,
                 dlogits,
                 options,
@@ -280,7 +276,7 @@ def _attempt(
 ) -> Attempt:
     from powerflow_fast.kernels.columns import choose_columns
     from powerflow_fast.kernels.config import KEPT_BYTES
-    from powerflow_fast.kernels.direction import Kept, write_directions
+    from powerflow_fast.kernels.direction import Kept, TargetRows, write_directions
     from powerflow_fast.kernels.kept import kept_probabilities
 
     num_n, num_v, block = len(targets), len(policy.weight), config.statistics.rows
@@ -298,17 +294,9 @@ def _attempt(
         soft, kept_mass[rows] = kept_probabilities(
             chunk, targets[rows], *row_totals, kept, width, options, config.statistics
         )
-        write_directions(
-            soft,
-            chunk,
-            targets[rows],
-            totals.others[rows],
-            totals.target_logit[rows],
-            direction[rows],
-            options,
-            config,
-            kept=kept,
-        )
+        at_target = TargetRows(targets[rows], totals.others[rows], totals.target_logit[rows])
+        how = (options, config, None, kept)
+        write_directions(soft, policy.weight, at_target, direction[rows], *how)
         del soft  # its memory is the next chunk's
     skipped = (totals.others - kept_mass).clamp_min(0.0)
     skipped = skipped.where(targets != options.ignore_index, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,6 +93,17 @@ def check_door_options(options: dict[str, Any]) -> None:
     if unknown:
         raise ValueError(f"{unknown[0]}: no such option of the head; expected of {DOOR_OPTIONS}")
     HeadOptions(**options)
+
+
+def batch_invariant() -> bool:
+    """Whether a row's direction, too, is to have the same bits whatever the batch is.
+
+    Log-probs, log-sum-exp and entropy of the Triton back end always have. The direction is the
+    vendor library's product, whose order of summation depends on the number of rows: with
+    POWERFLOW_BATCH_INVARIANT=1 the last chunk of rows is as long as the others, which costs at most
+    one chunk's product a call, and tiles are not tuned.
+    """
+    return os.environ.get("POWERFLOW_BATCH_INVARIANT") == "1"
 
 
 class HeadForward(NamedTuple):

@@ -3,7 +3,8 @@
 Off unless POWERFLOW_TUNE=1: then the first call with a new device, type and shape times the
 candidates of `kernels/config.py` on the call's own operands, which the kernels only read, and keeps
 the fastest in a file (in the folder POWERFLOW_CACHE, default ~/.cache/powerflow-fast). Token counts
-share an entry by powers of two, so batches of varying length tune once.
+share an entry by powers of two, so batches of varying length tune once. As tiles then depend on the
+batch, POWERFLOW_BATCH_INVARIANT=1 turns tuning off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.options import HeadOptions, batch_invariant
 
 if TYPE_CHECKING:
     from powerflow_fast.kernels.config import Config, Tile
@@ -34,7 +35,7 @@ def tile_config(policy: Operands, targets: Tensor, options: HeadOptions) -> Conf
     hidden, weight, _ = policy
     table = config_for(hidden.device, hidden.dtype)
     tunable = len(hidden) > 0 and hidden.dtype != torch.float32  # which uses no matrix unit
-    if os.environ.get("POWERFLOW_TUNE") != "1" or not tunable:
+    if os.environ.get("POWERFLOW_TUNE") != "1" or not tunable or batch_invariant():
         return table
     key = cache_key(hidden, weight)
     if key not in _known:

@@ -127,7 +127,7 @@ class Chunks:
     def pilot(self, rows: int, models: int) -> Tensor:
         targets = self.inputs.targets[:rows]
         active = active_blocks(targets, PLAIN.ignore_index, self.config.statistics.rows)
-        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how)
+        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how).view(-1)
 
     def statistics(self, shift: Tensor, rows: int, models: int, soft=None, search=None):
         both = self.models(rows, models)
@@ -139,7 +139,7 @@ class Chunks:
         logps, lse = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
         return logps, lse, None
 
-    def combined(self, stats, rows: int, models: int, misled: Tensor | None = None):
+    def combined(self, stats, rows: int, models: int, misled=None):
         targets, num_v = self.inputs.targets[:rows], len(self.weight)
         results = self.results(rows, models)
         return combine.combine(stats, targets, num_v, PLAIN.ignore_index, *results, misled)
@@ -188,15 +188,16 @@ def _combine(chunks: Chunks) -> Work:
 def _guard(chunks: Chunks) -> Work:
     """Launches that find that no row was misled."""
     rows, models = chunks.rows(2, want_direction=True), 2
-    stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
-    misled = torch.zeros(rows, dtype=torch.int32, device=chunks.device)
+    shift = chunks.pilot(rows, models)
+    stats = chunks.statistics(shift, rows, models)
+    misled = combine.new_misled(shift, rows, chunks.config.statistics.rows)
     found = chunks.combined(stats, rows, models, misled)
     both, results = chunks.models(rows, models), chunks.results(rows, models)
     return Work(
         lambda: row_shift.redo_misled(
             *both, misled, stats, found, *results, None, None, *chunks.how
         ),
-        misled.nbytes,
+        misled.rows.nbytes,
         rows=rows,
     )
 
@@ -210,11 +211,12 @@ def _direction(chunks: Chunks) -> Work:
     found = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
     targets = chunks.inputs.targets[:rows]
-    arguments = (targets, found.others, found.factor, stats.target_logit, out, PLAIN)
+    at_target = direction.TargetRows(targets, found.others, stats.target_logit)
 
     def launch() -> None:
         product(soft[:, :num_v], chunks.weight, out=out)
-        mean_direction.write_mean_directions(out, chunks.weight, *arguments)
+        how = (found.factor, out, PLAIN)
+        mean_direction.write_mean_directions(out, chunks.weight, at_target, *how)
 
     moved = soft.nbytes + chunks.weight.nbytes + out.nbytes
     flops = 2 * rows * num_h * num_v
@@ -234,9 +236,12 @@ def _dlogits(chunks: Chunks) -> Work:
     scale = torch.ones(1, device=chunks.device)
     tile, tma = chunks.config.dlogits, chunks.config.tma
     policy = Operands(hidden, weight, None)
-    rows = (targets, grad, None, -lse, lse, lse, None, active, scale)
+    blocks = active_blocks(active, 0, tile.rows)
+    rows = dlogits.UpstreamRows(grad, None, -lse, lse, lse, None, active)
     return Work(
-        lambda: dlogits.write_dlogits_chunk(policy, *rows, out, PLAIN, tile, tma),
+        lambda: dlogits.write_dlogits_chunk(
+            policy, targets, rows, blocks, scale, out, PLAIN, tile, tma
+        ),
         hidden.nbytes + weight.nbytes + out.nbytes,
         2 * num_n * num_h * columns_,
         lambda: hidden @ weight.T,
@@ -308,7 +313,8 @@ def _kept_direction(chunks: Chunks) -> Work:
     )
     out = torch.empty((rows, num_h), dtype=chunks.weight.dtype, device=chunks.device)
     zeros = torch.zeros(rows, device=chunks.device)
-    arguments = (soft, policy, targets, of_rows.others, zeros, out, PLAIN, chunks.config)
+    at_target = direction.TargetRows(targets, of_rows.others, zeros)
+    arguments = (soft, chunks.weight, at_target, out, PLAIN, chunks.config)
     return Work(
         lambda: direction.write_directions(*arguments, kept=found),
         soft.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,

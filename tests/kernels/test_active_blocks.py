@@ -47,6 +47,18 @@ def test_the_list(n, share, kind, device):
     assert blocks.tolist() == (~padded).int().sort(stable=True).indices.tolist()
 
 
+@pytest.mark.parametrize("n", [1, 16, 17, 100])
+def test_lists_of_several_chunks(n, device):
+    """Each is as if the chunk were alone."""
+    counted = torch.rand(n, device=device) < 0.1
+    lists = active_blocks.active_blocks(counted, 0, 8, chunk_rows=16)
+    for index, rows in enumerate(counted.split(16)):
+        alone, own = active_blocks.active_blocks(rows, 0, 8), lists.of_chunk(index, 2)
+        assert own.blocks.tolist() == alone.blocks.tolist()
+        assert own.count.tolist() == alone.count.tolist()
+    assert len(lists.count) == -(-n // 16)
+
+
 def spread_out(values, block, filling):
     """Every block of rows followed by one of `filling`, the last one by none."""
     pieces = []
@@ -116,13 +128,10 @@ def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, 
         dlogits.write_dlogits_chunk(
             Operands(policy.hidden, policy.weight, None),
             targets,
-            ones,
-            None,
-            -4 * ones,
-            -torch.expm1(-4 * ones),
-            6 * ones,
-            None,
-            targets != -100,
+            dlogits.UpstreamRows(
+                ones, None, -4 * ones, -torch.expm1(-4 * ones), 6 * ones, None, targets != -100
+            ),
+            active_blocks.active_blocks(targets, -100, config.dlogits.rows),
             ones[:1],
             out,
             HeadOptions(),

@@ -73,12 +73,15 @@ def test_only_rows_that_were_misled_are_done_again(device, monkeypatch):
     seen, redo = [], row_shift.redo_misled
 
     def watch(policy, reference, targets, misled, *rest):
-        seen.append(misled.tolist())
+        seen.append((misled.rows.tolist(), misled.blocks.tolist(), misled.count.tolist()))
         return redo(policy, reference, targets, misled, *rest)
 
     monkeypatch.setattr(row_shift, "redo_misled", watch)
     run(head, targets)
-    assert seen == [[int(n == row) for n in range(len(targets))]]
+    assert seen == [([int(n == row) for n in range(len(targets))], [-1, 1], [2])]
+    head.hidden[row, 0] = 0
+    run(head, targets)
+    assert seen[1] == ([0] * len(targets), [-1, -1], [-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,7 +138,7 @@ def test_confident_rows_keep_the_digits_of_log_p_and_of_1_minus_p(dtype, device)
 
 def test_bounds_leave_room_for_the_sum():
     """Of 2^8 tiles near the highest bound, and for a shift that is one too small."""
-    assert 2.0 ** (combine.HIGHEST + 7) < torch.finfo(torch.float32).max
+    assert 2.0 ** (combine.HIGHEST.value + 7) < torch.finfo(torch.float32).max
 
 
 def test_the_exact_route_of_a_tolerance_writes_the_same_direction_in_bfloat16(device):
