@@ -54,6 +54,12 @@ class Tile:
         return self.columns // self.parts
 
     @property
+    def constants(self) -> dict[str, int]:
+        """Of a kernel whose product is hidden @ weight.T."""
+        sizes = {"BLOCK_N": self.rows, "BLOCK_V": self.columns, "BLOCK_H": self.depth}
+        return sizes | {"PARTS": self.parts}
+
+    @property
     def launch_options(self) -> dict[str, int]:
         return LAUNCH | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 

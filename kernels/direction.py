@@ -113,12 +113,11 @@ def direction_kernel(
     USE_TMA: tl.constexpr,
     PART: tl.constexpr,  # columns that share a shift
     GROUP: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_H: tl.constexpr = TILE.columns
-    BLOCK_V: tl.constexpr = TILE.depth
-    PARTS: tl.constexpr = TILE.parts
     # Groups of row blocks share each column block of the weight through L2.
     program = tl.program_id(0)
     num_blocks = tl.load(active.count)
@@ -265,6 +264,9 @@ def write_directions(
             USE_TMA=use_tma,
             PART=config.statistics.part,
             GROUP=GROUP,
-            TILE=tile,
+            BLOCK_N=tile.rows,
+            BLOCK_H=tile.columns,
+            BLOCK_V=tile.depth,
+            PARTS=tile.parts,
             **tile.launch_options,
         )

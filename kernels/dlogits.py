@@ -106,12 +106,12 @@ def dlogits_kernel(
     USE_TMA: tl.constexpr,
     ROUND_TO: tl.constexpr,
     GROUP: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_V: tl.constexpr = TILE.columns
-    PARTS: tl.constexpr = TILE.parts
-    PART: tl.constexpr = TILE.part
+    PART: tl.constexpr = BLOCK_V // PARTS
     program = tl.program_id(0)
     num_blocks = tl.load(blocks.count)
     num_tiles = tl.cdiv(num_v, BLOCK_V)
@@ -139,7 +139,9 @@ def dlogits_kernel(
         num_h,
         strides,
         USE_TMA,
-        TILE,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
     )
     active = tl.load(rows.active + offs_n, mask=mask_n, other=0) != 0
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
@@ -230,6 +232,6 @@ def write_dlogits_chunk(
             USE_TMA=use_tma,
             ROUND_TO=rounding(options, hidden.dtype),
             GROUP=GROUP,
-            TILE=tile,
+            **tile.constants,
             **tile.launch_options,
         )

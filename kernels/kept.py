@@ -82,12 +82,12 @@ def kept_probabilities_kernel(
     form,
     ROUND_TO: tl.constexpr,
     SOFT_EXPONENT: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_V: tl.constexpr = TILE.columns
-    PARTS: tl.constexpr = TILE.parts
-    PART: tl.constexpr = TILE.part
+    PART: tl.constexpr = BLOCK_V // PARTS
     # Tiles of one block are neighbours: they share its rows of hidden through L2.
     start_k = tl.program_id(0) * BLOCK_V
     block = tl.program_id(1)
@@ -111,7 +111,9 @@ def kept_probabilities_kernel(
         num_h,
         strides,
         False,
-        TILE,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
     )
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
     shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
@@ -174,7 +176,7 @@ def kept_probabilities(
             form=logit_form(options),
             ROUND_TO=rounding(options, hidden.dtype),
             SOFT_EXPONENT=soft_exponent(hidden.dtype),
-            TILE=tile,
+            **tile.constants,
             **tile.launch_options,
         )
     return soft, mass.sum(0)

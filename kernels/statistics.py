@@ -175,6 +175,7 @@ def _launch(
             SOFT_EXPONENT=soft_exponent(hidden.dtype),
             SOFT_TMA=soft_tma,
             GROUP=GROUP,
-            TILE=tile,
+            PERSISTENT=tile.persistent,
+            **tile.constants,
             **tile.launch_options,
         )

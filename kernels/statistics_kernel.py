@@ -20,7 +20,7 @@ from powerflow_fast.kernels.tiles import (
 
 @triton.jit
 def write_tile(
-    parts,  # TILE.parts pieces of a tile of hidden @ weight.T, left to right
+    parts,  # PARTS pieces [BLOCK_N, PART] of a tile of hidden @ weight.T, left to right
     bias_ptr,  # [V] or None
     target,  # [BLOCK_N]
     row_shift,  # [BLOCK_N], or None: each part has its own
@@ -45,11 +45,10 @@ def write_tile(
     ROUND_TO: tl.constexpr,
     SOFT_EXPONENT: tl.constexpr,
     SOFT_TMA: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILE.rows
-    PART: tl.constexpr = TILE.part
-    PARTS: tl.constexpr = TILE.parts
     total = tl.zeros([BLOCK_N], tl.float32)
     spread = tl.zeros([BLOCK_N], tl.float32)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -106,7 +105,7 @@ def write_tile(
                         round_to(soft_part, soft.dtype.element_ty),
                         mask=(offs_n < soft_n)[:, None],
                     )
-    offs = (start_v // TILE.columns).to(tl.int64) * num_rows + offs_r
+    offs = (start_v // (PARTS * PART)).to(tl.int64) * num_rows + offs_r
     if highest_ptr is not None:
         # + 0: of the zeros, atomic_max may take -0 for less than -inf.
         tl.atomic_max(highest_ptr + offs_r, tl.ceil(highest * LOG2E) + 0.0, mask=wanted)
@@ -145,18 +144,19 @@ def statistics_kernel(
     SOFT_EXPONENT: tl.constexpr,
     SOFT_TMA: tl.constexpr,
     GROUP: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_V: tl.constexpr = TILE.columns
-    PARTS: tl.constexpr = TILE.parts
     num_units = tl.load(active.count) * MODELS
     num_tiles = tl.cdiv(num_v, BLOCK_V)
     first = tl.program_id(0)
     if first >= num_units * num_tiles:
         return
-    stop = num_units * num_tiles if TILE.persistent else first + 1
-    step = tl.num_programs(0) if TILE.persistent else 1
+    stop = num_units * num_tiles if PERSISTENT else first + 1
+    step = tl.num_programs(0) if PERSISTENT else 1
     for program in tl.range(first, stop, step):
         # A group of row blocks walks the vocabulary; policy and reference of one block are
         # neighbours, so that a shared weight tile is read from memory once.
@@ -165,7 +165,7 @@ def statistics_kernel(
         model = unit % MODELS
         block = tl.load(active.blocks + unit // MODELS)
         start_n = block * BLOCK_N
-        if block >= 0 if TILE.persistent else True:
+        if block >= 0 if PERSISTENT else True:
             # Names of their own: what a loop assigns to is carried from tile to tile.
             own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
             own_strides = strides
@@ -191,7 +191,9 @@ def statistics_kernel(
                 num_h,
                 own_strides,
                 USE_TMA,
-                TILE,
+                BLOCK_N,
+                BLOCK_V,
+                BLOCK_H,
             )
             target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
             offs_r = model * num_n + offs_n
@@ -237,5 +239,7 @@ def statistics_kernel(
                         ROUND_TO,
                         SOFT_EXPONENT,
                         SOFT_TMA,
-                        TILE,
+                        BLOCK_N,
+                        BLOCK_V // PARTS,
+                        PARTS,
                     )

@@ -65,12 +65,11 @@ def multiply_transposed(
     num_h,
     strides,  # of hidden, of weight
     USE_TMA: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     """One tile of hidden @ weight.T in float32."""
-    BLOCK_N: tl.constexpr = TILE.rows
-    BLOCK_V: tl.constexpr = TILE.columns
-    BLOCK_H: tl.constexpr = TILE.depth
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     num_steps = tl.cdiv(num_h, BLOCK_H)
     if USE_TMA:
