@@ -61,6 +61,7 @@ def facts_of(compiled: Compiled, chip: str) -> Facts:
         matrix=len(re.findall(CHIPS[chip].matrix, code)),
         fma=len(re.findall(FMA, code)) if has_product else None,
         tma=len(re.findall(TMA, code)),
+        sum_layouts=sum_layouts(ttgir),
         in_flight=loop and groups,
         step=loop and loop.step,
         epilogue=loop and loop.epilogue,
@@ -68,6 +69,13 @@ def facts_of(compiled: Compiled, chip: str) -> Facts:
         flattened=loop and loop.flattened,
         seconds=compiled.seconds,
     )
+
+
+def sum_layouts(ttgir: str) -> tuple[str, ...]:
+    """How threads hold the float32 tiles that are reduced: the order of a sum follows it."""
+    layouts = dict(re.findall(r"^#(\w+) = (.*)$", ttgir, re.M))
+    found = re.findall(r"\}\) : \(tensor<\d+x\d+xf32, #(\w+)>\) -> tensor<\d+xf32", ttgir)
+    return tuple(sorted({layouts[name] for name in found}))
 
 
 def _number(pattern: str, text: str) -> int:

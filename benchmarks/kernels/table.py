@@ -24,6 +24,7 @@ class Facts:
     # float32 multiply-adds: an epilogue's few hundred, not a main loop's thousands. None: not read
     fma: int | None
     tma: int  # bulk copies
+    sum_layouts: tuple[str, ...]  # of the float32 tiles that are reduced, in Triton's words
     seconds: float
     # Of sm_90's kernels with a product; sass.py says how they are read. None of other kernels.
     in_flight: int | None  # groups of products that a main loop's step leaves running

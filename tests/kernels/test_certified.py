@@ -97,6 +97,18 @@ def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
     assert torch.equal(out.direction, exact.direction)
 
 
+@pytest.mark.parametrize("kept", [0.05, 0.2], ids=["pays", "does not"])
+def test_the_route_is_taken_where_it_pays(kept, device, monkeypatch):
+    """Between PAYS and LARGEST_SHARE it would be right, and slower than the exact route."""
+    assert certified_triton.PAYS < 0.2 < certified_triton.LARGEST_SHARE
+    head, targets = sharp_head(4 * rows_of_a_block(device), 16, 1000, torch.float32, device)
+    head.hidden[:, 1:], head.weight[:, 1:] = 0, 0
+    likely = torch.arange(1000, device=device) < kept * 1000
+    head.hidden[:, 0], head.weight[:, 0] = 1, torch.where(likely, 0.0, -30.0)
+    certificate = run(head, targets.clamp(max=9), HeadOptions(grad_tolerance=1e-3)).certificate
+    assert certificate[0] == pytest.approx(kept if kept < certified_triton.PAYS else 1.0, rel=0.05)
+
+
 def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
     peaks = (torch.rand(3, 5000, device=device) * -30).half()
     peaks[1] = -50.0  # everything may go

@@ -115,6 +115,20 @@ def test_main_loops_on_hopper(facts):
         assert row["flattened"] is False, row  # Tile.persistent says why
 
 
+def test_a_rows_sum_has_one_order(facts):
+    """Whatever else a launch computes, and however sizes are aligned: its threads hold tiles alike.
+
+    `combine` sums by halves, whose order is the code's (tests/kernels/test_batch_invariance.py).
+    """
+    for chip in TESTED:
+        rows = [row for row in facts if row["chip"] == chip]
+        of_tiles = [row["sum_layouts"] for row in rows if row["kernel"] == "statistics"]
+        assert len(of_tiles) > 5 and all(len(layouts) == 1 for layouts in of_tiles)
+        assert len({layouts[0] for layouts in of_tiles}) == 1
+        given = [row for row in rows if "statistics.row_shift" in row["flags"]]
+        assert given and all(row["sum_layouts"] == [] for row in given)
+
+
 def test_no_product_is_done_by_float32_multiply_adds(facts):
     # One step of a 128 x 256 x 64 tile by 256 threads would take 8192 a thread; an epilogue takes
     # about one per element of its 128.
@@ -145,5 +159,5 @@ CASES = ["options", "one token"]
 def test_unusual_launches_compile(chip, run):
     cases = [*CASES, "strided", "masked", "float32"] if ALL else CASES
     names = run("launches", f"--chip={chip}", *(f"--case={case}" for case in cases)).splitlines()
-    for label in ("softcap", "one token"):
+    for label in ("form.cap", "one token"):
         assert any(name.startswith("statistics") and label in name for name in names), names
