@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH, ceil_div
-from powerflow_fast.kernels.statistics import Statistics
+from powerflow_fast.kernels.statistics import Heads, Statistics
 from powerflow_fast.kernels.tiles import LN2, above_shift, sum_rows
 
 BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 32}
@@ -46,9 +46,7 @@ def combine_kernel(
     statistics,  # Statistics; without a row_shift each part has its own
     targets_ptr,  # [N]; row r belongs to token r % N
     misled,  # Misled, to be filled, or read if AGAIN; or None
-    logps_ptr,  # [models, N], row stride stride_model
-    lse_ptr,  # [models, N] likewise
-    entropy_ptr,  # [models, N] likewise, or None
+    results,  # Results, model stride stride_model
     out,  # Rows
     num_parts,
     num_rows,
@@ -130,18 +128,18 @@ def combine_kernel(
     logps = (above_shift(target_logit, base + power) - log_near) * LN2
     logps = tl.where(own > others, -log1p2(others / own) * LN2, logps)
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
-    tl.store(logps_ptr + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
-    tl.store(lse_ptr + offs_out, (base + power + log_near) * LN2, mask=mask_r)
+    tl.store(results.logps + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
+    tl.store(results.lse + offs_out, (base + power + log_near) * LN2, mask=mask_r)
     tl.store(out.shift + offs_r, base + power, mask=mask_r)
     tl.store(out.total + offs_r, near, mask=mask_r)
     share = tl.where(inside, others / total, float("nan"))
     tl.store(out.others + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
     if out.factor is not None:
         tl.store(out.factor + offs_r, 1.0 / total, mask=mask_r)
-    if entropy_ptr is not None:
+    if results.entropy is not None:
         spread = sum_rows(spreads) + tl.where(own == 0, 0.0, own * target_centred)
         entropy = (log_total - spread / total) * LN2
-        tl.store(entropy_ptr + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
+        tl.store(results.entropy + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
 
 
 class Rows(NamedTuple):
@@ -167,21 +165,36 @@ class Misled(NamedTuple):
     block: int  # rows of a block
 
 
-def new_misled(shift: torch.Tensor, num_n: int, block: int) -> Misled:
+def new_misled(shift: torch.Tensor, heads: Heads) -> Misled:
     """For `combine` to fill."""
+    block = heads.tile.rows
+    none = shift.new_full((ceil_div(len(heads.targets), block) + 1,), -1, dtype=torch.int32)
     rows = torch.empty_like(shift, dtype=torch.int32)
-    none = torch.full((ceil_div(num_n, block) + 1,), -1, dtype=torch.int32, device=shift.device)
     return Misled(rows, torch.empty_like(shift), none[:-1], none[-1:], block)
+
+
+class Results(NamedTuple):
+    """Of both models, to be filled; unit stride along N, one stride along the models."""
+
+    logps: torch.Tensor  # [models, N]
+    lse: torch.Tensor  # [models, N]
+    entropy: torch.Tensor | None  # [models, N]
+
+    def of_rows(self, rows: slice) -> Results:
+        return Results(*(None if x is None else x[:, rows] for x in self))
+
+
+def new_results(heads: Heads) -> Results:
+    shape = (heads.models, len(heads.targets))
+    logps = heads.targets.new_empty(shape, dtype=torch.float32)
+    entropy = torch.empty_like(logps) if heads.options.entropy else None
+    return Results(logps, torch.empty_like(logps), entropy)
 
 
 def combine(
     statistics: Statistics,
-    targets: torch.Tensor,  # [N] contiguous
-    num_v: int,
-    ignore_index: int,
-    logps: torch.Tensor,  # [models, N] to be filled, unit stride along N
-    lse: torch.Tensor,  # [models, N] likewise, same strides
-    entropy: torch.Tensor | None,  # [models, N] likewise
+    heads: Heads,
+    results: Results,  # to be filled
     misled: Misled | None = None,  # to be filled
     again: bool = False,  # misled rows alone, of a `misled` that is filled
     out: Rows | None = None,  # to be filled
@@ -190,21 +203,19 @@ def combine(
     if out is None:
         new = [torch.empty_like(statistics.target_logit) for _ in range(4)]
         out = Rows(*new[:3], new[3] if statistics.row_shift is not None else None)
-    with torch.cuda.device_of(targets):
+    with torch.cuda.device_of(heads.targets):
         combine_kernel[(ceil_div(num_rows, BLOCKS["BLOCK_R"]),)](
             statistics=statistics,
-            targets_ptr=targets,
+            targets_ptr=heads.targets,
             misled=misled,
-            logps_ptr=logps,
-            lse_ptr=lse,
-            entropy_ptr=entropy,
+            results=results,
             out=out,
             num_parts=num_parts,
             num_rows=num_rows,
-            num_n=targets.shape[0],
-            num_v=num_v,
-            stride_model=logps.stride(0),
-            ignore_index=ignore_index,
+            num_n=len(heads.targets),
+            num_v=heads.num_v,
+            stride_model=results.logps.stride(0),
+            ignore_index=heads.options.ignore_index,
             AGAIN=again,
             **BLOCKS,
             **LAUNCH,

@@ -15,32 +15,28 @@ as a whole; those that were right get the same numbers again.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks
-from powerflow_fast.kernels.combine import Misled, Rows, combine
-from powerflow_fast.kernels.config import Tile
-from powerflow_fast.kernels.statistics import Statistics, logit_statistics, raise_to_maxima
+from powerflow_fast.kernels.combine import Misled, Results, Rows, combine, new_misled
+from powerflow_fast.kernels.statistics import Heads, Statistics, logit_statistics, raise_to_maxima
 from powerflow_fast.kernels.tiles import Operands
+
+if TYPE_CHECKING:
+    from powerflow_fast.certified_triton import Search
 
 PILOT = 256  # columns
 
 
-def pilot_shift(
-    policy: Operands,
-    reference: Operands | None,
-    targets: torch.Tensor,  # [N] contiguous
-    active: ActiveBlocks,
-    options,
-    tile: Tile,
-    use_tma: bool,
-) -> torch.Tensor:
+def pilot_shift(heads: Heads, active: ActiveBlocks) -> torch.Tensor:
     """-> [models, N], -inf in blocks that are not active."""
-    models = _pilot(policy), None if reference is None else _pilot(reference)
-    shape = (1 + (reference is not None), len(targets))
-    shift = torch.full(shape, float("-inf"), dtype=torch.float32, device=targets.device)
-    raise_to_maxima(shift, *models, targets, active, options, tile, use_tma)
+    models = (m and _pilot(m) for m in heads[:2])
+    shift = heads.targets.new_full(
+        (heads.models, len(heads.targets)), float("-inf"), dtype=torch.float32
+    )
+    raise_to_maxima(shift, Heads(*models, *heads[2:]), active)
     return shift
 
 
@@ -52,27 +48,36 @@ def _pilot(model: Operands) -> Operands:
     return model._replace(weight=model.weight[columns], bias=bias)
 
 
+def log_probs(
+    heads: Heads,
+    active: ActiveBlocks,
+    shift: torch.Tensor | None,  # [models * N] as the pilot gave it, None in float16
+    results: Results,  # to be filled
+    soft: torch.Tensor | None,  # [N, padded_columns] likewise
+    search: Search | None,
+) -> tuple[Statistics, Rows]:
+    """The pass over the vocabulary, from logits to log-probs."""
+    misled = None if shift is None else new_misled(shift, heads)
+    statistics = logit_statistics(heads, active, shift, soft, search)
+    rows = combine(statistics, heads, results, misled)
+    if misled is not None:
+        redo_misled(heads, misled, statistics, rows, results, soft, search)
+    return statistics, rows
+
+
 def redo_misled(
-    policy: Operands,
-    reference: Operands | None,
-    targets: torch.Tensor,  # [N] contiguous
+    heads: Heads,
     misled: Misled,  # as `combine` left it
     statistics: Statistics,  # as all that follows, written again where rows were misled
     rows: Rows,
-    logps: torch.Tensor,  # [models, N]
-    lse: torch.Tensor,  # [models, N]
-    entropy: torch.Tensor | None,  # [models, N]
-    soft: torch.Tensor | None,  # [N, padded_columns]
-    search,
-    options,
-    tile: Tile,
-    use_tma: bool,
+    results: Results,
+    soft: torch.Tensor | None,
+    search: Search | None,
 ) -> None:
-    models, blocks = (policy, reference, targets), ActiveBlocks(misled.blocks, misled.count)
-    raise_to_maxima(misled.shift, *models, blocks, options, tile, use_tma, misled.rows)
+    blocks = ActiveBlocks(misled.blocks, misled.count)
+    raise_to_maxima(misled.shift, heads, blocks, misled.rows)
     statistics = statistics._replace(row_shift=misled.shift)
-    few = replace(tile, persistent=True)  # as many programs as run at once: most find no work
-    how = (options, few, use_tma, search)
-    logit_statistics(*models, soft, *how, misled.shift, blocks, statistics)
-    results, num_v = (logps, lse, entropy), len(policy.weight)
-    combine(statistics, targets, num_v, options.ignore_index, *results, misled, True, rows)
+    # As many programs as run at once: most find no work.
+    few = heads._replace(tile=replace(heads.tile, persistent=True))
+    logit_statistics(few, blocks, misled.shift, soft, search, statistics)
+    combine(statistics, heads, results, misled, again=True, out=rows)

@@ -24,7 +24,7 @@ a persistent tile shape, every so many-th.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -40,9 +40,39 @@ from powerflow_fast.kernels.tiles import (
     strides_of,
 )
 
+if TYPE_CHECKING:
+    from powerflow_fast.certified_triton import Search
+    from powerflow_fast.options import HeadOptions
+
 # Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
 # H = 4096 in bf16 are 16 MiB: they stay in L2, and each weight tile is read by all 16 at once.
 GROUP = 16
+
+
+class Heads(NamedTuple):
+    """What a pass over the vocabulary computes with."""
+
+    policy: Operands
+    reference: Operands | None  # of the policy's shapes and types
+    targets: torch.Tensor  # [N] contiguous
+    options: HeadOptions
+    tile: Tile
+    use_tma: bool
+
+    @property
+    def models(self) -> int:
+        return 1 if self.reference is None else 2
+
+    @property
+    def num_v(self) -> int:
+        return len(self.policy.weight)
+
+    def of_rows(self, rows: slice) -> Heads:
+        models = (m and m._replace(hidden=m.hidden[rows]) for m in self[:2])
+        return Heads(*models, self.targets[rows], *self[3:])
+
+    def active_blocks(self, chunk_rows: int | None = None) -> ActiveBlocks:
+        return active_blocks(self.targets, self.options.ignore_index, self.tile.rows, chunk_rows)
 
 
 class Statistics(NamedTuple):
@@ -54,7 +84,7 @@ class Statistics(NamedTuple):
 
     row_shift: torch.Tensor | None  # [rows]
     tile_shift: torch.Tensor | None  # [parts, rows], if there is no row_shift
-    tile_total: torch.Tensor  # [tiles or parts, rows], targets left out
+    tile_total: torch.Tensor | None  # [tiles or parts, rows], targets left out
     tile_spread: torch.Tensor | None  # likewise
     target_logit: torch.Tensor | None  # [rows], NaN where the target is outside the vocabulary
 
@@ -71,79 +101,60 @@ def padded_columns(num_v: int, tile: Tile) -> int:
 
 def raise_to_maxima(
     highest: torch.Tensor,  # [models * N] to be raised
-    policy: Operands,
-    reference: Operands | None,
-    targets: torch.Tensor,  # [N] contiguous
+    heads: Heads,
     active: ActiveBlocks,
-    options,
-    tile: Tile,
-    use_tma: bool,
     wanted: torch.Tensor | None = None,  # [models * N] int32: rows with a 0 stay; None: all wanted
 ) -> None:
     """Each row's number to ceil of its largest logit, in units of log 2, if that is larger.
 
     By persistent programs: their tiles are few, of pilot columns or of rows that are done again.
     """
-    tile, written = replace(tile, persistent=True), dict(highest=highest, wanted=wanted)
-    _launch(policy, reference, targets, active, options, tile, use_tma, **written)
+    heads = heads._replace(tile=replace(heads.tile, persistent=True))
+    _launch(heads, active, highest=highest, wanted=wanted)
 
 
 def logit_statistics(
-    policy: Operands,
-    reference: Operands | None,
-    targets: torch.Tensor,  # [N] contiguous
-    soft: torch.Tensor | None,  # [N, padded_columns] to be filled
-    options,
-    tile: Tile,
-    use_tma: bool,
-    search=None,  # certified_triton.Search, whose peaks [row blocks, V] are to be filled
+    heads: Heads,
+    active: ActiveBlocks,
     row_shift: torch.Tensor | None = None,  # [models * N] integers; None: each part has its own
-    active: ActiveBlocks | None = None,  # None: those with a row that counts
+    soft: torch.Tensor | None = None,  # [N, padded_columns] to be filled
+    search: Search | None = None,  # whose peaks [row blocks, V] are to be filled
     out: Statistics | None = None,  # to be filled
 ) -> Statistics:
-    """One launch over both models, whose shapes and dtypes must agree."""
-    if active is None:
-        active = active_blocks(targets, options.ignore_index, tile.rows)
+    """One launch over both models."""
     if out is None:
-        rows = targets.shape[0] * (1 + (reference is not None))
-        tiles = ceil_div(policy.weight.shape[0], tile.columns)
-        parts = tiles * tile.parts if row_shift is None else tiles
-        total = torch.empty((parts, rows), dtype=torch.float32, device=targets.device)
+        rows, tiles = len(heads.targets) * heads.models, ceil_div(heads.num_v, heads.tile.columns)
+        parts = tiles * heads.tile.parts if row_shift is None else tiles
+        total = heads.targets.new_empty((parts, rows), dtype=torch.float32)
         out = Statistics(
             row_shift,
             torch.empty_like(total) if row_shift is None else None,
             total,
-            torch.empty_like(total) if options.entropy else None,
+            torch.empty_like(total) if heads.options.entropy else None,
             # No program owns an out-of-range target: its row stays NaN, never a plausible number.
-            torch.full((rows,), float("nan"), dtype=torch.float32, device=targets.device),
+            total.new_full((rows,), float("nan")),
         )
-    written = dict(out=out, soft=soft, search=search)
-    _launch(policy, reference, targets, active, options, tile, use_tma, **written)
+    _launch(heads, active, out=out, soft=soft, search=search)
     return out
 
 
 def _launch(
-    policy: Operands,
-    reference: Operands | None,
-    targets: torch.Tensor,
+    heads: Heads,
     active: ActiveBlocks,
-    options,
-    tile: Tile,
-    use_tma: bool,
     *,
     highest: torch.Tensor | None = None,
     wanted: torch.Tensor | None = None,
-    out: Statistics | None = None,
+    out: Statistics = Statistics(None, None, None, None, None),  # noqa: B008
     soft: torch.Tensor | None = None,
-    search=None,
+    search: Search | None = None,
 ) -> None:
+    policy, reference, targets, options, tile, use_tma = heads
     hidden, weight, _ = policy
     ref_hidden, ref_weight, ref_bias = reference or policy
-    models = 1 + (reference is not None)
-    (num_n, num_h), num_v = hidden.shape, weight.shape[0]
+    (num_n, num_h), num_v = hidden.shape, heads.num_v
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
     soft_tma = use_tma and soft is not None and can_describe(soft)
-    programs = ceil_div(num_n, tile.rows) * models * ceil_div(num_v, tile.columns)
+    programs = ceil_div(num_n, tile.rows) * heads.models * ceil_div(num_v, tile.columns)
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
     with torch.cuda.device_of(hidden):
@@ -160,7 +171,7 @@ def _launch(
             active=active,
             highest_ptr=highest,
             wanted_ptr=wanted,
-            out=out or Statistics(None, None, None, None, None),
+            out=out,
             soft=describe(soft, tile.rows, tile.part, soft_tma),
             stride_sn=0 if soft is None else soft.stride(0),
             search=search,
@@ -169,7 +180,7 @@ def _launch(
             num_h=num_h,
             form=logit_form(options),
             ignore_index=options.ignore_index,
-            MODELS=models,
+            MODELS=heads.models,
             USE_TMA=use_tma,
             ROUND_TO=rounding(options, hidden.dtype),
             SOFT_EXPONENT=soft_exponent(hidden.dtype),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from powerflow_fast.tiled_head import softcap_slope
 
 if TYPE_CHECKING:
     from powerflow_fast.kernels.active_blocks import ActiveBlocks
-    from powerflow_fast.kernels.combine import Rows
+    from powerflow_fast.kernels.combine import Results, Rows
     from powerflow_fast.kernels.config import Config
-    from powerflow_fast.kernels.statistics import Statistics
+    from powerflow_fast.kernels.direction import TargetRows
+    from powerflow_fast.kernels.statistics import Heads, Statistics
     from powerflow_fast.kernels.tiles import Operands
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,8 +61,10 @@ def forward(
 ) -> HeadForward:
     """Log-probs of the targets under both models; the direction d logps / d hidden if wanted.
 
-    `numerators`, if given, are filled for as many rows as they have.
+    `numerators`, if given, are filled for as many rows as they have; no direction goes with them.
     """
+    from powerflow_fast.kernels.combine import new_results
+    from powerflow_fast.kernels.statistics import Heads
     from powerflow_fast.tuning import tile_config
 
     _check_inputs(hidden, weight)
@@ -75,41 +78,36 @@ def forward(
         alone = forward(ref_hidden, ref_weight, ref_bias, targets, None, options, False)
         return out._replace(ref_logps=alone.logps)
 
-    num_n, num_h = hidden.shape
-    models = 1 if reference is None else 2
-    logps = hidden.new_empty((models, num_n), dtype=torch.float32)
-    lse = torch.empty_like(logps)
-    entropy = torch.empty_like(logps) if options.entropy else None
     config = config or tile_config(policy, targets, options)
-    targets = targets.contiguous()
-    search = direction = certificate = kept = None
+    targets, num_n = targets.contiguous(), len(targets)
+    heads = Heads(policy, reference, targets, options, config.statistics, config.tma)
+    results = new_results(heads)
+    search = direction = soft = certificate = kept = None
     if want_direction and options.grad_tolerance > 0 and num_n:
         search = certified_triton.start_search(policy, targets, options, config)
     if want_direction and search is None:
-        direction = hidden.new_empty((num_n, num_h), dtype=direction_dtype(hidden, options))
-    totals = []
-    rows = forward_rows(policy, models, direction is not None, config)
+        direction = torch.empty_like(hidden, dtype=direction_dtype(hidden, options))
+    rows = forward_rows(policy, heads.models, direction is not None, config)
+    if direction is not None:
+        soft = _soft(heads, rows)
     known = 0 if numerators is None else numerators.rows
-    chunks = _chunks(targets, known, rows, options, config)
-    soft = None if direction is None else _soft(policy, rows, config)
-    shift = _pilot_shift(policy, reference, targets, chunks, options, config)
+    chunks = _chunks(heads, known, rows)
+    shift = _pilot_shift(heads, chunks)
+    totals: list[certified_triton.RowTotals] = []
     for span, active in chunks:
-        totals.append(
-            _forward_chunk(
-                policy._replace(hidden=policy.hidden[span]),
-                None if reference is None else reference._replace(hidden=reference.hidden[span]),
-                targets[span],
-                active,
-                None if shift is None else shift[:, span].reshape(-1),
-                (logps[:, span], lse[:, span], None if entropy is None else entropy[:, span]),
-                soft,
-                None if direction is None else direction[span],
-                numerators.of_rows(span) if span.start < known else None,
-                options,
-                config,
-                search and search.of_rows(span, config.statistics.rows),
-            )
+        chunk = _Chunk(
+            heads.of_rows(span),
+            active,
+            None if shift is None else shift[:, span].reshape(-1),
+            results.of_rows(span),
+            search and search.of_rows(span, config.statistics.rows),
         )
+        if numerators is not None and span.start < known:
+            _fill_numerators(chunk, numerators.of_rows(span))
+        elif direction is not None:
+            _write_direction(chunk, soft, direction[span], config)
+        else:
+            totals.append(chunk.row_totals())
     if search is not None:
         row_totals = certified_triton.RowTotals(*map(torch.cat, zip(*totals, strict=True)))
         (direction, certificate, kept), failed = certified_triton.sparse_direction(
@@ -121,13 +119,13 @@ def forward(
             exact_rows = forward(*part, exact, True, config=config).direction
             direction[failed] = exact_rows.to(direction.dtype)
     elif direction is not None and options.grad_tolerance > 0:
-        certificate = exact_certificate(num_n, config.statistics.rows, logps)
+        certificate = exact_certificate(num_n, config.statistics.rows, results.logps)
     return HeadForward(
-        logps=logps[0],
-        lse=lse[0],
-        entropy=None if entropy is None else entropy[0],
+        logps=results.logps[0],
+        lse=results.lse[0],
+        entropy=None if results.entropy is None else results.entropy[0],
         direction=direction,
-        ref_logps=None if reference is None else logps[1],
+        ref_logps=None if reference is None else results.logps[1],
         certificate=certificate,
         kept=kept,
     )
@@ -286,23 +284,19 @@ def _fit_one_launch(policy: Operands, reference: Operands) -> bool:
 
 
 def _chunks(
-    targets: Tensor,  # [N]
+    heads: Heads,
     known: int,  # rows that keep their numerators: they have chunks of their own
     rows: int,  # of a chunk
-    options: HeadOptions,
-    config: Config,
 ) -> list[tuple[slice, ActiveBlocks]]:
     """Rows of each chunk, and which of their blocks have anything to compute."""
-    from powerflow_fast.kernels.active_blocks import active_blocks
-
-    chunks, block = [], config.statistics.rows
-    for start, stop in ((0, known), (known, len(targets))):
+    chunks = []
+    for start, stop in ((0, known), (known, len(heads.targets))):
         if start == stop:
             continue
-        active = active_blocks(targets[start:stop], options.ignore_index, block, rows)
+        active = heads.of_rows(slice(start, stop)).active_blocks(rows)
         for index, first in enumerate(range(start, stop, rows)):
             span = slice(first, min(first + rows, stop))
-            chunks.append((span, active.of_chunk(index, rows // block)))
+            chunks.append((span, active.of_chunk(index, rows // heads.tile.rows)))
     return chunks
 
 
@@ -335,128 +329,89 @@ def forward_rows(policy: Operands, models: int, want_direction: bool, config: Co
     return (blocks - blocks % group if blocks >= group else blocks) * tile.rows
 
 
-def _forward_chunk(
-    policy: Operands,
-    reference: Operands | None,
-    targets: Tensor,  # [n]
-    active: ActiveBlocks,
-    shift: Tensor | None,  # [models * n]
-    outputs: tuple[Tensor, Tensor, Tensor | None],  # logps, lse, entropy: [models, n], to be filled
-    buffer: Tensor | None,  # [at least n, padded columns] of softmax numerators, for the direction
-    direction: Tensor | None,  # [n, H] to be filled
-    numerators: Numerators | None,  # of these rows, to be filled
-    options: HeadOptions,
+class _Chunk(NamedTuple):
+    """Rows that go through the vocabulary together."""
+
+    heads: Heads
+    active: ActiveBlocks
+    shift: Tensor | None  # [models * n] by the pilot; None in float16
+    results: Results  # to be filled
+    search: certified_triton.Search | None
+
+    def log_probs(self, soft: Tensor | None) -> tuple[Statistics, Rows, TargetRows]:
+        """Fills the results and, if given, softmax numerators -> both models'; the policy's."""
+        from powerflow_fast.kernels.direction import TargetRows
+        from powerflow_fast.kernels.row_shift import log_probs
+
+        heads, n = self.heads, len(self.heads.targets)
+        statistics, rows = log_probs(*self[:4], soft, self.search)
+        own = rows.of(slice(n))
+        return statistics, own, TargetRows(heads.targets, own.others, statistics.target_logit[:n])
+
+    def row_totals(self) -> certified_triton.RowTotals:
+        """Of the policy, for the certified route; fills the results."""
+        _, rows, targets = self.log_probs(None)
+        return certified_triton.RowTotals(rows.shift, rows.total, *targets[1:])
+
+
+def _write_direction(
+    chunk: _Chunk,
+    buffer: Tensor,  # [at least n, padded columns] for softmax numerators
+    direction: Tensor,  # [n, H] to be filled
     config: Config,
-    search: certified_triton.Search | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> shift, total, 1 - p and logit of the target, of the policy's rows, [n] each."""
-    from powerflow_fast.kernels.direction import Shifts, TargetRows, write_directions
+) -> None:
+    from powerflow_fast.kernels.direction import Shifts, write_directions
     from powerflow_fast.kernels.mean_direction import write_mean_directions
 
-    num_n, num_v = len(targets), policy.weight.shape[0]
-    soft = None if buffer is None else buffer[:num_n]
-    if numerators is not None:
-        soft = numerators.values
-    statistics, rows = _statistics(
-        policy, reference, targets, active, shift, outputs, soft, options, config, search
-    )
-    own, target_logit = rows.of(slice(num_n)), statistics.target_logit[:num_n]
-    if direction is not None and own.factor is not None:
-        left = buffer if batch_invariant() else soft
-        in_place = len(left) == num_n and direction.dtype == torch.float32
-        out = direction if in_place else None
-        mean = product(left[:, :num_v], policy.weight, out=out)[:num_n]
-        at_target = TargetRows(targets, own.others, target_logit)
-        write_mean_directions(mean, policy.weight, at_target, own.factor, direction, options)
-    elif direction is not None:
+    weight, options, num_n = chunk.heads.policy.weight, chunk.heads.options, len(direction)
+    soft = buffer[:num_n]
+    statistics, rows, targets = chunk.log_probs(soft)
+    if rows.factor is None:
         shifts = Shifts(statistics.tile_shift, rows.shift, rows.total)
-        at_target = TargetRows(targets, own.others, target_logit)
-        how = (options, config, shifts, None, active)
-        write_directions(soft, policy.weight, at_target, direction, *how)
-    if numerators is not None:
-        _finish_numerators(numerators, statistics, own, options, config)
-    return own.shift, own.total, own.others, target_logit
+        how = (options, config, shifts, None, chunk.active)
+        write_directions(soft, weight, targets, direction, *how)
+        return
+    left = buffer if batch_invariant() else soft
+    in_place = len(left) == num_n and direction.dtype == torch.float32
+    out = direction if in_place else None
+    mean = product(left[:, : len(weight)], weight, out=out)[:num_n]
+    write_mean_directions(mean, weight, targets, rows.factor, direction, options)
 
 
-def _soft(policy: Operands, rows: int, config: Config) -> Tensor:
+def _soft(heads: Heads, rows: int) -> Tensor:
     """For the softmax numerators of one chunk after the other."""
     from powerflow_fast.kernels.statistics import padded_columns
 
-    (num_n, _), num_v = policy.hidden.shape, len(policy.weight)
-    rows = rows if batch_invariant() else min(rows, num_n)
-    return policy.hidden.new_empty((rows, padded_columns(num_v, config.statistics)))
+    rows = rows if batch_invariant() else min(rows, len(heads.targets))
+    return heads.policy.hidden.new_empty((rows, padded_columns(heads.num_v, heads.tile)))
 
 
-def _pilot_shift(
-    policy: Operands,
-    reference: Operands | None,
-    targets: Tensor,  # [N]
-    chunks: list[tuple[slice, ActiveBlocks]],
-    options: HeadOptions,
-    config: Config,
-) -> Tensor | None:  # [models, N]
-    """Of all rows at once: a launch takes the host as long as a small chunk takes the device."""
-    from powerflow_fast.kernels.active_blocks import active_blocks
+def _pilot_shift(heads: Heads, chunks: list[tuple[slice, ActiveBlocks]]) -> Tensor | None:
+    """[models, N] of all rows at once: a launch takes the host as long as a chunk the device."""
     from powerflow_fast.kernels.row_shift import pilot_shift
     from powerflow_fast.kernels.statistics import has_row_shift
 
-    if not has_row_shift(policy.hidden.dtype) or not len(targets):
+    if not chunks or not has_row_shift(heads.policy.hidden.dtype):
         return None
-    tile = config.statistics
-    one = len(chunks) == 1
-    active = chunks[0][1] if one else active_blocks(targets, options.ignore_index, tile.rows)
-    return pilot_shift(policy, reference, targets, active, options, tile, config.tma)
+    return pilot_shift(heads, chunks[0][1] if len(chunks) == 1 else heads.active_blocks())
 
 
-def _statistics(
-    policy: Operands,
-    reference: Operands | None,
-    targets: Tensor,  # [n]
-    active: ActiveBlocks,
-    shift: Tensor | None,  # [models * n]
-    outputs: tuple[Tensor, Tensor, Tensor | None],  # to be filled
-    soft: Tensor | None,  # likewise
-    options: HeadOptions,
-    config: Config,
-    search: certified_triton.Search | None,
-) -> tuple[Statistics, Rows]:
-    """The pass over the vocabulary, from logits to log-probs."""
-    from powerflow_fast.kernels.combine import combine, new_misled
-    from powerflow_fast.kernels.row_shift import redo_misled
-    from powerflow_fast.kernels.statistics import logit_statistics
-
-    num_v, tile, tma = policy.weight.shape[0], config.statistics, config.tma
-    models, how = (policy, reference, targets), (options, tile, tma)
-    misled = None if shift is None else new_misled(shift, len(targets), tile.rows)
-    statistics = logit_statistics(*models, soft, *how, search, shift, active)
-    rows = combine(statistics, targets, num_v, options.ignore_index, *outputs, misled)
-    if misled is not None:
-        redo_misled(*models, misled, statistics, rows, *outputs, soft, search, *how)
-    return statistics, rows
-
-
-def _finish_numerators(
-    numerators: Numerators,
-    statistics: Statistics,
-    rows: Rows,  # of the policy
-    options: HeadOptions,
-    config: Config,
-) -> None:
-    """The factors that bring stored numerators to probabilities; what belongs to the targets."""
+def _fill_numerators(chunk: _Chunk, numerators: Numerators) -> None:
+    """With the factors that bring them to probabilities, and what belongs to the targets."""
     from powerflow_fast.kernels.config import soft_exponent
 
     values, factors, own = numerators
-    n = len(rows.total)
+    statistics, rows, targets = chunk.log_probs(values)
     if rows.factor is not None:
         factors[:] = rows.factor
     else:
-        p = torch.exp2(statistics.tile_shift[:, :n] - rows.shift) / rows.total
+        p = torch.exp2(statistics.tile_shift[:, : len(own)] - rows.shift) / rows.total
         p *= 2.0 ** -soft_exponent(values.dtype)
-        repeats = config.statistics.part // numerators_layout(values.device).piece
+        repeats = chunk.heads.tile.part // numerators_layout(values.device).piece
         factors[: len(p) * repeats] = p.repeat_interleave(repeats, 0)
     own[:] = rows.others
-    if options.softcap is not None:
-        own *= softcap_slope(statistics.target_logit[:n], options)
+    if chunk.heads.options.softcap is not None:
+        own *= softcap_slope(targets.target_logit, chunk.heads.options)
 
 
 def backward_columns(hidden: Tensor, weight: Tensor, need_weight: bool, config: Config) -> int:

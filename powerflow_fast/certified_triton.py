@@ -49,8 +49,8 @@ class RowTotals(NamedTuple):
 
 def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Tensor:
     """[N] log-sum-exp over up to SAMPLE columns: targets, each once, and others in their place."""
-    from powerflow_fast.kernels.combine import combine
-    from powerflow_fast.kernels.statistics import logit_statistics
+    from powerflow_fast.kernels.combine import combine, new_results
+    from powerflow_fast.kernels.statistics import Heads, logit_statistics
 
     num_n, num_v = len(targets), len(policy.weight)
     tokens = targets[:: max(1, -(-num_n // SAMPLE))].sort().values
@@ -60,12 +60,10 @@ def guess_lse(policy: Operands, targets: Tensor, options: HeadOptions, config: C
     columns = tokens.where(usable, spread)
     bias = None if policy.bias is None else policy.bias[columns]
     sample = policy._replace(weight=policy.weight[columns], bias=bias)
-    statistics = logit_statistics(
-        sample, None, targets, None, options, config.statistics, config.tma
-    )
-    logps, lse = torch.empty((2, 1, num_n), dtype=torch.float32, device=targets.device)
-    combine(statistics, targets, len(columns), options.ignore_index, logps, lse, None)
-    return lse[0]
+    heads = Heads(sample, None, targets, options, config.statistics, config.tma)
+    results = new_results(heads)
+    combine(logit_statistics(heads, heads.active_blocks()), heads, results)
+    return results.lse[0]
 
 
 def direction_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
@@ -111,7 +109,7 @@ def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Con
 def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> bool:
     """Whether blocks made of rows all over the batch would keep so few columns that it pays."""
     from powerflow_fast.kernels.columns import choose_columns
-    from powerflow_fast.kernels.statistics import logit_statistics
+    from powerflow_fast.kernels.statistics import Heads, logit_statistics
 
     num_n, block = len(targets), config.statistics.rows
     if num_n < 4 * block:  # the look would cost as much as it saves
@@ -121,7 +119,8 @@ def _looks_sharp(policy: Operands, targets: Tensor, options: HeadOptions, config
     sample = policy._replace(hidden=policy.hidden[: rows * stride : stride])
     targets = targets[: rows * stride : stride].contiguous()
     search = _search(sample, targets, options, config)
-    logit_statistics(sample, None, targets, None, options, config.statistics, config.tma, search)
+    heads = Heads(sample, None, targets, options, config.statistics, config.tma)
+    logit_statistics(heads, heads.active_blocks(), search=search)
     counts = choose_columns(search.peaks, SLACKS[0] * options.grad_tolerance, most=1).counts
     return bool(counts.float().mean() <= PAYS * len(policy.weight))
 

@@ -115,34 +115,24 @@ class Chunks:
         padded = statistics.padded_columns(len(self.weight), self.config.statistics)
         return self.weight.new_empty((rows, padded))
 
-    def models(self, rows: int, models: int):
-        """Policy, reference or None, and targets."""
+    def heads(self, rows: int, models: int) -> statistics.Heads:
         reference = self.operands(rows, True) if models == 2 else None
-        return self.operands(rows), reference, self.inputs.targets[:rows]
-
-    @property
-    def how(self):
-        return PLAIN, self.config.statistics, self.config.tma
+        targets = self.inputs.targets[:rows]
+        tile, tma = self.config.statistics, self.config.tma
+        return statistics.Heads(self.operands(rows), reference, targets, PLAIN, tile, tma)
 
     def pilot(self, rows: int, models: int) -> Tensor:
-        targets = self.inputs.targets[:rows]
-        active = active_blocks(targets, PLAIN.ignore_index, self.config.statistics.rows)
-        return row_shift.pilot_shift(*self.models(rows, models), active, *self.how).view(-1)
+        heads = self.heads(rows, models)
+        return row_shift.pilot_shift(heads, heads.active_blocks()).view(-1)
 
     def statistics(self, shift: Tensor, rows: int, models: int, soft=None, search=None):
-        both = self.models(rows, models)
-        return statistics.logit_statistics(*both, soft, *self.how, search, shift)
+        heads = self.heads(rows, models)
+        return statistics.logit_statistics(heads, heads.active_blocks(), shift, soft, search)
 
-    def results(self, rows: int, models: int) -> tuple[Tensor, Tensor, None]:
-        """Log-probs, log-sum-exp and no entropy."""
-        size = (2, models, rows)
-        logps, lse = torch.empty(size, dtype=torch.float32, device=self.device).unbind()
-        return logps, lse, None
-
-    def combined(self, stats, rows: int, models: int, misled=None):
-        targets, num_v = self.inputs.targets[:rows], len(self.weight)
-        results = self.results(rows, models)
-        return combine.combine(stats, targets, num_v, PLAIN.ignore_index, *results, misled)
+    def combined(self, stats, rows: int, models: int) -> tuple[combine.Rows, combine.Misled]:
+        heads = self.heads(rows, models)
+        misled = combine.new_misled(stats.row_shift, heads)
+        return combine.combine(stats, heads, combine.new_results(heads), misled), misled
 
 
 def _pilot(chunks: Chunks) -> Work:
@@ -188,17 +178,12 @@ def _combine(chunks: Chunks) -> Work:
 def _guard(chunks: Chunks) -> Work:
     """Launches that find that no row was misled."""
     rows, models = chunks.rows(2, want_direction=True), 2
-    shift = chunks.pilot(rows, models)
-    stats = chunks.statistics(shift, rows, models)
-    misled = combine.new_misled(shift, rows, chunks.config.statistics.rows)
-    found = chunks.combined(stats, rows, models, misled)
-    both, results = chunks.models(rows, models), chunks.results(rows, models)
+    stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
+    found, misled = chunks.combined(stats, rows, models)
+    heads = chunks.heads(rows, models)
+    written = (stats, found, combine.new_results(heads), None, None)
     return Work(
-        lambda: row_shift.redo_misled(
-            *both, misled, stats, found, *results, None, None, *chunks.how
-        ),
-        misled.rows.nbytes,
-        rows=rows,
+        lambda: row_shift.redo_misled(heads, misled, *written), misled.rows.nbytes, rows=rows
     )
 
 
@@ -208,7 +193,7 @@ def _direction(chunks: Chunks) -> Work:
     num_v, num_h = chunks.weight.shape
     soft = chunks.soft(rows)
     stats = chunks.statistics(chunks.pilot(rows, 1), rows, 1, soft)
-    found = chunks.combined(stats, rows, 1)
+    found, _ = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
     targets = chunks.inputs.targets[:rows]
     at_target = direction.TargetRows(targets, found.others, stats.target_logit)
@@ -333,7 +318,7 @@ def _kept_chunk(chunks: Chunks):
     most = max(width, int(certified_triton.LARGEST_SHARE * num_v))
     found = columns.choose_columns(peaks[:blocks], 1e-3, most)
     found = found._replace(counts=found.counts.clamp(max=width))
-    of_rows = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)
+    of_rows, _ = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)
     targets, policy = chunks.inputs.targets[:rows], chunks.operands(rows)
     return rows, found, width, of_rows, targets, policy
 

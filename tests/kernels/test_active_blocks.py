@@ -9,7 +9,7 @@ from powerflow_fast import backend_triton, certified_triton
 from powerflow_fast.kernels import active_blocks, dlogits
 from powerflow_fast.kernels import statistics as statistics_kernel
 from powerflow_fast.kernels.config import config_for
-from powerflow_fast.kernels.statistics import logit_statistics
+from powerflow_fast.kernels.statistics import Heads, logit_statistics
 from powerflow_fast.kernels.tiles import Operands
 from powerflow_fast.options import HeadOptions
 from tests.kernels.truth import (
@@ -150,7 +150,8 @@ def test_no_product_is_formed_for_an_ignored_block(persistent, device):
     config = config_for(device, torch.float32)
     tile = replace(config.statistics, persistent=persistent)
     operands = Operands(policy.hidden, policy.weight, None)
-    out = logit_statistics(operands, None, targets, None, OPTIONS, tile, config.tma)
+    heads = Heads(operands, None, targets, OPTIONS, tile, config.tma)
+    out = logit_statistics(heads, heads.active_blocks())
     written = torch.zeros_like(targets, dtype=torch.bool)
     written[rows] = True
     for values in (out.tile_shift, out.tile_total, out.tile_spread):
@@ -163,7 +164,7 @@ def test_peaks_of_an_ignored_block_are_lower_than_any(device):
     config, plain = config_for(device, torch.float32), HeadOptions()
     operands = Operands(policy.hidden, policy.weight, None)
     search = certified_triton._search(operands, targets, plain, config)
-    tiles = (config.statistics, config.tma)
-    logit_statistics(operands, None, targets, None, plain, *tiles, search)
+    heads = Heads(operands, None, targets, plain, config.statistics, config.tma)
+    logit_statistics(heads, heads.active_blocks(), search=search)
     assert (search.peaks[1::2] == float("-inf")).all()
     assert search.peaks[::2].isfinite().all()

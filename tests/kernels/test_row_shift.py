@@ -72,9 +72,9 @@ def test_only_rows_that_were_misled_are_done_again(device, monkeypatch):
     head, targets = above_pilot(dtype, device, 200, rows=(row,))
     seen, redo = [], row_shift.redo_misled
 
-    def watch(policy, reference, targets, misled, *rest):
+    def watch(heads, misled, *rest):
         seen.append((misled.rows.tolist(), misled.blocks.tolist(), misled.count.tolist()))
-        return redo(policy, reference, targets, misled, *rest)
+        return redo(heads, misled, *rest)
 
     monkeypatch.setattr(row_shift, "redo_misled", watch)
     run(head, targets)
