@@ -86,8 +86,9 @@ def forward(
     if want_direction and options.grad_tolerance > 0 and num_n:
         search = certified_triton.start_search(policy, targets, options, config)
     if want_direction and search is None:
-        direction = torch.empty_like(hidden, dtype=direction_dtype(hidden, options))
-    rows = forward_rows(policy, heads.models, direction is not None, config)
+        direction = hidden.new_empty(hidden.shape, dtype=direction_dtype(hidden, options))
+    models = 2 if batch_invariant() else heads.models
+    rows = forward_rows(policy, models, direction is not None, config)
     if direction is not None:
         soft = _soft(heads, rows)
     known = 0 if numerators is None else numerators.rows

@@ -285,7 +285,8 @@ def _attempt(
     most = max(1, int(LARGEST_SHARE * num_v))
     columns, counts, lowest = choose_columns(peaks, slack * options.grad_tolerance, most)
     counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
-    direction = torch.empty_like(policy.hidden, dtype=direction_dtype(policy.hidden, options))
+    hidden = policy.hidden
+    direction = hidden.new_empty(hidden.shape, dtype=direction_dtype(hidden, options))
     kept_mass = torch.empty_like(totals.others)
     budget = KEPT_BYTES // (block * policy.hidden.element_size())
     for first, last, width in _chunks(counts.tolist(), budget):

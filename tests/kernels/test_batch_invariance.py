@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from powerflow_fast import backend_triton, tuning
-from powerflow_fast.kernels import config
+from powerflow_fast.kernels import config, statistics
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.kernels.statistics import padded_columns
 from powerflow_fast.kernels.tiles import Operands, sum_rows
@@ -66,8 +66,9 @@ def test_directions_where_asked_for(dtype, device, monkeypatch):
     head, targets = case(dtype, device)
     tile = config_for(device, dtype).statistics
     block, columns = tile.rows, padded_columns(len(head.weight), tile)
-    chunk = 2 * block * columns * head.hidden.element_size()
+    chunk = 3 * block * columns * head.hidden.element_size()
     monkeypatch.setattr(config, "SOFT_BYTES", chunk)
+    monkeypatch.setattr(statistics, "GROUP", 4)  # row blocks of both models: two of each
     sizes = []
     product = backend_triton.product
 
@@ -78,8 +79,9 @@ def test_directions_where_asked_for(dtype, device, monkeypatch):
     monkeypatch.setattr(backend_triton, "product", watch)
     whole = run(head, targets, HeadOptions(), direction=True).direction
     for rows in (slice(0, 3), slice(block, None), slice(7, block + 9)):
-        out = run(head, targets, HeadOptions(), direction=True, rows=rows).direction
-        assert torch.equal(out, whole[rows])
+        for pair in (False, True):
+            out = run(head, targets, HeadOptions(), direction=True, rows=rows, pair=pair).direction
+            assert torch.equal(out, whole[rows])
     # float16's product is a kernel, which sums in one order.
     assert set(sizes) == (set() if dtype == torch.float16 else {2 * block})
 

@@ -97,6 +97,16 @@ def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
     assert torch.equal(out.direction, exact.direction)
 
 
+def test_hidden_states_in_columns(device):
+    """Their strides are not the direction's."""
+    head, targets = sharp_head(24, 16, 200, torch.bfloat16, device, sharpness=40.0)
+    options = HeadOptions(grad_tolerance=1e-2)
+    expected = run(head, targets, options)
+    head.hidden = head.hidden.T.contiguous().T
+    out = run(head, targets, options)
+    assert out.direction.is_contiguous() and torch.equal(out.direction, expected.direction)
+
+
 @pytest.mark.parametrize("kept", [0.05, 0.2], ids=["pays", "does not"])
 def test_the_route_is_taken_where_it_pays(kept, device, monkeypatch):
     """Between PAYS and LARGEST_SHARE it would be right, and slower than the exact route."""

@@ -200,6 +200,7 @@ def test_strides(dtype, device):
     head = make_head(6, 24, 70, dtype, device)
     targets = torch.randint(70, (6,), device=device)
     expected = statistics(head, targets, PLAIN)[0]
+    expected_direction = direction(head, targets, PLAIN)
     unaligned = torch.empty(70 * 24 + 1, dtype=dtype, device=device)[1:].view(70, 24)
     for weight in (
         unaligned.copy_(head.weight),  # base not on 16 bytes: no descriptor
@@ -209,7 +210,9 @@ def test_strides(dtype, device):
         wide = torch.cat([head.hidden, head.hidden], 1)
         twice = targets.repeat_interleave(2)[::2]
         for hidden in (wide[:, :24], head.hidden.T.contiguous().T):
-            close(run(Head(hidden, weight, None), twice).logps, expected, bound(head))
+            out = run(Head(hidden, weight, None), twice, want_direction=True)
+            close(out.logps, expected, bound(head))
+            assert relative_error(out.direction, expected_direction) < torch.finfo(dtype).eps * 4
     one = Head(head.hidden[:1].expand(6, 24), head.weight, None)  # stride 0
     close(run(one, targets).logps, statistics(one, targets, PLAIN)[0], bound(head))
 
