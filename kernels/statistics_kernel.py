@@ -108,7 +108,8 @@ def write_tile(
     offs = (start_v // (PARTS * PART)).to(tl.int64) * num_rows + offs_r
     if highest_ptr is not None:
         # + 0: of the zeros, atomic_max may take -0 for less than -inf.
-        tl.atomic_max(highest_ptr + offs_r, tl.ceil(highest * LOG2E) + 0.0, mask=wanted)
+        highest = tl.ceil(highest * LOG2E) + 0.0
+        tl.atomic_max(highest_ptr + offs_r, highest, mask=wanted, sem="relaxed")
     elif row_shift is not None:
         tl.store(out.tile_total + offs, total, mask=mask_n)
         if out.tile_spread is not None:
