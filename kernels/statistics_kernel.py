@@ -166,7 +166,8 @@ def statistics_kernel(
         model = unit % MODELS
         block = tl.load(active.blocks + unit // MODELS)
         start_n = block * BLOCK_N
-        if block >= 0 if PERSISTENT else True:
+        listed = block >= 0 if PERSISTENT else True
+        if listed:
             # Names of their own: what a loop assigns to is carried from tile to tile.
             own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
             own_strides = strides

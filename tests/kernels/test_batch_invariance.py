@@ -51,7 +51,8 @@ def test_log_probs_and_entropy(dtype, device):
         (targets, slice(3, 4), {}),
         (targets, last, {"pair": True}),
         (ignored, slice(None), {"direction": True}),
-        (targets, slice(2, 19), {"pair": True, "direction": True}),
+        # A multiple of 16 alone is known to the compiler, which may lay out threads by it.
+        (targets, slice(2, 18), {"pair": True, "direction": True}),
     ):
         out = run(head, given, options, rows=rows, **asked)
         counted = given[rows] != -100
