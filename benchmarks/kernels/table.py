@@ -96,15 +96,15 @@ def verdict(rows: Collection[Facts]) -> str:
     registers = ", ".join(f"at most {used} of {limit}" for limit, used in most.items())
     products = [row for row in rows if row.product]
     without = [row for row in products if not row.matrix]
-    used = f"used by every kernel with a product ({len(products)})"
-    return "\n".join(
-        [
-            f"spills: {_named(spilled) or f'none in {len(rows)} kernels'}",
-            f"registers a thread: {registers}",
-            f"shared memory: {'too much in ' + _named(large) if large else 'every kernel fits'}",
-            f"matrix unit: {'not used by ' + _named(without) if without else used}",
-        ]
-    )
+    lines = [
+        f"spills: {_named(spilled) or f'none in {len(rows)} kernels'}",
+        f"registers a thread: {registers}",
+        f"shared memory: {'too much in ' + _named(large) if large else 'every kernel fits'}",
+    ]
+    if products:
+        used = f"used by every kernel with a product ({len(products)})"
+        lines.append(f"matrix unit: {'not used by ' + _named(without) if without else used}")
+    return "\n".join(lines)
 
 
 def _named(rows: Iterable[Facts]) -> str:

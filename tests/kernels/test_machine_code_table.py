@@ -90,6 +90,7 @@ def test_the_verdict_comes_from_the_rows():
         "shared memory: every kernel fits",
         "matrix unit: used by every kernel with a product (1)",
     ]
+    assert "matrix unit" not in table.verdict(rows[1:])
     rows += [
         replace(FACTS, kernel="direction", flags=(), spill_loads=2),
         replace(FACTS, chip="sm_80", flags=(), matrix=0, shared=CHIPS["sm_80"].shared + 1),
