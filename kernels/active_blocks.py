@@ -21,12 +21,12 @@ import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH, ceil_div
 
-CHUNK = 64  # blocks looked at together by the one program: two rounds for 16384 rows
+AT_ONCE = 64  # blocks that a chunk's one program looks at: two rounds for 16384 rows
 
 
 @triton.jit
 def any_row_counts(rows_ptr, idle, block, num_n, BLOCK_N: tl.constexpr):
-    """[CHUNK] int32, 0 for blocks past the last row."""
+    """[AT_ONCE] int32, 0 for blocks past the last row."""
     offs_n = block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     rows = tl.load(rows_ptr + offs_n, mask=offs_n < num_n, other=idle)
     return tl.max((rows != idle).to(tl.int32), 1)
@@ -41,7 +41,7 @@ def active_blocks_kernel(
     num_n,
     chunk_rows,  # a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     first = chunk * chunk_rows
@@ -49,13 +49,13 @@ def active_blocks_kernel(
     rows_ptr += first
     blocks_ptr += first // BLOCK_N
     num_blocks = tl.cdiv(num_n, BLOCK_N)
-    offs = tl.arange(0, CHUNK)
+    offs = tl.arange(0, AT_ONCE)
     count = 0
-    for start in range(0, num_blocks, CHUNK):
+    for start in range(0, num_blocks, AT_ONCE):
         count += tl.sum(any_row_counts(rows_ptr, idle, start + offs, num_n, BLOCK_N), 0)
     tl.store(count_ptr + chunk, count)
     before = 0
-    for start in range(0, num_blocks, CHUNK):
+    for start in range(0, num_blocks, AT_ONCE):
         block = start + offs
         active = any_row_counts(rows_ptr, idle, block, num_n, BLOCK_N)
         place = before + tl.cumsum(active, 0) - active  # among the active ones
@@ -94,7 +94,7 @@ def active_blocks(
             num_n=num_n,
             chunk_rows=chunk_rows,
             BLOCK_N=block,
-            CHUNK=CHUNK,
+            AT_ONCE=AT_ONCE,
             num_warps=8,
             **LAUNCH,
         )

@@ -77,13 +77,13 @@ class Config:
         assert self.statistics.rows == self.direction.rows  # the blocks of the certified route
 
 
+def same_tiles(tile: Tile, tma: bool = False) -> Config:
+    return Config(statistics=tile, direction=tile, dlogits=tile, tma=tma)
+
+
+CDNA = same_tiles(Tile(128, 128, 64, num_warps=8, num_stages=2))
 TABLE = {
-    "sm_80": Config(
-        statistics=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
-        direction=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
-        dlogits=Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4),
-        tma=False,
-    ),
+    "sm_80": same_tiles(Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4)),
     "sm_90": Config(
         statistics=Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
         direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
@@ -98,32 +98,12 @@ TABLE = {
         dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         tma=True,
     ),
-    "gfx942": Config(
-        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        tma=False,
-    ),
-    "gfx950": Config(
-        statistics=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        direction=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        dlogits=Tile(128, 128, 64, num_warps=8, num_stages=2),
-        tma=False,
-    ),
+    "gfx942": CDNA,
+    "gfx950": CDNA,
     # With a depth of 64 the statistics spill 45 registers, with one part those of all options 210.
-    "gfx1151": Config(
-        statistics=Tile(128, 128, 32, num_warps=8, num_stages=2, parts=2),
-        direction=Tile(128, 128, 32, num_warps=8, num_stages=2, parts=2),
-        dlogits=Tile(128, 128, 32, num_warps=8, num_stages=2, parts=2),
-        tma=False,
-    ),
+    "gfx1151": same_tiles(Tile(128, 128, 32, num_warps=8, num_stages=2, parts=2)),
     # float32 operands use no matrix unit (no tf32), so any chip gets one shape.
-    "float32": Config(
-        statistics=Tile(64, 64, 16, num_warps=8, num_stages=2),
-        direction=Tile(64, 64, 16, num_warps=8, num_stages=2),
-        dlogits=Tile(64, 64, 16, num_warps=8, num_stages=2),
-        tma=False,
-    ),
+    "float32": same_tiles(Tile(64, 64, 16, num_warps=8, num_stages=2)),
     # Triton's interpreter: small enough that small tests have several tiles and ragged ends.
     "interpreter": Config(
         statistics=Tile(16, 64, 32, num_warps=4, num_stages=1),

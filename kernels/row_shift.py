@@ -15,17 +15,19 @@ as a whole; those that were right get the same numbers again.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks
 from powerflow_fast.kernels.combine import Misled, Results, Rows, combine, new_misled
-from powerflow_fast.kernels.statistics import Heads, Statistics, logit_statistics, raise_to_maxima
+from powerflow_fast.kernels.statistics import (
+    Heads,
+    Search,
+    Statistics,
+    logit_statistics,
+    raise_to_maxima,
+)
 from powerflow_fast.kernels.tiles import Operands
-
-if TYPE_CHECKING:
-    from powerflow_fast.certified_triton import Search
 
 PILOT = 256  # columns
 

@@ -24,7 +24,7 @@ a persistent tile shape, every so many-th.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,10 +40,6 @@ from powerflow_fast.kernels.tiles import (
     strides_of,
 )
 
-if TYPE_CHECKING:
-    from powerflow_fast.certified_triton import Search
-    from powerflow_fast.options import HeadOptions
-
 # Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
 # H = 4096 in bf16 are 16 MiB: they stay in L2, and each weight tile is read by all 16 at once.
 GROUP = 16
@@ -55,7 +51,7 @@ class Heads(NamedTuple):
     policy: Operands
     reference: Operands | None  # of the policy's shapes and types
     targets: torch.Tensor  # [N] contiguous
-    options: HeadOptions
+    options: Any  # HeadOptions
     tile: Tile
     use_tma: bool
 
@@ -87,6 +83,19 @@ class Statistics(NamedTuple):
     tile_total: torch.Tensor | None  # [tiles or parts, rows], targets left out
     tile_spread: torch.Tensor | None  # likewise
     target_logit: torch.Tensor | None  # [rows], NaN where the target is outside the vocabulary
+
+
+class Search(NamedTuple):
+    """What the certified route's pass over the vocabulary needs to find candidate columns."""
+
+    guess: torch.Tensor  # [N] rough log-sum-exp
+    # [row blocks, V] float16 to be filled: largest log2 p by the guess. -inf to begin with, as
+    # blocks of which no row counts are passed by.
+    peaks: torch.Tensor
+
+    def of_rows(self, rows: slice, block: int) -> Search:
+        """`rows` starts at a multiple of `block`."""
+        return Search(self.guess[rows], self.peaks[rows.start // block : -(-rows.stop // block)])
 
 
 def has_row_shift(dtype: torch.dtype) -> bool:

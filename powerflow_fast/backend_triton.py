@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from powerflow_fast.kernels.combine import Results, Rows
     from powerflow_fast.kernels.config import Config
     from powerflow_fast.kernels.direction import TargetRows
-    from powerflow_fast.kernels.statistics import Heads, Statistics
+    from powerflow_fast.kernels.statistics import Heads, Search, Statistics
     from powerflow_fast.kernels.tiles import Operands
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -337,15 +337,16 @@ class _Chunk(NamedTuple):
     active: ActiveBlocks
     shift: Tensor | None  # [models * n] by the pilot; None in float16
     results: Results  # to be filled
-    search: certified_triton.Search | None
+    search: Search | None
 
     def log_probs(self, soft: Tensor | None) -> tuple[Statistics, Rows, TargetRows]:
         """Fills the results and, if given, softmax numerators -> both models'; the policy's."""
         from powerflow_fast.kernels.direction import TargetRows
         from powerflow_fast.kernels.row_shift import log_probs
 
-        heads, n = self.heads, len(self.heads.targets)
-        statistics, rows = log_probs(*self[:4], soft, self.search)
+        heads, active, shift, results, search = self
+        n = len(heads.targets)
+        statistics, rows = log_probs(heads, active, shift, results, soft, search)
         own = rows.of(slice(n))
         return statistics, own, TargetRows(heads.targets, own.others, statistics.target_logit[:n])
 

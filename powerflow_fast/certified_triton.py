@@ -25,6 +25,7 @@ from powerflow_fast.tiled_head import target_columns
 
 if TYPE_CHECKING:
     from powerflow_fast.kernels.config import Config
+    from powerflow_fast.kernels.statistics import Search
     from powerflow_fast.kernels.tiles import Operands
 
 SAMPLE = 2048  # columns from which the log-sum-exp is guessed
@@ -76,19 +77,6 @@ def direction_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
     return torch.bfloat16 if certified and hidden.dtype == torch.bfloat16 else torch.float32
 
 
-class Search(NamedTuple):
-    """What the pass over the whole vocabulary needs to find candidate columns."""
-
-    guess: Tensor  # [N] rough log-sum-exp
-    # [row blocks, V] float16 to be filled: largest log2 p by the guess. -inf to begin with, as
-    # blocks of which no row counts are passed by.
-    peaks: Tensor
-
-    def of_rows(self, rows: slice, block: int) -> Search:
-        """`rows` starts at a multiple of `block`."""
-        return Search(self.guess[rows], self.peaks[rows.start // block : -(-rows.stop // block)])
-
-
 def start_search(
     policy: Operands, targets: Tensor, options: HeadOptions, config: Config
 ) -> Search | None:
@@ -100,6 +88,8 @@ def start_search(
 
 
 def _search(policy: Operands, targets: Tensor, options: HeadOptions, config: Config) -> Search:
+    from powerflow_fast.kernels.statistics import Search
+
     blocks = -(-len(targets) // config.statistics.rows)
     shape = (blocks, len(policy.weight))
     peaks = policy.hidden.new_full(shape, -torch.inf, dtype=torch.float16)
@@ -219,6 +209,8 @@ def kept_gradients(
     masked = hidden.where(active[:, None], 0)  # 0 * inf is NaN: such rows must be 0
     spans = [slice(first, min(first + CHUNK, num_n)) for first in range(0, num_n, CHUNK)]
     unions = [kept[r.start // BLOCK : -(-r.stop // BLOCK)].any(0) for r in spans]
+    of_spans = [rows.of(r) for r in spans]
+    blocks = [active_blocks(x.active, 0, config.dlogits.rows) for x in of_spans]
     grad_weight = torch.empty_like(weight) if needs[1] else None
     grad_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
     width = max(1, min(num_v, DLOGITS_BYTES // (4 * num_h)))
@@ -227,7 +219,7 @@ def kept_gradients(
         stop = min(start + width, num_v)
         sums = None if grad_weight is None else zeros(stop - start, num_h)
         bias_sums = None if grad_bias is None else zeros(stop - start)
-        for r, union in zip(spans, unions, strict=True):
+        for index, (r, union) in enumerate(zip(spans, unions, strict=True)):
             columns = union[start:stop].nonzero()[:, 0]
             if len(columns) == 0:
                 continue
@@ -240,8 +232,8 @@ def kept_gradients(
                     bias=None if bias is None else bias[start:stop][columns],
                 ),
                 place.where(there, -1)[:, 0].contiguous(),
-                rows.of(r),
-                active_blocks(active[r], 0, config.dlogits.rows),
+                of_spans[index],
+                blocks[index],
                 out_scale,
                 dlogits,
                 options,

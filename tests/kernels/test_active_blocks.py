@@ -33,7 +33,7 @@ def _poisoned(monkeypatch):
     poison(monkeypatch)
 
 
-@pytest.mark.parametrize("n", [0, 1, 8, 9, 600, 8 * active_blocks.CHUNK + 3])
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 600, 8 * active_blocks.AT_ONCE + 3])
 @pytest.mark.parametrize("share", [0.0, 0.04, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["targets", "mask"])
 def test_the_list(n, share, kind, device):
