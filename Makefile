@@ -29,7 +29,7 @@ test: lint  ## everything that CI checks, 11 to 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the GPU's benchmark
-	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_checkpoint.py -k bits
+	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/training/test_checkpoint.py -k bits
 	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
 
 test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; about a minute a chip

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.inputs import Inputs, Shape
 from benchmarks.peers import PEERS, ROUNDED, Composed
 from powerflow_fast import reference
-from powerflow_fast.model_shapes import model_shape
+from powerflow_fast.models.shapes import model_shape
 
 Outputs = tuple[Tensor, ...]
 ANCHOR = Shape(16384, 4096, 131072, length=512)  # other projects publish times for it

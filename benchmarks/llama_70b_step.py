@@ -22,8 +22,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from powerflow_fast.model_shapes import ModelShape, model_shape
-from powerflow_fast.plan import Run, plan
+from powerflow_fast.models.shapes import ModelShape, model_shape
+from powerflow_fast.planning.memory import Run, plan
 
 BLOCK = 64
 

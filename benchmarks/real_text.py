@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.model_head import last_hidden_state
-from powerflow_fast.sampling import sample
+from powerflow_fast.models.lm_head import last_hidden_state
+from powerflow_fast.models.sampling import sample
 
 CACHE = Path(__file__).parent / ".cache"
 LENGTH = 64  # tokens of each completion
@@ -42,8 +42,8 @@ def real_text(tokens: int = 1024, temperature: float = 1.0, seed: int = 0) -> Re
 
 @torch.no_grad()
 def _write(completions: int, temperature: float, seed: int) -> RealText:
-    from powerflow_fast.prompts import OPEN_PROMPTS, read_questions
-    from powerflow_fast.smollm2 import load_smollm2
+    from powerflow_fast.data.prompts import OPEN_PROMPTS, read_questions
+    from powerflow_fast.models.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     # One line would end long before LENGTH tokens.

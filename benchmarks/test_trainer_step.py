@@ -60,7 +60,7 @@ def step_times(kind: str, folder) -> list[float]:
     from trl import GRPOConfig, GRPOTrainer
 
     from powerflow_fast import PowerFlowConfig, PowerFlowTrainer
-    from powerflow_fast.smollm2 import load_smollm2
+    from powerflow_fast.models.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     common = dict(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Composed
-from powerflow_fast.model_shapes import ModelShape, model_shape
+from powerflow_fast.models.shapes import ModelShape, model_shape
 
 RANK = 16
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from powerflow_fast.numerators import Layout
+from powerflow_fast.logprobs.softmax_cache import Layout
 
 # Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
 # route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH, ceil_div, numerators_layout
 from powerflow_fast.kernels.tiles import round_to
-from powerflow_fast.numerators import Numerators
+from powerflow_fast.logprobs.softmax_cache import Numerators
 
 BLOCK = 64  # rows of one program, which takes one piece of columns: no shape was timed
 

@@ -32,17 +32,21 @@ _HOME = {
     "FusedLinearTBLoss": "loss",
     "TBOutput": "loss",
     "LogZHead": "log_z",
-    "sample": "sampling",
-    "PowerFlowTrainer": "trainer",
-    "PowerFlowConfig": "config",
+    "sample": "models.sampling",
+    "PowerFlowTrainer": "training.trainer",
+    "PowerFlowConfig": "training.config",
+}
+_EXTRAS = {  # modules that an extra of this package brings
+    "train": "transformers trl peft accelerate datasets yaml matplotlib rich pandas tqdm",
+    "demo": "gguf sentencepiece",
 }
 if TYPE_CHECKING:
-    from powerflow_fast.config import PowerFlowConfig
     from powerflow_fast.head import linear_logprobs, paired_linear_logprobs
     from powerflow_fast.log_z import LogZHead
     from powerflow_fast.loss import FusedLinearTBLoss, TBOutput, fused_linear_tb_loss, tb_loss
-    from powerflow_fast.sampling import sample
-    from powerflow_fast.trainer import PowerFlowTrainer
+    from powerflow_fast.models.sampling import sample
+    from powerflow_fast.training.config import PowerFlowConfig
+    from powerflow_fast.training.trainer import PowerFlowTrainer
 
 
 def __getattr__(name: str) -> object:
@@ -51,11 +55,21 @@ def __getattr__(name: str) -> object:
     try:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
-        from powerflow_fast.extras import needs
-
         raise ImportError(f"{name}: {needs(error)}", name=error.name) from error
     globals()[name] = value
     return value
+
+
+def needs(error: ImportError) -> str:
+    """What to install, where an import failed."""
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in _EXTRAS.items():
+        if module in modules.split():
+            return (
+                f"{module} is not installed: pip install 'powerflow-fast[{extra}]' "
+                f"(in a clone: pip install '.[{extra}]')"
+            )
+    return str(error)
 
 
 def __dir__() -> list[str]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from powerflow_fast import validation
-from powerflow_fast.layout import to_predictors, to_tokens, without_first
-from powerflow_fast.ops import head_forward
-from powerflow_fast.options import HeadOptions
-from powerflow_fast.vocab_parallel import plain_tensor, slice_sizes
+from powerflow_fast.logprobs import validation
+from powerflow_fast.logprobs.ops import head_forward
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.vocab_parallel import plain_tensor, slice_sizes
+from powerflow_fast.sequences import to_predictors, to_tokens, without_first
 
 Model = tuple[Tensor, Tensor | None, Tensor | None]
 """hidden [..., H], weight [V, H] and bias [V]; no weight: the reference shares the policy's."""
@@ -80,8 +80,8 @@ def linear_logprobs(
             no gradient.
         backend: "auto" (triton on a GPU, torch elsewhere), "torch" or "triton".
         grad_tolerance: largest probability mass per row that the gradient may leave out
-            (arrangement and check: certified.py). 0 is exact. A gradient through the entropy and a
-            `process_group` are always exact, which meets any tolerance.
+            (arrangement and check: logprobs/torch_sparse.py). 0 is exact. A gradient through the
+            entropy and a `process_group` are always exact, which meets any tolerance.
         process_group: the vocabulary is split over these ranks, rank by rank; `weight` and `bias`
             are this rank's slices (of any size), `hidden` and `targets` the same everywhere. A
             DTensor gives its own slice; without `process_group` it is gathered, once per call.

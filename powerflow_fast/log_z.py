@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from powerflow_fast import validation
+from powerflow_fast.logprobs import validation
 
 
 class LogZHead(nn.Module):

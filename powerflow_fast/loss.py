@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from powerflow_fast import validation
 from powerflow_fast.head import HEAD_KEYWORDS, HeadKeywords, head_outputs, warn_if_same
-from powerflow_fast.layout import Layout, without_first
-from powerflow_fast.ops import choose_backend, sequence_residual
-from powerflow_fast.options import BACKENDS
+from powerflow_fast.logprobs import validation
+from powerflow_fast.logprobs.ops import choose_backend, sequence_residual
+from powerflow_fast.logprobs.options import BACKENDS
+from powerflow_fast.sequences import Layout, without_first
 
 BALANCES = ("length", "trajectory", "token")
 IMPORTANCES = ("mean", "sum")

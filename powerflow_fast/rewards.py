@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from powerflow_fast.validation import is_finite
+from powerflow_fast.logprobs.validation import is_finite
 
 Completion = str | list[dict[str, str]]
 PsiFunction = Callable[..., list[float]]

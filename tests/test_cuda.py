@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from powerflow_fast import fused_linear_tb_loss, linear_logprobs
-from tests.numerics import relative_error
+from tests.helpers.numerics import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("trl")
 
 from powerflow_fast.cli import main  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.test_cli import CHAT  # noqa: E402
+from tests.cli.test_commands import CHAT  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,14 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powerflow_fast import (
-    backend_torch,
-    linear_logprobs,
-    paired_linear_logprobs,
-    reference,
-    tiled_head,
-)
-from tests.numerics import gradient_tolerance, logps_error_bound, relative_error
+from powerflow_fast import linear_logprobs, paired_linear_logprobs, reference
+from powerflow_fast.logprobs import torch_backend, torch_tiles
+from tests.helpers.numerics import gradient_tolerance, logps_error_bound, relative_error
 
 TRANSFORMS = [
     {},
@@ -48,8 +43,8 @@ def reference_gradients(inputs, targets, grad_logps, grad_entropy=None, **transf
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles small enough that a test's shapes span several of them, ragged at both ends."""
-    monkeypatch.setattr(tiled_head, "_CPU_TILE", (4, 7))
-    monkeypatch.setattr(tiled_head, "_GPU_TILE", (4, 7))
+    monkeypatch.setattr(torch_tiles, "_CPU_TILE", (4, 7))
+    monkeypatch.setattr(torch_tiles, "_GPU_TILE", (4, 7))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -365,11 +360,11 @@ def test_runs_are_bitwise_equal():
 
 def test_unchecked_target_out_of_range_is_nan():
     """Where values are not checked (on a GPU), a bad target never gives a plausible number."""
-    from powerflow_fast.options import HeadOptions
+    from powerflow_fast.logprobs.options import HeadOptions
 
     hidden, weight, targets, _ = draw()
     targets[3] = len(weight)
-    out = backend_torch.forward(hidden, weight, None, targets, None, HeadOptions(), True)
+    out = torch_backend.forward(hidden, weight, None, targets, None, HeadOptions(), True)
     assert out.logps[3].isnan() and out.direction[3].isnan().all()
     others = torch.arange(len(targets)) != 3
     assert out.logps[others].isfinite().all() and out.direction[others].isfinite().all()

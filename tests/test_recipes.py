@@ -50,8 +50,8 @@ def test_accelerate_config(path):
 
 
 def test_the_numbers_in_the_docs_are_those_of_plan():
-    from powerflow_fast.model_shapes import model_shape
-    from powerflow_fast.plan import Run, largest_micro_batch, lora_parameters, plan
+    from powerflow_fast.models.shapes import model_shape
+    from powerflow_fast.planning.memory import Run, largest_micro_batch, lora_parameters, plan
 
     text = (RECIPES.parent / "docs" / "scaling.md").read_text()
     shape, layouts = model_shape("Llama-3-70B"), []

@@ -9,7 +9,7 @@ from powerflow_fast import (
     linear_logprobs,
     paired_linear_logprobs,
 )
-from tests.numerics import relative_error
+from tests.helpers.numerics import relative_error
 
 B, T, H, V = 4, 6, 16, 59
 LENGTHS = [3, 1, 0, 5, 2]  # one of a single token and one of none

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from powerflow_fast import linear_logprobs, reference
-from tests.numerics import (
+from tests.helpers.numerics import (
     gradient_tolerance,
     logit_error_bound,
     logps_error_bound,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from powerflow_fast import linear_logprobs
-from powerflow_fast.model_head import last_hidden_state, read_head
-from powerflow_fast.rollout import counted
+from powerflow_fast.models.lm_head import last_hidden_state, read_head
+from powerflow_fast.training.rollout import counted
 
 
 @dataclass

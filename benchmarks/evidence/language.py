@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from powerflow_fast.evaluation import distinct_ngrams, is_correct, words
-from powerflow_fast.forecast import power_weights
-from powerflow_fast.model_head import positions
-from powerflow_fast.prompts import Question
-from powerflow_fast.sampling import end_tokens
+from powerflow_fast.data.prompts import Question
+from powerflow_fast.evaluation.forecast import power_weights
+from powerflow_fast.evaluation.scores import distinct_ngrams, is_correct, words
+from powerflow_fast.models.lm_head import positions
+from powerflow_fast.models.sampling import end_tokens
 
 ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
 
@@ -33,7 +33,7 @@ def base_model():
     """(model, tokenizer), once per worker process."""
     from transformers.utils import logging
 
-    from powerflow_fast.smollm2 import load_smollm2
+    from powerflow_fast.models.smollm2 import load_smollm2
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -25,10 +25,10 @@ from typing import Any
 from benchmarks.evidence import Run, language
 from benchmarks.evidence.energy import Energy
 from benchmarks.markdown import table
-from powerflow_fast import health
-from powerflow_fast.evaluation import is_correct
-from powerflow_fast.prompts import Question, read_questions
-from powerflow_fast.smollm2 import chat_prompt
+from powerflow_fast.data.prompts import Question, read_questions
+from powerflow_fast.evaluation.scores import is_correct
+from powerflow_fast.models.smollm2 import chat_prompt
+from powerflow_fast.training import health
 
 TITLE = "Length, repetition and accuracy of five ways to match p^alpha"
 SEEDS = (0, 1)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.language import answer_of, majority
-from powerflow_fast.evaluation import is_correct
-from powerflow_fast.model_head import last_hidden_state
+from powerflow_fast.evaluation.scores import is_correct
+from powerflow_fast.models.lm_head import last_hidden_state
 
 
 @dataclass

@@ -18,7 +18,7 @@ from benchmarks.evidence import Run, rivals
 from benchmarks.evidence.language import base_model, measure, power_accuracy, trained
 from benchmarks.evidence.tasks import TASKS, Task, task
 from benchmarks.markdown import table
-from powerflow_fast.prompts import Question
+from powerflow_fast.data.prompts import Question
 
 TITLE = "Sharpening SmolLM2-135M: PowerFlow, supervised GRPO and three unsupervised rivals"
 SEEDS = (0, 1, 2, 3, 4)

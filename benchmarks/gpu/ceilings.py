@@ -10,7 +10,7 @@ from benchmarks import method
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
-from powerflow_fast.gradient_sums import product
+from powerflow_fast.logprobs.triton_gradients import product
 
 ROWS = 1024  # of softmax numerators that are alive at a time
 SECONDS = 0.3  # of rounds for each case

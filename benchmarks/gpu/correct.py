@@ -18,11 +18,12 @@ from benchmarks.gpu.shapes import ODD, ODD_TINY
 from benchmarks.gpu.worker import Run
 from benchmarks.peers import require
 from benchmarks.results_file import FOLDER
-from powerflow_fast import backend_triton, reference
-from powerflow_fast.numerators import new_numerators
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, direction, make_head, poison, statistics
-from tests.numerics import gradient_tolerance, logps_error_bound, relative_error
+from powerflow_fast import reference
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.softmax_cache import new_numerators
+from tests.helpers.numerics import gradient_tolerance, logps_error_bound, relative_error
+from tests.helpers.truth import DTYPES, Head, direction, make_head, poison, statistics
 
 ROOT = FOLDER.parent.parent
 CUDA_TESTS = ("tests/test_cuda.py", "tests/kernels/test_exp2.py")
@@ -67,7 +68,7 @@ def _pair(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> L
     options = HeadOptions(entropy=True)
     head = (policy.hidden, policy.weight, policy.bias, targets)
     ref = (other.hidden, other.weight, other.bias)
-    out = backend_triton.forward(*head, ref, options, False)
+    out = triton_backend.forward(*head, ref, options, False)
     logps, lse, entropy = statistics(policy, targets, options)
     ref_logps, _, _ = statistics(other, targets, options)
     bound = max(logps_error_bound(one.hidden, one.weight) for one in (policy, other)) + 1e-5
@@ -80,7 +81,7 @@ def _pair(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> L
 def _direction(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Line:
     head = make_head(n, h, v, dtype, device, spread=2.0)
     targets = torch.randint(v, (n,), device=device)
-    out = backend_triton.forward(head.hidden, head.weight, None, targets, None, PLAIN, True)
+    out = triton_backend.forward(head.hidden, head.weight, None, targets, None, PLAIN, True)
     error = relative_error(out.direction, direction(head, targets, PLAIN))
     return _bounded({"direction": (error, max(torch.finfo(dtype).eps, 5e-6))})
 
@@ -100,11 +101,11 @@ def _backward(
     rows = (head.hidden, head.weight, None, targets)
     numerators = None
     if stored:
-        layout = backend_triton.numerators_layout(device)
+        layout = triton_backend.numerators_layout(device)
         numerators = new_numerators(head.hidden, head.weight, layout, True)
-    out = backend_triton.forward(*rows, None, PLAIN, False, numerators)
+    out = triton_backend.forward(*rows, None, PLAIN, False, numerators)
     known = (out.logps, out.lse, None)
-    got = backend_triton.backward(
+    got = triton_backend.backward(
         upstream, None, *rows, *known, PLAIN, (True, True, False), None, numerators
     )
     truth = _gradients(head, targets, upstream)
@@ -126,7 +127,7 @@ def _certified(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device)
     head = make_head(n, h, v, dtype, device, spread=40.0)
     targets = torch.distributions.Categorical(logits=head.logits(PLAIN)).sample()
     options = HeadOptions(grad_tolerance=TOLERANCE)
-    out = backend_triton.forward(
+    out = triton_backend.forward(
         head.hidden, head.weight, None, targets, None, options, True, want_kept=True
     )
     norms = head.weight.double().norm(dim=1)
@@ -145,7 +146,7 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
     cuts = [0, n // 3, n // 2, n]
     starts, ends = (torch.tensor(c, device=device) for c in (cuts[:-1], cuts[1:]))
     alpha, psi = torch.rand(2, 3, device=device) + 1
-    delta, l_pi, l_ref, lengths = backend_triton.sequence_residual_forward(
+    delta, l_pi, l_ref, lengths = triton_backend.sequence_residual_forward(
         logps, ref_logps, starts, ends, None, alpha, psi, "length"
     )
     leaf = logps.double().requires_grad_()
@@ -162,7 +163,7 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
     )
     truth = torch.zeros_like(ones).index_put((torch.tensor(filled, device=device),), residual)
     (gradient,) = torch.autograd.grad(truth.sum(), leaf)
-    got = backend_triton.sequence_residual_backward(
+    got = triton_backend.sequence_residual_backward(
         ones.float(), lengths, starts, ends, None, n, "length"
     )
     return _bounded(

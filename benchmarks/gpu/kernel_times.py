@@ -19,8 +19,6 @@ from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Inputs, Shape, draw
-from powerflow_fast import backend_triton, certified_triton
-from powerflow_fast.gradient_sums import product
 from powerflow_fast.kernels import (
     columns,
     combine,
@@ -35,8 +33,10 @@ from powerflow_fast.kernels import (
 from powerflow_fast.kernels import kept_dlogits as kept_rows
 from powerflow_fast.kernels.active_blocks import active_blocks
 from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.numerators import new_numerators
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.logprobs import triton_backend, triton_sparse
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.softmax_cache import new_numerators
+from powerflow_fast.logprobs.triton_gradients import product
 
 SECONDS = 0.15  # of rounds for each kernel
 KEPT = 0.05  # of the columns, for the kernels of the certified route
@@ -102,7 +102,7 @@ class Chunks:
         return self.weight.element_size()
 
     def rows(self, models: int, want_direction: bool) -> int:
-        chunk = backend_triton.forward_rows(
+        chunk = triton_backend.forward_rows(
             self.operands(len(self.inputs.hidden)), models, want_direction, self.config
         )
         return min(chunk, len(self.inputs.hidden))
@@ -151,7 +151,7 @@ def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Wo
     if peaks:
         options = HeadOptions(grad_tolerance=1e-3)
         operands, targets = chunks.operands(rows), chunks.inputs.targets[:rows]
-        search = certified_triton._search(operands, targets, options, chunks.config)
+        search = triton_sparse._search(operands, targets, options, chunks.config)
     shift = chunks.pilot(rows, models)
     tiles = num_v // chunks.config.statistics.columns
     moved = chunks.item * num_h * (models * rows + num_v) + 4 * tiles * models * rows
@@ -213,7 +213,7 @@ def _dlogits(chunks: Chunks) -> Work:
     """One chunk of the vocabulary of a head that trains."""
     hidden, targets = chunks.inputs.hidden.detach(), chunks.inputs.targets
     num_n, num_h = hidden.shape
-    columns_ = backend_triton.backward_columns(hidden, chunks.weight, True, chunks.config)
+    columns_ = triton_backend.backward_columns(hidden, chunks.weight, True, chunks.config)
     weight = chunks.weight[:columns_]
     out = hidden.new_empty((num_n, columns_))
     grad, lse = torch.ones(2, num_n, device=chunks.device).unbind()
@@ -237,11 +237,11 @@ def _dlogits(chunks: Chunks) -> Work:
 def _kept_dlogits(chunks: Chunks) -> Work:
     """d loss / d logits of the rows whose numerators a trained head keeps."""
     hidden = chunks.inputs.hidden.detach()
-    layout = backend_triton.numerators_layout(chunks.device)
+    layout = triton_backend.numerators_layout(chunks.device)
     numerators = new_numerators(hidden, chunks.weight, layout, True)
     numerators.factors.fill_(1.0), numerators.values.fill_(0.5), numerators.own.fill_(0.5)
     rows = numerators.rows
-    columns_ = backend_triton.backward_columns(hidden, chunks.weight, True, chunks.config)
+    columns_ = triton_backend.backward_columns(hidden, chunks.weight, True, chunks.config)
     out = hidden.new_empty((rows, columns_))
     grad = torch.ones(rows, device=chunks.device)
     active = torch.ones(rows, dtype=torch.bool, device=chunks.device)
@@ -265,7 +265,7 @@ def _peaks(chunks: Chunks) -> Tensor:
 
 def _columns(chunks: Chunks) -> Work:
     peaks = _peaks(chunks)
-    most = max(1, int(certified_triton.LARGEST_SHARE * peaks.shape[1]))
+    most = max(1, int(triton_sparse.LARGEST_SHARE * peaks.shape[1]))
     return Work(
         lambda: columns.choose_columns(peaks, 1e-3, most),
         peaks.nbytes + int(4 * KEPT * peaks.numel()),
@@ -315,7 +315,7 @@ def _kept_chunk(chunks: Chunks):
     budget = config.KEPT_BYTES // (block * chunks.item)
     blocks = min(max(1, budget // width), len(peaks))
     rows = min(blocks * block, len(chunks.inputs.hidden))
-    most = max(width, int(certified_triton.LARGEST_SHARE * num_v))
+    most = max(width, int(triton_sparse.LARGEST_SHARE * num_v))
     found = columns.choose_columns(peaks[:blocks], 1e-3, most)
     found = found._replace(counts=found.counts.clamp(max=width))
     of_rows, _ = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)

@@ -11,7 +11,7 @@ from benchmarks import llama_70b_step, method, training_step
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.worker import Run
 from benchmarks.peers import PowerflowFast, Unavailable, require
-from powerflow_fast import plan
+from powerflow_fast.planning import memory
 
 SECONDS = 2.0  # of rounds
 TINY_70B = ["--scale", "20000", "--tokens", "16", "--steps", "1"]
@@ -37,14 +37,14 @@ def step(run: Run) -> Iterator[None]:
 def planned_bytes(case: training_step.StepCase) -> float:
     """Of the step alone: nothing is sampled."""
     width = {torch.bfloat16: "bf16", torch.float32: "fp32"}[case.dtype]
-    setup = plan.Run(
+    setup = memory.Run(
         case.shape,
         weights=width,
         lora_rank=training_step.RANK,
         tokens=case.length,
         completions=1,
     )
-    return plan.plan(setup, case.sequences).total
+    return memory.plan(setup, case.sequences).total
 
 
 def _measure(case: training_step.StepCase, device: torch.device, budget: float) -> Line:
@@ -71,7 +71,7 @@ def step_70b(run: Run) -> Iterator[None]:
     output = ["--output-dir", str(run.folder / "llama-70b-step")]
     sizes = [*TINY_70B, "--device", run.device.type] if run.tiny else FULL_70B
     options = llama_70b_step.arguments([*sizes, *output])
-    import powerflow_fast.trainer  # noqa: F401  (takes seconds)
+    import powerflow_fast.training.trainer  # noqa: F401  (takes seconds)
 
     yield
 

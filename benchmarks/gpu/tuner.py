@@ -17,10 +17,10 @@ from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Shape, draw
-from powerflow_fast import tuning
 from powerflow_fast.kernels.config import CANDIDATES, TABLE, Tile, config_for
 from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.logprobs import triton_tuning
+from powerflow_fast.logprobs.options import HeadOptions
 
 SECONDS = 0.1  # of rounds for each candidate
 
@@ -48,6 +48,6 @@ def _tune(run: Run, name: str, shape: Shape) -> Line:
         run.write(where | fits)
 
     table = TABLE["sm_90"] if run.tiny else config_for(device, dtype)  # the candidates' rows
-    best = tuning.tune(policy, inputs.targets, HeadOptions(), table, seconds, watch)
-    tuning.store(tuning.cache_key(policy.hidden, policy.weight), best)
+    best = triton_tuning.tune(policy, inputs.targets, HeadOptions(), table, seconds, watch)
+    triton_tuning.store(triton_tuning.cache_key(policy.hidden, policy.weight), best)
     return {"tiles": asdict(best), "shape": vars(shape), "candidates": len(CANDIDATES)}

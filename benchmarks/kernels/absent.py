@@ -16,11 +16,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from benchmarks.kernels.chips import CHIPS, is_amd  # noqa: E402
-from powerflow_fast import backend_triton, certified_triton  # noqa: E402
 from powerflow_fast.kernels import columns, config  # noqa: E402
 from powerflow_fast.kernels.residual import BALANCES  # noqa: E402
-from powerflow_fast.numerators import new_numerators  # noqa: E402
-from powerflow_fast.options import HeadOptions  # noqa: E402
+from powerflow_fast.logprobs import (
+    triton_backend,  # noqa: E402
+    triton_sparse,  # noqa: E402
+)
+from powerflow_fast.logprobs.options import HeadOptions  # noqa: E402
+from powerflow_fast.logprobs.softmax_cache import new_numerators  # noqa: E402
 
 Watch = Callable[[object, object], None]  # of a launcher's source and metadata
 
@@ -72,8 +75,8 @@ def use(chip: str, watch: Watch = lambda *_: None) -> AbsentGpu:
     torch.use_deterministic_algorithms(True, warn_only=True)
     gpu = AbsentGpu(chip, watch)
     driver.set_active(gpu)
-    backend_triton._check_inputs = lambda *_: None  # type: ignore[assignment]
-    certified_triton._looks_sharp = lambda *_: True  # type: ignore[assignment]
+    triton_backend._check_inputs = lambda *_: None  # type: ignore[assignment]
+    triton_sparse._looks_sharp = lambda *_: True  # type: ignore[assignment]
     row = config.table_row(chip)
     config.chip_name = lambda _: row
     columns.choose_columns = few_columns
@@ -119,7 +122,7 @@ def launch_head(
     head = (hidden, weight, added, targets)
     head_options = HeadOptions(**options)
     certified = head_options.grad_tolerance > 0
-    out = backend_triton.forward(*head, reference, head_options, True, want_kept=certified)
+    out = triton_backend.forward(*head, reference, head_options, True, want_kept=certified)
     ones = torch.ones(n, device=device)
     grad_entropy = ones if head_options.entropy else None
     needs = (True, True, bias)
@@ -131,17 +134,17 @@ def launch_head(
         ):  # of gathered columns: one that is a multiple of 16 and one that is not
             few = torch.zeros_like(out.kept)
             few[:, :number] = True
-            backend_triton.backward(*backward, few)
+            triton_backend.backward(*backward, few)
         return
-    backend_triton.backward(*backward)
+    triton_backend.backward(*backward)
     if not whole:
         return
-    backend_triton.forward(*head, reference, head_options, False)
+    triton_backend.forward(*head, reference, head_options, False)
     if not head_options.entropy:
-        layout = backend_triton.numerators_layout(hidden.device)
+        layout = triton_backend.numerators_layout(hidden.device)
         numerators = new_numerators(hidden, weight, layout, True)
-        backend_triton.forward(*head, reference, head_options, False, numerators)
-        backend_triton.backward(*backward, None, numerators)
+        triton_backend.forward(*head, reference, head_options, False, numerators)
+        triton_backend.backward(*backward, None, numerators)
 
 
 def launch_residual(tokens: int, sequences: int, masked: bool = False) -> None:
@@ -152,5 +155,5 @@ def launch_residual(tokens: int, sequences: int, masked: bool = False) -> None:
     ones = torch.ones(sequences)
     for balance in BALANCES:
         rows = (starts, starts, mask)
-        backend_triton.sequence_residual_forward(logps, logps, *rows, ones, ones, balance)
-        backend_triton.sequence_residual_backward(ones, starts, *rows, tokens, balance)
+        triton_backend.sequence_residual_forward(logps, logps, *rows, ones, ones, balance)
+        triton_backend.sequence_residual_backward(ones, starts, *rows, tokens, balance)

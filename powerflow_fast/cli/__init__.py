@@ -14,7 +14,7 @@ from powerflow_fast.cli.demo import add_demo
 from powerflow_fast.cli.info import add_info
 from powerflow_fast.cli.measuring import add_eval, add_forecast
 from powerflow_fast.cli.merge import add_merge
-from powerflow_fast.cli.planning import add_plan
+from powerflow_fast.cli.plan import add_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from powerflow_fast.extras import needs
-from powerflow_fast.smollm2 import NAME as SMOLLM2
+from powerflow_fast import needs
+from powerflow_fast.models.smollm2 import NAME as SMOLLM2
 
 
 class UsageError(Exception):
@@ -97,7 +97,7 @@ def offline_without_hub() -> None:
 def load_tokenizer(name: str):
     """Of a folder, a Hub name, or 'smollm2'; pads on the left."""
     if name == SMOLLM2:
-        from powerflow_fast.smollm2 import load_smollm2_tokenizer
+        from powerflow_fast.models.smollm2 import load_smollm2_tokenizer
 
         return load_smollm2_tokenizer()
     _check_folder(name)
@@ -121,7 +121,7 @@ def load_model(name: str, tokenizer, keywords: dict[str, Any] | None = None):
     """
     keywords = dict(keywords or {})
     if name == SMOLLM2:
-        from powerflow_fast.smollm2 import load_smollm2_model
+        from powerflow_fast.models.smollm2 import load_smollm2_model
 
         if "quantization_config" in keywords:
             raise UsageError(

@@ -20,9 +20,9 @@ from powerflow_fast.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from powerflow_fast.evaluation import Sampling
-    from powerflow_fast.prompts import Question
-    from powerflow_fast.run_record import RunRecord
+    from powerflow_fast.data.prompts import Question
+    from powerflow_fast.evaluation.record import RunRecord
+    from powerflow_fast.evaluation.scores import Sampling
 
 
 def add_eval(commands: argparse._SubParsersAction) -> None:
@@ -73,9 +73,9 @@ class _Task:
 
 def _eval(args: argparse.Namespace) -> int:
     task = _task(args, args.adapter)
-    from powerflow_fast.comparison import heading, legend, rows, table
-    from powerflow_fast.evaluation import evaluate, without_adapter
-    from powerflow_fast.measured_run import compare
+    from powerflow_fast.evaluation.comparison import heading, legend, rows, table
+    from powerflow_fast.evaluation.measured_run import compare
+    from powerflow_fast.evaluation.scores import evaluate, without_adapter
 
     if not args.json:
         say(task.title)
@@ -117,9 +117,9 @@ def _forecast(args: argparse.Namespace) -> int:
     if not all(0 < alpha < math.inf for alpha in alphas):
         raise UsageError(f"--alphas: expected finite numbers > 0, got {args.alphas}")
     task = _task(args)
-    from powerflow_fast.evaluation import complete
-    from powerflow_fast.forecast import forecast, report
-    from powerflow_fast.prompts import text_of
+    from powerflow_fast.data.prompts import text_of
+    from powerflow_fast.evaluation.forecast import forecast, report
+    from powerflow_fast.evaluation.scores import complete
 
     if not args.json:
         say(task.title)
@@ -149,7 +149,7 @@ def _task(args: argparse.Namespace, adapter: str | None = None) -> _Task:
 
 
 def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
-    from powerflow_fast.prompts import QUESTIONS, Columns, in_chat_all, read_questions, spread
+    from powerflow_fast.data.prompts import QUESTIONS, Columns, in_chat_all, read_questions, spread
 
     run = run_of(adapter or args.model)
     name = args.model or base_of(adapter, run)
@@ -168,7 +168,7 @@ def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
         chat = run.chat
     questions = in_chat_all(questions, tokenizer, chat)
     model = _load(name, tokenizer, adapter)
-    from powerflow_fast.evaluation import Sampling
+    from powerflow_fast.evaluation.scores import Sampling
 
     tokens = args.max_new_tokens or (run.max_completion_length if run else 16 if own else 256)
     temperature = args.temperature or (run.temperature if run else 1.0)
@@ -187,7 +187,7 @@ def run_of(folder: str | None) -> RunRecord | None:
     """The record of the run that wrote `folder`, or the folder around that checkpoint."""
     if folder is None or not Path(folder).is_dir():
         return None
-    from powerflow_fast.run_record import RunRecord
+    from powerflow_fast.evaluation.record import RunRecord
 
     return RunRecord.load(folder) or RunRecord.load(Path(folder).absolute().parent)
 
@@ -199,7 +199,7 @@ def base_of(adapter: str | None, run: RunRecord | None) -> str:
     path = Path(adapter) / "adapter_config.json"
     if not path.is_file():
         raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
-    from powerflow_fast.smollm2 import HUB_NAME
+    from powerflow_fast.models.smollm2 import HUB_NAME
 
     named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     name = (run.model if run else None) or named

@@ -24,9 +24,9 @@ from powerflow_fast.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from powerflow_fast.config import PowerFlowConfig
-    from powerflow_fast.evaluation import Sampling
-    from powerflow_fast.prompts import Prompt, Question
+    from powerflow_fast.data.prompts import Prompt, Question
+    from powerflow_fast.evaluation.scores import Sampling
+    from powerflow_fast.training.config import PowerFlowConfig
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -90,10 +90,10 @@ def train(argv: list[str]) -> int:
     prepared = user_input(_prepare_training, argv)
     if prepared is None:  # it is finished
         return 0
-    from powerflow_fast.checkpoint import CheckpointError
-    from powerflow_fast.curves import save as save_curves
-    from powerflow_fast.health import TrainingStopped
-    from powerflow_fast.measured_run import train_and_measure
+    from powerflow_fast.evaluation.curves import save as save_curves
+    from powerflow_fast.evaluation.measured_run import train_and_measure
+    from powerflow_fast.training.checkpoint import CheckpointError
+    from powerflow_fast.training.health import TrainingStopped
 
     trainer, config = prepared.trainer, prepared.trainer.args
     measured = None
@@ -161,11 +161,11 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     from datasets import Dataset
 
     from powerflow_fast import PowerFlowTrainer
-    from powerflow_fast.checks import TEXT, check_arguments
-    from powerflow_fast.data_checks import check_enough, check_lengths
-    from powerflow_fast.evaluation import Sampling
-    from powerflow_fast.prompts import Columns, in_chat, read_prompts
+    from powerflow_fast.data.prompts import Columns, in_chat, read_prompts
+    from powerflow_fast.evaluation.scores import Sampling
     from powerflow_fast.rewards import missing_boxed
+    from powerflow_fast.training.checks import TEXT, check_arguments
+    from powerflow_fast.training.data_checks import check_enough, check_lengths
 
     check_arguments(config)
     columns = Columns(options.prompt_column)
@@ -215,8 +215,8 @@ def _that_fit(prompts: list[Prompt], model: str, tokenizer, config) -> list[Prom
     """Prompts that leave room for a completion; says how many do not."""
     from transformers import AutoConfig
 
-    from powerflow_fast.context import Context
-    from powerflow_fast.prompts import prompt_ids
+    from powerflow_fast.data.prompts import prompt_ids
+    from powerflow_fast.models.context import Context
 
     if model == SMOLLM2:
         raise UsageError("--drop_long: not with smollm2, of which no configuration is read")
@@ -255,7 +255,7 @@ def _questions(options: TrainArguments, config, tokenizer, chat: bool | None) ->
             f"--questions: expected one process, got {config.world_size}; measure afterwards with "
             "powerflow-fast eval"
         )
-    from powerflow_fast.prompts import in_chat_all, read_questions
+    from powerflow_fast.data.prompts import in_chat_all, read_questions
 
     return in_chat_all(read_questions(options.questions), tokenizer, chat)
 
@@ -310,14 +310,14 @@ def _adapter_rollout(options: TrainArguments, config):
         return None
     if options.lora_rank < 1 or config.use_vllm:
         raise UsageError("--adapter_server: expected LoRA (--lora_rank), and use_vllm off")
-    from powerflow_fast.adapter_rollout import AdapterRollout
+    from powerflow_fast.training.vllm_adapter import AdapterRollout
 
     return AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
 
 
 def _check_checkpoint(model: str, config) -> None:
     """The checkpoint to go on from exists and fits the model, as far as its configuration says."""
-    from powerflow_fast.checkpoint import check_made_for, config_facts
+    from powerflow_fast.training.checkpoint import check_made_for, config_facts
 
     checkpoint = _checkpoint(config)
     if checkpoint and not Path(checkpoint).is_dir():
@@ -329,7 +329,7 @@ def _check_checkpoint(model: str, config) -> None:
 
 
 def _checkpoint(config) -> str | None:
-    from powerflow_fast.checkpoint import last_checkpoint
+    from powerflow_fast.training.checkpoint import last_checkpoint
 
     name = config.resume_from_checkpoint
     return last_checkpoint(config.output_dir) if name == "last" else name

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from powerflow_fast.context import Context
-from powerflow_fast.validation import is_finite
+from powerflow_fast.logprobs.validation import is_finite
+from powerflow_fast.models.context import Context
 
 Item = dict[str, Any]  # prompt, completion: token ids; psi: number; old_logps: numbers or None
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 __all__ = ["FusedHeadOutput", "LATBTrainer", "patch_head", "unpatch_head"]
 
 _HOME = {
-    "FusedHeadOutput": "head_patch",
-    "patch_head": "head_patch",
-    "unpatch_head": "head_patch",
-    "LATBTrainer": "latb_trainer",
+    "FusedHeadOutput": "patch_head",
+    "patch_head": "patch_head",
+    "unpatch_head": "patch_head",
+    "LATBTrainer": "offline_trainer",
 }
 if TYPE_CHECKING:
-    from powerflow_fast.integrations.head_patch import FusedHeadOutput, patch_head, unpatch_head
-    from powerflow_fast.integrations.latb_trainer import LATBTrainer
+    from powerflow_fast.integrations.offline_trainer import LATBTrainer
+    from powerflow_fast.integrations.patch_head import FusedHeadOutput, patch_head, unpatch_head
 
 
 def __getattr__(name: str) -> object:

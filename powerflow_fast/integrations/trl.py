@@ -38,8 +38,8 @@ def install_head(**head: Any) -> ExitStack:
         )
     from trl.trainer import utils
 
-    from powerflow_fast.integrations.head_patch import patch_head
-    from powerflow_fast.options import check_door_options
+    from powerflow_fast.integrations.patch_head import patch_head
+    from powerflow_fast.logprobs.options import check_door_options
 
     check_door_options(head)
     ours = functools.partial(patch_head, **head)

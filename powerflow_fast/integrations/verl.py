@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
+from powerflow_fast.logprobs.options import check_door_options
 from powerflow_fast.loss import tb_loss
-from powerflow_fast.model_head import read_head
-from powerflow_fast.options import check_door_options
+from powerflow_fast.models.lm_head import read_head
 
 NAME = "la_tb"
 TESTED = ("0.9",)

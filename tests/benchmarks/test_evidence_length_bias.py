@@ -8,8 +8,8 @@ from benchmarks import plots
 from benchmarks.evidence import language, length_bias
 from benchmarks.evidence.energy import Energy, adapters_off, padded, token_logps
 from powerflow_fast import tb_loss
-from powerflow_fast.prompts import read_questions
-from tests import tiny
+from powerflow_fast.data.prompts import read_questions
+from tests.helpers import tiny
 
 PROMPTS = ["the capital of France is", "rain"]
 COMPLETIONS = [[7, 1], [13, 14, 15, 1]]  # of different lengths, as are the prompts

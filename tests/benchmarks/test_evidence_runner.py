@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import evidence, results_file
 from benchmarks.evidence import page, runner
-from tests.benchmarks import toy_experiment
+from tests.helpers import toy_experiment
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import plots
 from benchmarks.evidence import language, rivals, sharpening, tasks
-from powerflow_fast.prompts import Question
-from tests import tiny
+from powerflow_fast.data.prompts import Question
+from tests.helpers import tiny
 
 PROMPTS = ["a"] * 4 + ["b"] * 4
 TEXTS = [" 7, and", " 7.\n", " 8", "\n\n", " Paris.\n", " New Delhi", " New York", " Paris is"]

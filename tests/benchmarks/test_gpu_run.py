@@ -141,7 +141,7 @@ def writers(path: Path) -> list[str]:
 def run_parts(tmp_path, *functions: str, seconds: float = 60.0) -> tuple[bool, dict, list[dict]]:
     """Stages of one part each -> whether all is well, how each ended, lines."""
     stages = [
-        Stage(name, name, (Part(name, f"tests.benchmarks.gpu_parts:{name}", seconds),), 60)
+        Stage(name, name, (Part(name, f"tests.helpers.gpu_parts:{name}", seconds),), 60)
         for name in functions
     ]
     path = lines.start(tmp_path, {"device": "a CPU", "dry_run": True})
@@ -171,7 +171,7 @@ def test_a_part_that_hangs_is_stopped_with_what_it_started(tmp_path):
 
 def test_a_part_that_hangs_while_it_prepares(tmp_path):
     parts = [
-        Part(name, f"tests.benchmarks.gpu_parts:{name}", 60) for name in ("hangs_early", "writes")
+        Part(name, f"tests.helpers.gpu_parts:{name}", 60) for name in ("hangs_early", "writes")
     ]
     path = lines.start(tmp_path, {"device": "a CPU", "dry_run": True})
     assert not runner.run_stages([Stage("both", "both", tuple(parts), 6)], path, tiny=True)
@@ -181,7 +181,7 @@ def test_a_part_that_hangs_while_it_prepares(tmp_path):
 
 def test_an_early_stage_prepares_while_the_first_one_runs(tmp_path):
     def stage(name: str, early: bool) -> Stage:
-        return Stage(name, name, (Part(name, f"tests.benchmarks.gpu_parts:{name}", 60),), 60, early)
+        return Stage(name, name, (Part(name, f"tests.helpers.gpu_parts:{name}", 60),), 60, early)
 
     path = lines.start(tmp_path, {"device": "a CPU", "dry_run": True})
     stages = [stage("waits_for_the_other", False), stage("says_that_it_began", True)]

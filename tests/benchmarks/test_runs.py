@@ -17,7 +17,7 @@ from benchmarks.conftest import Session
 from benchmarks.heads import TOLERANCE
 from benchmarks.names import pick
 from benchmarks.peers import PEERS, ROUNDED
-from tests.test_report import head_results
+from tests.benchmarks.test_report import head_results
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from powerflow_fast.integrations.transformers import patch_head
-from tests.numerics import EPS32
+from tests.helpers.numerics import EPS32
 
 RESULTS = Path(__file__).with_name("architectures.json")
 VOCAB = 67  # odd, so that a padded or sliced vocabulary shows

@@ -20,7 +20,7 @@ from powerflow_fast.integrations.transformers import (  # noqa: E402
     patch_head,
     unpatch_head,
 )
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 IDS = torch.arange(2, 18).reshape(2, 8)
 EVERY = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

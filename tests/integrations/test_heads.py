@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 
 from powerflow_fast import FusedLinearTBLoss  # noqa: E402
 from powerflow_fast.integrations.transformers import patch_head  # noqa: E402
-from powerflow_fast.model_head import last_hidden_state, read_head  # noqa: E402
-from tests import tiny  # noqa: E402
+from powerflow_fast.models.lm_head import last_hidden_state, read_head  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 IDS = torch.arange(2, 18).reshape(2, 8)
 
@@ -190,6 +190,6 @@ def test_the_compiled_model_with_the_loss_has_no_graph_break():
 
 def test_a_head_in_shards_of_fsdp2_in_the_root_unit_or_its_own():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).with_name("fsdp_run.py"))
+    script = str(Path(__file__).parents[1] / "helpers" / "fsdp_run.py")
     run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from powerflow_fast.integrations import axolotl  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 LOOP = ROOT / "examples" / "plain_loop.py"

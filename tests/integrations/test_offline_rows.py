@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 from datasets import Dataset  # noqa: E402
 
 from powerflow_fast.integrations.transformers import LATBTrainer  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 from tests.integrations.test_transformers import ROWS, adapted, arguments, offline  # noqa: E402
 
 

@@ -15,12 +15,12 @@ from peft import PromptTuningConfig, get_peft_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from powerflow_fast import tb_loss  # noqa: E402
-from powerflow_fast.health import TrainingStopped  # noqa: E402
 from powerflow_fast.integrations import verl  # noqa: E402
 from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # noqa: E402
-from powerflow_fast.metrics import METRICS  # noqa: E402
-from tests import tiny  # noqa: E402
-from tests.numerics import logps_error_bound  # noqa: E402
+from powerflow_fast.training.health import TrainingStopped  # noqa: E402
+from powerflow_fast.training.metrics import METRICS  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
+from tests.helpers.numerics import logps_error_bound  # noqa: E402
 
 COMPLETIONS = ("Paris", "three four five", "rain sea a b")
 ROWS = [{"prompt": p, "completion": c} for c in COMPLETIONS for p in tiny.PROMPTS]
@@ -132,7 +132,7 @@ def test_the_step_does_not_depend_on_micro_batches(tmp_path):
 
 def test_two_ranks_train_as_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).with_name("latb_run.py"))
+    script = str(Path(__file__).parents[1] / "helpers" / "offline_run.py")
     command = [*launch, script, str(tmp_path / "weights.pt")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]

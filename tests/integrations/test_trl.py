@@ -18,7 +18,7 @@ from trl.trainer import utils  # noqa: E402
 
 from powerflow_fast.integrations import trl as door  # noqa: E402
 from powerflow_fast.integrations.trl import install_head  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 TEXTS = [(p, c) for p in tiny.PROMPTS for c in ("Paris", "three four five", "rain sea")]
 DATA = {

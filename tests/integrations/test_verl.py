@@ -12,7 +12,7 @@ import torch
 
 from powerflow_fast import linear_logprobs, tb_loss
 from powerflow_fast.integrations import verl as door
-from tests import tiny
+from tests.helpers import tiny
 
 
 def importable() -> str:

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    script = str(Path(__file__).with_name("zero_run.py"))
+    script = str(Path(__file__).parents[1] / "helpers" / "zero_run.py")
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return lambda name: torch.load(folder / f"{name}.pt", weights_only=True)

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from powerflow_fast import backend_triton, certified_triton
 from powerflow_fast.kernels import active_blocks, dlogits
 from powerflow_fast.kernels import statistics as statistics_kernel
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.kernels.statistics import Heads, logit_statistics
 from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import (
+from powerflow_fast.logprobs import triton_backend, triton_sparse
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import EPS32
+from tests.helpers.truth import (
     DTYPES,
     close,
     logps_bound,
@@ -21,7 +22,6 @@ from tests.kernels.truth import (
     statistics,
     tile_sizes,
 )
-from tests.numerics import EPS32
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -97,7 +97,7 @@ def test_ignored_blocks_change_no_bit_of_other_log_probs(dtype, persistent, devi
     results = []
     for policy, reference, targets in (dense, sparse):
         pair = (reference.hidden, reference.weight, None)
-        out = backend_triton.forward(
+        out = triton_backend.forward(
             policy.hidden, policy.weight, None, targets, pair, OPTIONS, True, config=config
         )
         results.append(out)
@@ -163,7 +163,7 @@ def test_peaks_of_an_ignored_block_are_lower_than_any(device):
     _, (policy, _, targets), _ = case(torch.float32, device)
     config, plain = config_for(device, torch.float32), HeadOptions()
     operands = Operands(policy.hidden, policy.weight, None)
-    search = certified_triton._search(operands, targets, plain, config)
+    search = triton_sparse._search(operands, targets, plain, config)
     heads = Heads(operands, None, targets, plain, config.statistics, config.tma)
     logit_statistics(heads, heads.active_blocks(), search=search)
     assert (search.peaks[1::2] == float("-inf")).all()

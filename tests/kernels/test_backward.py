@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, make_head, poison, statistics, tile_sizes
-from tests.numerics import gradient_tolerance, relative_error
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import gradient_tolerance, relative_error
+from tests.helpers.truth import DTYPES, Head, make_head, poison, statistics, tile_sizes
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -33,7 +33,7 @@ def expected_gradients(head: Head, targets, grad_logps, grad_entropy, options):
 
 def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(), needs=ALL):  # noqa: B008
     logps, lse, entropy = statistics(head, targets.clamp(0, len(head.weight) - 1), options)
-    return backend_triton.backward(
+    return triton_backend.backward(
         grad_logps,
         grad_entropy,
         head.hidden,
@@ -185,7 +185,7 @@ def test_float16_hidden_gradient_of_small_coefficients(device):
     head = make_head(4, 16, 70, torch.float16, device)
     targets = torch.randint(70, (4,), device=device)
     grad_logps = torch.full((4,), 2e-6, device=device)
-    buffers = backend_triton.GradientSums
+    buffers = triton_backend.GradientSums
     seen = []
 
     class Spy(buffers):
@@ -194,7 +194,7 @@ def test_float16_hidden_gradient_of_small_coefficients(device):
             return super().results()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_triton, "GradientSums", Spy)
+        patch.setattr(triton_backend, "GradientSums", Spy)
         run(head, targets, grad_logps)
     expected = expected_gradients(head, targets, grad_logps, None, HeadOptions())[0]
     assert relative_error(seen[0], expected) < gradient_tolerance(torch.float16)
@@ -234,7 +234,7 @@ def test_target_of_another_slice_of_the_vocabulary(device):
     expected = expected_gradients(whole, targets, grad_logps, None, HeadOptions())[1][:35]
     logps, lse, _ = (x.float() for x in statistics(whole, targets, HeadOptions()))
     local = targets.where(targets < 35, 35)
-    _, got, _ = backend_triton.backward(
+    _, got, _ = triton_backend.backward(
         grad_logps,
         None,
         whole.hidden,

@@ -5,13 +5,13 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast import backend_triton, tuning
 from powerflow_fast.kernels import config, statistics
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.kernels.statistics import padded_columns
 from powerflow_fast.kernels.tiles import Operands, sum_rows
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, make_head, poison, tile_sizes
+from powerflow_fast.logprobs import triton_backend, triton_tuning
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.truth import DTYPES, make_head, poison, tile_sizes
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -33,7 +33,7 @@ def case(dtype, device):
 
 def run(head, targets, options, *, pair=False, direction=False, rows=slice(None)):
     reference = (head.hidden[rows], head.weight, head.bias) if pair else None
-    return backend_triton.forward(
+    return triton_backend.forward(
         head.hidden[rows], head.weight, head.bias, targets[rows], reference, options, direction
     )
 
@@ -74,13 +74,13 @@ def test_directions_where_asked_for(dtype, device, monkeypatch):
     monkeypatch.setattr(config, "SOFT_BYTES", chunk)
     monkeypatch.setattr(statistics, "GROUP", 4)  # row blocks of both models: two of each
     sizes = []
-    product = backend_triton.product
+    product = triton_backend.product
 
     def watch(left, right, out=None):
         sizes.append(len(left))
         return product(left, right, out=out)
 
-    monkeypatch.setattr(backend_triton, "product", watch)
+    monkeypatch.setattr(triton_backend, "product", watch)
     whole = run(head, targets, HeadOptions(), direction=True).direction
     for rows, pair in ((slice(0, 3), True), (slice(block, None), False), (slice(7, 30), False)):
         out = run(head, targets, HeadOptions(), direction=True, rows=rows, pair=pair).direction
@@ -92,11 +92,11 @@ def test_directions_where_asked_for(dtype, device, monkeypatch):
 def test_tiles_are_not_tuned_for_the_batch(device, monkeypatch):
     monkeypatch.setenv("POWERFLOW_TUNE", "1")
     monkeypatch.setenv("POWERFLOW_BATCH_INVARIANT", "1")
-    monkeypatch.setattr(tuning, "_tune_and_store", None)
+    monkeypatch.setattr(triton_tuning, "_tune_and_store", None)
     head, targets = case(torch.bfloat16, device)
     operands = Operands(head.hidden, head.weight, head.bias)
     table = config_for(device, torch.bfloat16)
-    assert tuning.tile_config(operands, targets, HeadOptions()) == table
+    assert triton_tuning.tile_config(operands, targets, HeadOptions()) == table
 
 
 @triton.jit

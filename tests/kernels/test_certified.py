@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton, certified_triton, linear_logprobs, reference
+from powerflow_fast import linear_logprobs, reference
 from powerflow_fast.kernels import config, dlogits
 from powerflow_fast.kernels.columns import LOWEST, STEPS, choose_columns
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import DTYPES, Head, close, direction, logps_bound, poison, statistics
-from tests.numerics import gradient_tolerance, relative_error
+from powerflow_fast.logprobs import triton_backend, triton_sparse
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import gradient_tolerance, relative_error
+from tests.helpers.truth import DTYPES, Head, close, direction, logps_bound, poison, statistics
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -30,7 +31,7 @@ def sharp_head(n, h, v, dtype, device, *, sharpness=14.0, bias=False):
 
 
 def run(head, targets, options):
-    return backend_triton.forward(
+    return triton_backend.forward(
         head.hidden, head.weight, head.bias, targets, None, options, want_direction=True
     )
 
@@ -90,7 +91,7 @@ def rows_of_a_block(device):
 def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
     block = rows_of_a_block(device)
     head, targets = sharp_head(4 * block, 16, 130, torch.float32, device, sharpness=0.3)
-    monkeypatch.setattr(certified_triton, "sparse_direction", None)  # would fail if called
+    monkeypatch.setattr(triton_sparse, "sparse_direction", None)  # would fail if called
     out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
     assert out.certificate.tolist() == [1.0, 0.0, 4.0]
     exact = run(head, targets, HeadOptions())
@@ -110,13 +111,13 @@ def test_hidden_states_in_columns(device):
 @pytest.mark.parametrize("kept", [0.05, 0.2], ids=["pays", "does not"])
 def test_the_route_is_taken_where_it_pays(kept, device, monkeypatch):
     """Between PAYS and LARGEST_SHARE it would be right, and slower than the exact route."""
-    assert certified_triton.PAYS < 0.2 < certified_triton.LARGEST_SHARE
+    assert triton_sparse.PAYS < 0.2 < triton_sparse.LARGEST_SHARE
     head, targets = sharp_head(4 * rows_of_a_block(device), 16, 1000, torch.float32, device)
     head.hidden[:, 1:], head.weight[:, 1:] = 0, 0
     likely = torch.arange(1000, device=device) < kept * 1000
     head.hidden[:, 0], head.weight[:, 0] = 1, torch.where(likely, 0.0, -30.0)
     certificate = run(head, targets.clamp(max=9), HeadOptions(grad_tolerance=1e-3)).certificate
-    assert certificate[0] == pytest.approx(kept if kept < certified_triton.PAYS else 1.0, rel=0.05)
+    assert certificate[0] == pytest.approx(kept if kept < triton_sparse.PAYS else 1.0, rel=0.05)
 
 
 def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
@@ -168,7 +169,7 @@ def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, m
         write(policy, *rest)
 
     monkeypatch.setattr(dlogits, "write_dlogits_chunk", counting)
-    monkeypatch.setattr(certified_triton, "CHUNK", 64)  # three chunks of rows
+    monkeypatch.setattr(triton_sparse, "CHUNK", 64)  # three chunks of rows
     monkeypatch.setattr(config, "DLOGITS_BYTES", 4 * 16 * 150)  # two slices of the vocabulary
     head, _ = sharp_head(140, 16, 200, dtype, device, sharpness=60.0, bias=True)
     head.hidden = head.hidden[:1] + head.hidden / 4  # alike, as blocks of 64 rows are to share
@@ -195,7 +196,7 @@ def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, m
         assert relative_error(leaf.grad, wanted.grad) <= 10 * tolerance
 
 
-@pytest.mark.parametrize("rest", [1, certified_triton.BLOCK + 1])
+@pytest.mark.parametrize("rest", [1, triton_sparse.BLOCK + 1])
 def test_a_trained_head_whose_last_tile_of_rows_is_not_full(rest, device):
     """A tile of 128 rows makes two blocks of kept columns, of which the last may have no row."""
     n = config.config_for(device, torch.bfloat16).statistics.rows + rest
@@ -211,7 +212,7 @@ def test_a_trained_head_whose_last_tile_of_rows_is_not_full(rest, device):
 
 
 def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
-    monkeypatch.setattr(certified_triton, "kept_gradients", None)  # would fail if called
+    monkeypatch.setattr(triton_sparse, "kept_gradients", None)  # would fail if called
     head, targets = sharp_head(20, 16, 130, torch.float32, device, sharpness=0.3)
     weight = head.weight.requires_grad_()
     for tolerance in (0.0, 1e-3):
@@ -225,7 +226,7 @@ def test_too_many_kept_columns_are_not_gathered(device, monkeypatch):
 
 
 def test_opcheck(device):
-    from powerflow_fast.ops import head_forward
+    from powerflow_fast.logprobs.ops import head_forward
 
     head, targets = sharp_head(40, 16, 200, torch.bfloat16, device, sharpness=40.0)
     head.hidden.requires_grad_()

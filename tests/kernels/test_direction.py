@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
 from powerflow_fast.kernels.config import config_for
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import (
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import gradient_tolerance, relative_error
+from tests.helpers.truth import (
     DTYPES,
     Head,
     direction,
@@ -14,7 +15,6 @@ from tests.kernels.truth import (
     poison,
     tile_sizes,
 )
-from tests.numerics import gradient_tolerance, relative_error
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -29,7 +29,7 @@ def _poisoned(monkeypatch):
 
 def run(head: Head, targets, options=HeadOptions(), ref=None):  # noqa: B008 (frozen)
     ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
-    out = backend_triton.forward(
+    out = triton_backend.forward(
         head.hidden, head.weight, head.bias, targets, ref, options, want_direction=True
     )
     assert out.direction.dtype == torch.float32

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import (
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import EPS32, gradient_tolerance, relative_error
+from tests.helpers.truth import (
     DTYPES,
     Head,
     close,
@@ -16,7 +17,6 @@ from tests.kernels.truth import (
     statistics,
     tile_sizes,
 )
-from tests.numerics import EPS32, gradient_tolerance, relative_error
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -30,7 +30,7 @@ def _poisoned(monkeypatch):
 
 def run(head: Head, targets, ref: Head | None = None, options=PLAIN, want_direction=False):
     ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
-    return backend_triton.forward(
+    return triton_backend.forward(
         head.hidden, head.weight, head.bias, targets, ref, options, want_direction
     )
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
 from powerflow_fast.kernels import config, dlogits
-from powerflow_fast.numerators import new_numerators
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.softmax_cache import new_numerators
+from tests.helpers.numerics import gradient_tolerance, relative_error
+from tests.helpers.truth import DTYPES, Head, make_head, poison, tile_sizes
 from tests.kernels.test_backward import ALL, expected_gradients
-from tests.kernels.truth import DTYPES, Head, make_head, poison, tile_sizes
-from tests.numerics import gradient_tolerance, relative_error
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -21,13 +21,13 @@ def _poisoned(monkeypatch):
 
 def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # noqa: B008 (frozen)
     """Forward and backward with numerators of the first rows."""
-    layout = backend_triton.numerators_layout(head.hidden.device)
+    layout = triton_backend.numerators_layout(head.hidden.device)
     wide = head.hidden.new_empty(rows, 10_000)  # a head for which the budget is no limit
     kept = new_numerators(wide, head.weight, layout, True)
     assert kept.rows == rows
     inputs = (head.hidden, head.weight, head.bias, targets)
-    out = backend_triton.forward(*inputs, None, options, False, kept)
-    return backend_triton.backward(
+    out = triton_backend.forward(*inputs, None, options, False, kept)
+    return triton_backend.backward(
         grad_logps, None, *inputs, out.logps, out.lse, None, options, ALL, None, kept
     )
 

@@ -8,7 +8,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from powerflow_fast import backend_triton, certified_triton, gradient_sums
 from powerflow_fast.kernels import (
     active_blocks,
     columns,
@@ -23,10 +22,11 @@ from powerflow_fast.kernels import (
     statistics,
 )
 from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.model_shapes import ModelShape
-from powerflow_fast.numerators import new_numerators
-from powerflow_fast.options import HeadOptions
-from powerflow_fast.plan import Run, head_bytes
+from powerflow_fast.logprobs import triton_backend, triton_gradients, triton_sparse
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.softmax_cache import new_numerators
+from powerflow_fast.models.shapes import ModelShape
+from powerflow_fast.planning.memory import Run, head_bytes
 from tests.conftest import DEVICE
 
 N, H, V = 16384, 4096, 131072
@@ -77,9 +77,9 @@ def float32_product(left, right, out=None):
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """No kernel is launched, and products make what they make on a GPU."""
-    for module in (gradient_sums, backend_triton):
+    for module in (triton_gradients, triton_backend):
         monkeypatch.setattr(module, "product", float32_product)
-    monkeypatch.setattr(gradient_sums, "add_product", lambda total, left, right: None)
+    monkeypatch.setattr(triton_gradients, "add_product", lambda total, left, right: None)
     modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits)
     for module in (*modules, mean_direction, row_shift, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -89,10 +89,10 @@ def no_kernels(monkeypatch):
     for module in (config, statistics):
         monkeypatch.setattr(module, "num_processors", lambda device: PROCESSORS)
     # What the host reads: every block keeps KEPT columns, and none fails.
-    monkeypatch.setattr(certified_triton, "_looks_sharp", lambda *arguments: True)
+    monkeypatch.setattr(triton_sparse, "_looks_sharp", lambda *arguments: True)
     monkeypatch.setattr(FakeTensor, "tolist", lambda counts: [KEPT] * len(counts))
     monkeypatch.setattr(
-        certified_triton,
+        triton_sparse,
         "_failed",
         lambda skipped, tolerance, block_of_row, blocks: (
             torch.zeros(blocks, dtype=torch.bool, device=DEVICE),
@@ -112,14 +112,14 @@ def inputs(n):
 
 def forward(hidden, weight, targets, ref_hidden, options, want_direction, numerators=None):
     arguments = (hidden, weight, None, targets, (ref_hidden, weight, None), options)
-    return backend_triton.forward(*arguments, want_direction, numerators, config=TILES)
+    return triton_backend.forward(*arguments, want_direction, numerators, config=TILES)
 
 
 def backward(hidden, weight, targets, lse, numerators=None):
     """Gradients of hidden and weight."""
     arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, lse, None)
     needs = (True, True, False)
-    return backend_triton.backward(
+    return triton_backend.backward(
         *arguments, HeadOptions(), needs, None, numerators, config=TILES
     )[:2]
 
@@ -155,7 +155,7 @@ def test_rows_that_are_scored_alone_go_by_whole_groups():
         hidden, weight, _, _ = inputs(N)
         policy = Operands(hidden, weight, None)
         for models in (1, 2):
-            rows = backend_triton.forward_rows(policy, models, False, TILES)
+            rows = triton_backend.forward_rows(policy, models, False, TILES)
             units, rest = divmod(rows * models, TILES.statistics.rows)
             assert rest == 0 and units > 0 and units % statistics.GROUP == 0
 
@@ -167,7 +167,7 @@ def test_plan_counts_the_head_at_a_large_shape(trained):
         arguments = inputs(N)
         hidden, weight, targets, ref_hidden = arguments
         with Allocations(*arguments) as memory:
-            layout = backend_triton.numerators_layout(hidden.device)
+            layout = triton_backend.numerators_layout(hidden.device)
             numerators = new_numerators(hidden, weight, layout, True) if trained else None
             out = forward(*arguments, HeadOptions(), not trained, numerators)
             if trained:

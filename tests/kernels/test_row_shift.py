@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from powerflow_fast import backend_triton
 from powerflow_fast.kernels import combine, row_shift
 from powerflow_fast.kernels.config import config_for
-from powerflow_fast.options import HeadOptions
-from tests.kernels.truth import Head, close, direction, logps_bound, make_head, poison, statistics
-from tests.numerics import EPS32, gradient_tolerance, relative_error
+from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers.numerics import EPS32, gradient_tolerance, relative_error
+from tests.helpers.truth import Head, close, direction, logps_bound, make_head, poison, statistics
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -24,7 +24,7 @@ def _poisoned(monkeypatch):
 
 def run(head: Head, targets, options=HeadOptions(), ref: Head | None = None):  # noqa: B008
     ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
-    return backend_triton.forward(
+    return triton_backend.forward(
         head.hidden, head.weight, head.bias, targets, ref, options, want_direction=True
     )
 

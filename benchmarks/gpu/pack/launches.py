@@ -29,13 +29,13 @@ from benchmarks.gpu import correct, kernel_times, tools
 from benchmarks.gpu.pack import unpack
 from benchmarks.gpu.shapes import ODD, SHAPES
 from benchmarks.inputs import Inputs, Shape
-from powerflow_fast import tuning
 from powerflow_fast.kernels import config
 from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.model_shapes import model_shape
-from powerflow_fast.options import HeadOptions
+from powerflow_fast.logprobs import triton_tuning
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.models.shapes import model_shape
+from tests.helpers.truth import DTYPES
 from tests.kernels.test_exp2 import test_exp2_of_integers_is_exact
-from tests.kernels.truth import DTYPES
 
 KEYS, LAUNCHERS = "keys", "launchers"  # folders in the cache
 BF16 = torch.bfloat16
@@ -96,7 +96,7 @@ def candidates() -> None:
         inputs = without_storage(shape)
         policy = Operands(inputs.hidden, inputs.weight, None)
         table = config.config_for(None, BF16)
-        tuning.tune(policy, inputs.targets, HeadOptions(), table, launch_once)
+        triton_tuning.tune(policy, inputs.targets, HeadOptions(), table, launch_once)
 
 
 def launch_once(call: Callable[[], object]) -> float:

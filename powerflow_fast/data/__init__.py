@@ -1,0 +1,1 @@
+"""Prompts and questions: reading them, and those that come with the package."""

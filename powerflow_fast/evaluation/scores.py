@@ -1,0 +1,280 @@
+"""Measuring a model on questions: accuracy, diversity, length, and likelihood under the base.
+
+Accepted answers are compared with completions here and nowhere else. Every figure has a standard
+error over prompts, by leaving out one prompt after another (the jackknife; Efron 1982): for a mean
+over prompts it is the usual one, and it holds for ratios of sums, too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.data.prompts import Prompt, Question, prompt_ids
+from powerflow_fast.head import linear_logprobs
+from powerflow_fast.models.lm_head import base_model, last_hidden_state, modes_kept, read_head
+from powerflow_fast.models.sampling import Sample, end_tokens, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `samples` per prompt from the full distribution."""
+
+    samples: int = 4
+    max_new_tokens: int = 16
+    batch_size: int = 96
+    seed: int = 0
+    temperature: float = 1.0
+    progress: str | None = None  # a bar with this title on the terminal
+
+
+class Figure(NamedTuple):
+    """A figure over prompts, and what it is without each of them."""
+
+    value: float
+    without: Tensor  # [prompts] float64
+
+    @property
+    def error(self) -> float:
+        """Standard error over prompts; NaN for a single one."""
+        return _jackknife(self.without)
+
+    def difference(self, before: Figure) -> tuple[float, float]:
+        """Change since `before`, of the same prompts, and its standard error."""
+        return self.value - before.value, _jackknife(self.without - before.without)
+
+
+def _jackknife(without: Tensor) -> float:
+    n = len(without)
+    return (
+        float(((n - 1) * (without - without.mean()).square().mean()).sqrt()) if n > 1 else torch.nan
+    )
+
+
+def _ratio(numerators: Tensor, denominators: Tensor) -> Figure:
+    """Sum of one number a prompt over the sum of another."""
+    above, below = numerators.double(), denominators.double().expand(len(numerators))
+    without = (above.sum() - above) / (below.sum() - below).clamp(min=1e-12)
+    return Figure(float(above.sum() / below.sum().clamp(min=1e-12)), without)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Averages over prompts; accuracies are None where no question has answers."""
+
+    accuracy_sampled: Figure | None
+    accuracy_greedy: Figure | None
+    distinct_answers: Figure  # different completions per prompt, of `samples`
+    distinct_openings: Figure  # different first two words, likewise
+    distinct_bigrams: Figure  # share of word pairs that differ, over all sampled completions
+    mean_length: Figure  # tokens, end-of-text included
+    base_logp: Figure  # mean log-prob of sampled tokens under the base [nats/token]
+    samples: int
+
+    def figures(self) -> dict[str, Figure]:
+        """Those that were measured."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Figure)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON: the values, and `standard_errors` of each."""
+        plain: dict[str, Any] = {field.name: None for field in fields(self)}
+        plain |= {name: figure.value for name, figure in self.figures().items()}
+        errors = {name: figure.error for name, figure in self.figures().items()}
+        errors = {name: error for name, error in errors.items() if error == error}
+        return plain | {"samples": self.samples, "standard_errors": errors}
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, punctuation dropped: what counts as the same answer."""
+    return re.findall(r"\w+", text.lower())
+
+
+def is_correct(completion: str, answers: Sequence[str]) -> bool:
+    """Whether one of `answers` occurs in `completion` as whole words."""
+    text = f" {' '.join(words(completion))} "
+    return any(f" {' '.join(words(answer))} " in text for answer in answers)
+
+
+def _grams(completion: str, n: int) -> list[tuple[str, ...]]:
+    tokens = words(completion)
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def distinct_ngrams(completions: Sequence[str], n: int = 2) -> float:
+    """Number of different word n-grams over the number of all; 0 without any."""
+    grams = [gram for completion in completions for gram in _grams(completion, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
+    """`distinct_ngrams` of the completions of all prompts."""
+    grams = [[gram for text in group for gram in _grams(text, n)] for group in groups]
+    holders = Counter(gram for group in grams for gram in set(group))  # prompts that have it
+    alone = torch.tensor([sum(holders[g] == 1 for g in set(group)) for group in grams])
+    counts = torch.tensor([len(group) for group in grams])
+    without = (len(holders) - alone) / (counts.sum() - counts).clamp(min=1)
+    return Figure(len(holders) / max(int(counts.sum()), 1), without.double())
+
+
+def distinct_per_prompt(
+    completions: Sequence[str], samples: int, first: int | None = None
+) -> Figure:
+    """Mean number of different completions (or of their `first` words) among `samples` a prompt."""
+    counts = [
+        len({tuple(words(text)[:first]) for text in group})
+        for group in _groups(completions, samples)
+    ]
+    return _ratio(torch.tensor(counts), torch.tensor(1))
+
+
+def _groups(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+class Completions(NamedTuple):
+    """`Sampling.samples` consecutive completions of every prompt, or the greedy one."""
+
+    texts: list[str]
+    lengths: Tensor  # [n] float32, tokens of each, its end token included
+    base_logps: Tensor  # [n] float32, their log-probs under the base, summed [nats]
+
+
+@torch.no_grad()
+def complete(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    greedy: bool = False,
+    likelihood: bool = True,
+    base=None,
+) -> Completions:
+    """Completions of prompts, as training tokenises them. The caller's random state is kept.
+
+    Without `likelihood` the base's log-probs are 0 and their forward pass is saved. `base` scores
+    them: by default `model`, without its adapter if it has one.
+    """
+    from tqdm import tqdm
+
+    ids_of = prompt_ids(tokenizer, prompts)
+    repeated = [row for row in ids_of for _ in range(1 if greedy else sampling.samples)]
+    order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
+    texts = [""] * len(repeated)
+    lengths, base_logps = torch.zeros(2, len(repeated))
+    began = time.perf_counter()
+    hidden = sampling.progress is None or None  # None: shown on a terminal alone
+    bar = tqdm(total=len(repeated), desc=sampling.progress, disable=hidden, leave=False)
+    with bar, modes_kept(model), torch.random.fork_rng():
+        model.eval()
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(order), sampling.batch_size):
+            batch = order[start : start + sampling.batch_size]
+            rows = {"input_ids": [repeated[i] for i in batch]}
+            inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+            inputs = inputs.to(model.device)
+            drawn = sample(
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                greedy=greedy,
+                end_token_ids=end_tokens(model, tokenizer),
+            )
+            ids, mask = drawn.completion(inputs["input_ids"].shape[1])
+            for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
+                texts[i] = text
+            if likelihood:
+                logps = _base_logps(base or model, drawn, sampling.temperature)
+                of_each = torch.zeros_like(mask, dtype=logps.dtype).masked_scatter(mask, logps)
+                base_logps[batch] = of_each.sum(1).cpu()
+            lengths[batch] = mask.sum(1).float().cpu()
+            bar.update(len(batch))
+            left = (time.perf_counter() - began) * (len(order) / len(batch) - 1)
+            if start == 0 and bar.disable and not hidden and left > 10:  # in a log file
+                print(f"{sampling.progress}: about {left:.0f} s more", file=sys.stderr, flush=True)
+    return Completions(texts, lengths, base_logps)
+
+
+class Evaluation(NamedTuple):
+    """Scores, and the completions that they are of."""
+
+    scores: Scores
+    drawn: Completions
+
+
+def evaluate(
+    model, tokenizer, questions: Sequence[Question], sampling: Sampling, base=None
+) -> Evaluation:
+    """Measure `model` on `questions`, whose prompts are in the format it is asked in.
+
+    `base` is what the log-probs are under: by default `model` without its adapter.
+    """
+    prompts = [question.prompt for question in questions]
+    drawn = complete(model, tokenizer, prompts, sampling, base=base)
+    groups = _groups(drawn.texts, sampling.samples)
+    accuracy_sampled = accuracy_greedy = None
+    if all(question.answers for question in questions):
+        accuracy_sampled = _accuracy(groups, questions)
+        greedy = complete(model, tokenizer, prompts, sampling, True, likelihood=False).texts
+        accuracy_greedy = _accuracy([[text] for text in greedy], questions)
+    lengths, logps = (x.view(len(groups), -1).sum(1) for x in (drawn.lengths, drawn.base_logps))
+    scores = Scores(
+        accuracy_sampled=accuracy_sampled,
+        accuracy_greedy=accuracy_greedy,
+        distinct_answers=distinct_per_prompt(drawn.texts, sampling.samples),
+        distinct_openings=distinct_per_prompt(drawn.texts, sampling.samples, first=2),
+        distinct_bigrams=_distinct_share(groups),
+        mean_length=_ratio(lengths, torch.tensor(sampling.samples)),
+        base_logp=_ratio(logps, lengths),
+        samples=sampling.samples,
+    )
+    return Evaluation(scores, drawn)
+
+
+def _accuracy(groups: Sequence[Sequence[str]], questions: Sequence[Question]) -> Figure:
+    """Share of right completions."""
+    right = [
+        sum(is_correct(text, question.answers) for text in group)
+        for group, question in zip(groups, questions, strict=True)
+    ]
+    return _ratio(torch.tensor(right), torch.tensor(len(groups[0])))
+
+
+def _decode(tokenizer, ids, mask) -> list[str]:
+    kept = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _base_logps(model, drawn: Sample, temperature: float) -> Tensor:
+    """[N] log-probs of the counted tokens under the model without its adapter, if it has one."""
+    with without_adapter(model):
+        base = base_model(model)
+        ids, mask, labels = (
+            x.to(base.device) for x in (drawn.input_ids, drawn.attention_mask, drawn.labels)
+        )
+        hidden = last_hidden_state(base, ids, mask)
+        head, counted = read_head(base), labels[:, 1:] != -100
+        rows, targets = hidden[:, :-1][counted], ids[:, 1:][counted]
+        options = {"bias": head.bias, "temperature": temperature, **head.transform}
+        logps = linear_logprobs(rows, head.weight, targets, **options)
+    assert isinstance(logps, Tensor)  # a pair only where entropy is asked for
+    return logps.to(drawn.input_ids.device)
+
+
+def without_adapter(model) -> AbstractContextManager:
+    """The base under `model`'s adapter, if it has one; where it is off already, it stays off."""
+    layers = (m.disable_adapters for m in model.modules() if hasattr(m, "lora_A"))
+    if not hasattr(model, "peft_config") or next(layers, False):
+        return nullcontext()
+    return model.disable_adapter()

@@ -1,0 +1,234 @@
+"""`LATBTrainer`: LA-TB on completions that exist already, on transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from powerflow_fast.integrations.offline_rows import Item, RowReader
+from powerflow_fast.integrations.patch_head import patch_head
+from powerflow_fast.logprobs.validation import check_number, is_finite
+from powerflow_fast.loss import tb_loss
+from powerflow_fast.models.context import Context
+from powerflow_fast.models.lm_head import base_model, disable_dropout, keep_gradient
+from powerflow_fast.models.sampling import end_tokens
+from powerflow_fast.training.checks import (
+    check_adapter,
+    check_arguments,
+    check_pair,
+    given_back,
+    trial_ids,
+)
+from powerflow_fast.training.health import SoundSteps
+from powerflow_fast.training.metrics import LossFigures
+from powerflow_fast.training.progress import show_lines
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel) -> Tensor:
+    """[1, T] log-probs of a few tokens, as training scores them."""
+    ids = trial_ids(base_model(model))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return model(**inputs, fused_lm_head=True).log_probs
+
+
+def _check_options(alpha: float, log_z: float | str, clip_eps: float) -> None:
+    check_number("alpha", alpha, positive=True)
+    check_number("clip_eps", clip_eps)
+    if log_z != "group" and (not is_finite(log_z) or isinstance(log_z, bool)):
+        raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
+
+
+def _check_reference(model: PreTrainedModel, ref_model: PreTrainedModel) -> None:
+    """ValueError where training `model` would change `ref_model`, or their tokens differ."""
+    fixed = {id(p) for p in ref_model.parameters()}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    shared = next((name for name, p in trained if id(p) in fixed), None)
+    if shared is not None:
+        raise ValueError(
+            f"ref_model: it shares {shared} with the model that is trained, so it would move with "
+            "it; load a second copy, or leave it out beside a PeftModel"
+        )
+    sizes = [base_model(m).config.get_text_config().vocab_size for m in (model, ref_model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"ref_model: expected a vocabulary of {sizes[0]}, got one of {sizes[1]}")
+
+
+class LATBTrainer(LossFigures, Trainer):
+    """Trains on (prompt, completion) rows that some sampler wrote, without sampling any.
+
+    Rows of one prompt are kept together: a batch size counts prompts, not completions. The loss is
+    the mean over all completions of an optimizer step, whatever the micro-batches and ranks.
+
+    Args:
+        model: a causal language model with `ref_model`, or a PeftModel, whose base without its
+            adapter is the reference.
+        args: TrainingArguments; `remove_unused_columns` is set to False.
+        train_dataset, eval_dataset: rows with `prompt` and `completion` (text, messages, or token
+            ids), and optionally `old_logps` (one log-prob [nats] per completion token, from the
+            policy that sampled; they give clipped importance weights) and `psi` (format term,
+            nats/token). A completion given as text or messages gets the tokenizer's
+            end-of-sequence token, unless it ends with one of the model's already. `eval_dataset`
+            may be a dict of such, whose names the figures of each then carry.
+        processing_class: the tokenizer.
+        ref_model: the frozen reference where it is not the base of `model`.
+        alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
+        temperature: at which the completions were sampled.
+        head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Those
+            that the model was patched with before stay.
+        **kwargs: every other argument of Trainer.
+
+    Raises:
+        ValueError: for rows it cannot use, a missing reference, or a head `patch_head` refuses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Rows,
+        *,
+        processing_class,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        ref_model: PreTrainedModel | None = None,
+        alpha: float = 4.0,
+        log_z: float | str = "group",
+        clip_eps: float = 0.2,
+        temperature: float = 1.0,
+        head: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is None and not hasattr(model, "disable_adapter"):
+            raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model: nothing to train, every parameter is frozen")
+        for adapter in getattr(model, "peft_config", {}).values():
+            check_adapter(adapter)
+        _check_options(alpha, log_z, clip_eps)
+        if ref_model is not None:
+            _check_reference(model, ref_model)
+        self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
+        check_arguments(args)
+        config = base_model(model).config
+        vocabulary = config.get_text_config().vocab_size
+        ends = end_tokens(model, processing_class)
+        self._reader = RowReader(processing_class, ends, vocabulary, Context(config))
+        train_items = self._read("train_dataset", train_dataset)
+        eval_items: Any = None
+        if isinstance(eval_dataset, Mapping):
+            eval_items = {k: self._read(f"eval_dataset[{k!r}]", x) for k, x in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_items = self._read("eval_dataset", eval_dataset)
+        args.remove_unused_columns = False
+        with given_back(model), given_back(ref_model):
+            for part in (model, ref_model):
+                if part is not None:
+                    patch_head(part, temperature, **(head or {}))
+                    disable_dropout(part)
+                    keep_gradient(part)
+            super().__init__(
+                model,
+                args,
+                self._collate,
+                train_items,
+                eval_items,
+                processing_class=processing_class,
+                **kwargs,
+            )
+            for part in (model, ref_model):
+                if part is not None:
+                    check_pair(part, trial=partial(_scores, part))
+        sound = SoundSteps(self.accelerator)
+        sound.alpha = alpha
+        self.add_callback(sound)
+        show_lines(self)
+        self.loss_is_scaled_for_ga = True
+        # SoundSteps stops on all ranks together where log-probs are not finite.
+        self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
+        self.loss_options["check_finite"] = False
+        self.ref_model = None
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(
+                ref_model.eval().requires_grad_(False), evaluation_mode=True
+            )
+        self.start_figures()
+
+    def _read(self, name: str, rows: Iterable[Mapping[str, Any]]) -> list[list[Item]]:
+        groups = self._reader.groups(name, rows)
+        alone = next((group[0] for group in groups if len(group) < 2), None)
+        if self._grouped and alone is not None:
+            raise ValueError(
+                f"{name}: log_z='group': expected at least 2 completions of every prompt, got one "
+                f"of {self._reader.tokenizer.decode(alone['prompt'])!r}; or give log_z a number"
+            )
+        return groups
+
+    def _collate(self, groups: list[list[Item]]) -> dict[str, Tensor]:
+        """Right-padded tensors [S, T]; old_logps [S, T - 1] lie where log-probs will."""
+        items = [item for group in groups for item in group]
+        width = max(len(item["prompt"]) + len(item["completion"]) for item in items)
+        ids = torch.full((len(items), width), self._pad)
+        labels, old = torch.full_like(ids, -100), torch.zeros(len(items), width - 1)
+        attention_mask = torch.zeros_like(ids)
+        for i, item in enumerate(items):
+            start, end = len(item["prompt"]), len(item["prompt"]) + len(item["completion"])
+            ids[i, :end] = torch.tensor([*item["prompt"], *item["completion"]])
+            labels[i, start:end] = ids[i, start:end]
+            attention_mask[i, :end] = 1
+            if item["old_logps"] is not None:
+                old[i, start - 1 : end - 1] = torch.tensor(item["old_logps"])
+        batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+        batch["psi"] = torch.tensor([float(item["psi"]) for item in items])
+        if self._grouped:
+            sizes = torch.tensor([len(group) for group in groups])
+            batch["group_ids"] = torch.arange(len(groups)).repeat_interleave(sizes)
+        if items[0]["old_logps"] is not None:
+            batch["old_logps"] = old
+        return batch
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Micro-batches of one step, and how many completions they hold on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["labels"] != -100).any(1).sum() for batch in batches)
+        count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+        return batches, count.clamp(min=1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        names = ("old_logps", "psi", "group_ids")
+        options = {name: inputs.pop(name) for name in names if name in inputs}
+        normalizer = None  # an evaluation counts its own sequences
+        if self.model.training:  # DDP averages gradients over ranks
+            normalizer = num_items_in_batch / self.accelerator.num_processes
+        with torch.no_grad():
+            if self.ref_model is not None:
+                reference = self.ref_model(**inputs, fused_lm_head=True)
+            else:
+                with self.accelerator.unwrap_model(model).disable_adapter():
+                    reference = model(**inputs, fused_lm_head=True)
+        scored = model(**inputs, fused_lm_head=True)
+        out = tb_loss(
+            scored.log_probs,
+            reference.log_probs.to(scored.log_probs.device),
+            mask=scored.label_mask,
+            normalizer=normalizer,
+            **self.loss_options,
+            **{name: value.to(scored.log_probs.device) for name, value in options.items()},
+        )
+        self.sums["train" if self.model.training else "eval"].add(out)
+        return (out.loss, scored) if return_outputs else out.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss's metrics since the last log, over all ranks, by PowerFlowTrainer's names.
+
+        Those of an evaluation begin with `eval_`.
+        """
+        logs.update(self.loss_figures())  # in place: what `evaluate` returns
+        super().log(logs, start_time)

@@ -1,0 +1,1 @@
+"""How log-probs and their gradients are computed. Nothing here is public."""

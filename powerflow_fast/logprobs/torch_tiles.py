@@ -1,0 +1,343 @@
+"""One model's head in PyTorch, tile by tile: logits, running softmax statistics, the direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from powerflow_fast.kernels.config import soft_exponent
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.softmax_cache import Numerators
+
+if TYPE_CHECKING:
+    from powerflow_fast.logprobs.torch_sparse import Peaks
+
+# Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
+# slice of the weight they are the whole working set; a GPU needs larger ones to fill its
+# multiprocessors.
+_CPU_TILE = (512, 2048)
+_GPU_TILE = (4096, 8192)
+# Kept numerators relative to the largest of their tile, and tiles relative to their row, are 0
+# below these. The first is far below a rounding of the tile. A tile is as far below its row as the
+# target is confident, up to 50 nats. Together with a gradient they stay clear of subnormal numbers,
+# see `exp_`.
+_SMALLEST_NUMERATOR = 2.0**-40
+_SMALLEST_FACTOR = 2.0**-76
+_LARGEST_RISE = 50.0  # nats
+LOG2E = math.log2(math.e)
+_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+class Head:
+    """One model's head over the counted rows: its logits, tile by tile."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [n, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [n]
+        options: HeadOptions,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
+        self.options = options
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # Products of bf16 with float32 results exist on CUDA; elsewhere float32 copies are
+        # multiplied.
+        native = hidden.is_cuda and hidden.dtype == torch.bfloat16
+        self.product_dtype = hidden.dtype if native else self.dtype
+        # A CPU's bf16 units round what they multiply: fast, and here what was asked for.
+        fast = hidden.dtype == torch.bfloat16 and has_bf16_units(hidden.device)
+        self.rounds_in_product = options.round_logits and bias is None and fast
+        self.tile = tile_shape(hidden.device)
+        self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
+
+    def of_rows(self, r: slice) -> Head:
+        """The same head over some of the rows."""
+        return Head(self.hidden[r], self.weight, self.bias, self.targets[r], self.options)
+
+    def row_slices(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+        stop = len(self.hidden) if stop is None else stop
+        for first in range(start, stop, self.tile[0]):
+            yield slice(first, min(first + self.tile[0], stop))
+
+    def weight_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, weight[start:stop]) with the tile in the product's type.
+
+        A tile that had to be converted is overwritten by the next.
+        """
+        converted: Tensor | None = None
+        for start in range(0, len(self.weight), self.tile[1]):
+            tile = self.weight[start : start + self.tile[1]]
+            if tile.dtype != self.product_dtype:
+                if converted is None:
+                    converted = torch.empty_like(tile, dtype=self.product_dtype)
+                tile = converted[: len(tile)].copy_(tile.to(self.hidden.dtype))
+            elif tile.dtype != self.hidden.dtype:
+                tile = self.factor(tile)
+            yield start, start + len(tile), tile
+
+    def factor(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of the weight in `dtype`, or the product's, with no more digits than hidden has."""
+        return rows.to(self.hidden.dtype).to(dtype or self.product_dtype)
+
+    def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
+        """Logits of rows r and the tile's columns; the next call may overwrite them."""
+        if self.rounds_in_product:
+            rounded = torch.mm(self.hidden[r], weight_tile.to(self.hidden.dtype).T)
+            return self._scale(rounded.to(self.dtype))
+        x = self.hidden[r].to(self.product_dtype)
+        out = None if _by_onednn(x) else self.scratch(len(x), len(weight_tile))
+        return self._transform(matmul(x, weight_tile.T, out), bias_tile)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of a buffer that the next call overwrites."""
+        size = rows * columns
+        if len(self.buffer) < size:
+            self.buffer.resize_(size)
+        return self.buffer[:size].view(rows, columns)
+
+    def bias_tile(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop]
+
+    def _transform(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Products to logits, in place."""
+        if bias is not None:
+            z += bias.to(self.dtype)
+        if self.options.round_logits:
+            z.copy_(z.to(self.hidden.dtype))
+        return self._scale(z)
+
+    def _scale(self, z: Tensor) -> Tensor:
+        options = self.options
+        if options.softcap is not None:
+            z.mul_(options.logit_scale / options.softcap).tanh_()
+            z.mul_(options.softcap / options.temperature)
+        elif options.scale != 1.0:
+            z.mul_(options.scale)
+        return z
+
+    def accumulate(self, rows: Tensor, e: Tensor, weight_tile: Tensor) -> None:
+        """rows += e @ weight_tile, summed in float32."""
+        add_product_(rows, e.to(self.product_dtype), weight_tile)
+
+
+class OnlineHead(Head):
+    """A head with the running softmax statistics of a sweep over its vocabulary."""
+
+    def __init__(self, *head) -> None:
+        super().__init__(*head)
+        n = len(self.hidden)
+        zeros = partial(torch.zeros, dtype=self.dtype, device=self.hidden.device)
+        self.target_logits = self._target_logits()
+        # Sums leave the target out: where it has nearly all the mass, log(1 + others) and
+        # 1 - p_y = others / total keep the digits that a sum with it would round away.
+        self.maximum = self.target_logits.where(~self.target_logits.isnan(), -torch.inf)
+        self.others = zeros(n)  # sum_v e^(z_v - max)
+        self.weighted = zeros(n) if self.options.entropy else None  # times (z_v - max)
+        self.expected: Tensor | None = None  # [n, H] sum_v e^(z_v - max) J_v W_v
+        self.peaks: Peaks | None = None  # where the columns that matter are to be found
+        self.numerators: Numerators | None = None  # to be filled with those of the first rows
+
+    def collect_expected(self) -> None:
+        """Have the sweep collect the sum that the direction over the whole vocabulary needs."""
+        self.expected = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
+
+    def _target_logits(self) -> Tensor:
+        """[n] logits of the targets; NaN where the target is outside the vocabulary."""
+        inside = (self.targets >= 0) & (self.targets < len(self.weight))
+        index = self.targets.where(inside, 0)
+        z = torch.empty(len(index), dtype=self.dtype, device=index.device)
+        for r in self.row_slices():
+            own = self.factor(self.weight[index[r]], self.dtype)
+            z[r] = own.mul_(self.hidden[r]).sum(1)
+        z = self._transform(z, None if self.bias is None else self.bias[index])
+        return z.where(inside, torch.nan)
+
+    def update(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
+        """Take columns start:stop into the running statistics of rows r."""
+        z = self.logits(r, weight_tile, self.bias_tile(start, stop))
+        slope = softcap_slope(z, self.options) if self._wants_slope else None
+        drop_targets(z, self.targets[r] - start, slice(None))
+        tile_maximum = z.amax(1)
+        maximum = torch.maximum(self.maximum[r], tile_maximum)
+        # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
+        finite = maximum.where(maximum != -torch.inf, 0.0)
+        shift = self.maximum[r] - finite
+        decay = shift.exp()
+        z.sub_(finite[:, None])
+        if self.peaks is not None:
+            self.peaks.update(z, r.start, start, stop)
+        e = exp_(z if self.weighted is None else z.clone())
+        if self.weighted is not None:
+            # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
+            moved = self.weighted[r] + self.others[r] * shift.clamp_min(-1e30)
+            self.weighted[r] = moved * decay + (e * z.clamp_min_(-1e30)).sum(1)
+        self.others[r] = self.others[r] * decay + e.sum(1)
+        self.maximum[r] = maximum
+        if slope is not None:
+            e.mul_(slope)
+        if self.expected is not None:
+            self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
+        if self.numerators is not None:
+            self._keep(e, finite - tile_maximum, r, start, stop)
+
+    @property
+    def _wants_slope(self) -> bool:
+        wanted = self.expected is not None or self.numerators is not None
+        return self.options.softcap is not None and wanted
+
+    def _keep(self, e: Tensor, below: Tensor, r: slice, start: int, stop: int) -> None:
+        """Store numerators of rows r, relative to their tile's largest; `e` is overwritten.
+
+        That is `below` [nats] the running maximum, to which `e` is relative. Beside a confident
+        target numerators relative to the maximum would have no place in a 16-bit type.
+        """
+        values, factors, _ = self.numerators
+        r = slice(r.start, min(r.stop, len(values)))
+        if r.start >= r.stop:
+            return
+        n = r.stop - r.start
+        up = below[:n].clamp(0.0, _LARGEST_RISE)
+        e = e[:n].mul_(up.exp()[:, None])
+        exponent = soft_exponent(values.dtype)
+        e = torch.threshold_(e, _SMALLEST_NUMERATOR, 0.0)
+        values[r, start:stop] = e.mul_(2.0**exponent) if exponent else e
+        factors[start // self.tile[1], r] = self.maximum[r] - up
+
+    def finish_numerators(self) -> None:
+        """Once the sweep is over: bases to factors, and what belongs to the targets."""
+        values, factors, own = self.numerators
+        n = min(len(values), len(self.hidden))
+        p = factors[:, :n].sub_(self.maximum[:n]).sub_(self.log_total[:n]).exp_()
+        torch.threshold_(p, _SMALLEST_FACTOR, 0.0).mul_(2.0 ** -soft_exponent(values.dtype))
+        own[:n] = self.own_derivative[:n]
+
+    @cached_property  # read once the sweep is over
+    def target_share(self) -> Tensor:
+        """e^(z_y - max); 0 where the target is not in this vocabulary."""
+        return (self.target_logits - self.maximum).exp().nan_to_num(0.0)
+
+    @cached_property  # read once the sweep is over
+    def log_total(self) -> Tensor:
+        """log sum_v e^(z_v - max)."""
+        target_is_max = self.target_logits == self.maximum
+        return torch.where(
+            target_is_max, self.others.log1p(), (self.others + self.target_share).log()
+        )
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_total
+
+    @property
+    def logps(self) -> Tensor:
+        # (z_y - max) - log(total) keeps digits that z_y - lse loses where all logits are large.
+        return (self.target_logits - self.maximum) - self.log_total
+
+    @property
+    def entropy(self) -> Tensor:
+        target_logits = (self.target_logits - self.maximum).nan_to_num(0.0, neginf=-1e30)
+        weighted = self.weighted + self.target_share * target_logits
+        return self.log_total - weighted / (self.others + self.target_share)
+
+    @cached_property  # read once the sweep is over
+    def other_share(self) -> Tensor:
+        """[n] 1 - p_y, which is known to more digits than p_y."""
+        return self.others / (self.others + self.target_share)
+
+    @property
+    def own_derivative(self) -> Tensor:
+        """[n] (1 - p_y) J_y."""
+        if self.options.softcap is None:
+            return self.other_share
+        return self.other_share * softcap_slope(self.target_logits, self.options)
+
+    def finish_direction(self, sums: Tensor, divisor: Tensor) -> Tensor:
+        """scale * ((1 - p_y) J_y W[y] - sums / divisor), in place of `sums` [n, H].
+
+        NaN where the target is outside the vocabulary, as logps is.
+        """
+        own = self.options.scale * self.own_derivative
+        own = own.where(~self.target_logits.isnan(), torch.nan)
+        for r in self.row_slices():
+            target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
+            rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
+            rows.addcmul_(self.factor(target_rows, self.dtype), own[r][:, None])
+        return sums
+
+
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    return _GPU_TILE if device.type == "cuda" else _CPU_TILE
+
+
+def exp_(z: Tensor) -> Tensor:
+    """e^z in place; 0 where it would be subnormal.
+
+    Such numbers are below any rounding of a softmax, and CPUs multiply them many times slower.
+    """
+    smallest = math.log(torch.finfo(z.dtype).tiny)
+    # exp2 in place of exp, which MKL computes, on other makers' CPUs at a quarter of the speed.
+    return torch.threshold_(z, smallest, -torch.inf).mul_(LOG2E).exp2_()
+
+
+def drop_targets(z: Tensor, local: Tensor, columns: slice | Tensor) -> None:
+    """Set the logits of the targets to -inf, in place; arguments as in `target_columns`."""
+    index, inside = target_columns(local, columns, z.shape[1])
+    z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
+
+
+def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[n, 1] places of the targets among a tile's columns, clamped, and whether they are there.
+
+    `local` counts from the tile's first column; of its `width` columns `columns` are meant.
+    """
+    if isinstance(columns, slice):
+        place = local.clamp(0, width - 1)
+        there = local == place
+    elif len(columns):
+        place = torch.searchsorted(columns, local).clamp_max(len(columns) - 1)
+        there = columns[place] == local
+    else:
+        place, there = local[:0], local[:0] < 0
+    return place[:, None], there[:, None]
+
+
+def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
+    """1 - tanh(x)^2 from the capped logits: tanh(x) = logits * temperature / softcap."""
+    return 1.0 - (logits * (options.temperature / options.softcap)) ** 2
+
+
+def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a @ b, in float32 (float64 for float64)."""
+    if a.dtype == sums.dtype and not _by_onednn(a):
+        sums.addmm_(a, b)
+    else:
+        sums += matmul(a, b)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with sums and result in float32 (float64 for float64); oneDNN ignores `out`."""
+    if _by_onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bfloat16 at more than float32's speed."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _by_onednn(a: Tensor) -> bool:
+    """Whether oneDNN multiplies instead of MKL, torch's choice for float32 on a CPU.
+
+    On CPUs of another maker MKL leaves AVX-512 idle: 225 against 510 GFLOP/s on two cores of EPYC.
+    """
+    return a.dtype == torch.float32 and a.device.type == "cpu" and _ONEDNN

@@ -1,0 +1,1 @@
+"""What transformers models look like: heads, shapes, names, packing, sampling."""

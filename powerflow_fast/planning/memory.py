@@ -1,0 +1,322 @@
+"""Where every gigabyte of a training run goes, and the largest micro-batch that fits.
+
+Counted from the model's shape, not measured: the tensors that autograd keeps in a transformers
+decoder with LoRA on every linear layer and an attention that keeps no [L, L] scores (Gemma 2's
+keeps none with flash-attn alone). Tests hold the counts against what autograd keeps and against
+the measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass, replace
+
+from powerflow_fast.kernels.config import (
+    DLOGITS_BYTES,
+    SOFT_BYTES,
+    STATISTICS_BYTES,
+    numerators_layout,
+)
+from powerflow_fast.logprobs.softmax_cache import LARGEST_BYTES
+from powerflow_fast.models.shapes import FAMILIES, LARGEST_SIZE, ModelShape
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
+QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
+CPU_TILES = 8 << 20  # what the torch head's tiles take
+RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
+KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
+
+
+def _check_number(name: str, value: float) -> None:
+    if not 0 < value <= LARGEST_SIZE:
+        raise ValueError(
+            f"{name}: expected a number > 0 and at most {LARGEST_SIZE:.0e}, "
+            f"got {reprlib.repr(value)}"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plan is asked about.
+
+    Args:
+        shape: the model.
+        gpus: of `memory_gb` each.
+        weights: "bf16", "fp32", or "nf4", "fp8" for the linear layers of a frozen base.
+        lora_rank: LoRA on every linear layer; 0 trains all parameters, with a frozen second copy as
+            the reference.
+        tokens: of a sequence, prompt and completion, padding included where it is computed.
+        completions: sequences that one GPU samples at a time.
+        sharding: "fsdp" divides weights, gradients and optimizer over the GPUs, "ddp" copies them.
+        offload: with "fsdp": shards rest in main memory.
+        offload_reference: the trainer's option: the second copy is there while it scores a rollout.
+        checkpointing: recompute each layer in the backward pass.
+        device: "cuda" or "cpu", of which the head's buffers depend.
+    """
+
+    shape: ModelShape
+    gpus: int = 1
+    memory_gb: float = 80.0
+    weights: str = "bf16"
+    lora_rank: int = 16
+    tokens: int = 8192
+    completions: int = 8
+    sharding: str = "ddp"
+    offload: bool = False
+    offload_reference: bool = False
+    checkpointing: bool = True
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory_gb", "tokens", "completions"):
+            _check_number(name, getattr(self, name))
+        if not 0 <= self.lora_rank <= LARGEST_SIZE:
+            raise ValueError(
+                f"lora_rank: expected 0 to {LARGEST_SIZE:.0e}, got {reprlib.repr(self.lora_rank)}"
+            )
+        for name, choices in (("weights", tuple(BYTES)), ("sharding", ("ddp", "fsdp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        if self.weights in QUANTIZED and (self.lora_rank == 0 or self.sharding == "fsdp"):
+            raise ValueError(
+                f"weights={self.weights!r}: expected LoRA and sharding='ddp'; quantised weights "
+                "neither train nor shard here"
+            )
+        if self.offload and self.sharding != "fsdp":
+            raise ValueError("offload: expected sharding='fsdp', whose shards it moves")
+        if self.offload_reference and (self.lora_rank > 0 or self.sharding == "fsdp"):
+            raise ValueError("offload_reference: expected lora_rank=0 and sharding='ddp'")
+
+    @property
+    def width(self) -> float:
+        """Bytes of a number in activations."""
+        return BYTES["fp32" if self.weights == "fp32" else "bf16"]
+
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapter copies its input: PEFT to the adapter's float32, autocast back.
+
+        Beside bf16 layers; quantised ones leave the type to autocast, and FSDP's mixed precision
+        makes the adapter bf16 while it is used.
+        """
+        return self.lora_rank > 0 and self.weights == "bf16" and self.sharding == "ddp"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the largest moment; `host` is main memory, of all ranks together."""
+
+    weights: float
+    reference: float  # a second copy, for full fine-tuning
+    gathered: float  # full layers in use under FSDP, or a dequantised matrix
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float  # kept for the backward pass
+    head: float  # while the loss runs
+    backward: float  # while a layer's backward pass runs: the head's is over then
+    sampler: float  # key-value cache, while sampling: nothing of the three above is there then
+    scoring: float  # an offloaded reference and its head, while it scores: nothing of the four is
+    host: float
+
+    @property
+    def total(self) -> float:
+        step = self.activations + max(self.head, self.backward)
+        return sum(getattr(self, name) for name in RESTING) + max(step, self.sampler, self.scoring)
+
+
+def lora_parameters(shape: ModelShape, rank: int) -> int:
+    """Parameters of LoRA on the linear layers of every decoder layer."""
+    return shape.num_layers * rank * sum(map(sum, shape.linear_layers()))
+
+
+def layer_activations(run: Run) -> float:
+    """Bytes per token that the backward pass of one decoder layer needs, inputs included.
+
+    In the run's width: the normed inputs [H]; queries, keys, values (repeated for each query head)
+    and attention's output, once as attention keeps it and once as the next layer's input [q each];
+    gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the inputs of
+    the norms, of those of queries and keys too. Where norms train, what their weights multiply.
+    """
+    shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layers = len(shape.linear_layers())
+    # Attention's layers share a normed input, and so do gate and up.
+    normed_inputs = layers - 2 if run.copies_inputs else 2
+    attention = 5 * q
+    if family.fused:  # values are a view, which keeps the whole output, unless they are repeated
+        attention = max(attention, 4 * q + 3 * kv)
+    numbers = normed_inputs * shape.hidden_size + attention + 4 * shape.intermediate_size
+    normed = family.norms * shape.hidden_size + family.qk_norm * (q + kv)
+    scaled = full * normed * (4 if family.wide_scale else run.width)
+    return run.width * (numbers + layers * run.lora_rank) + 4 * normed + scaled
+
+
+def kept_bytes(run: Run, sequences: int) -> float:
+    """Kept from the forward to the backward pass of a micro-batch: the layers', the last norm's."""
+    shape = run.shape
+    a_layer = run.width * shape.hidden_size if run.checkpointing else layer_activations(run)
+    last_norm = (4 + run.width) * shape.hidden_size
+    return (a_layer * shape.num_layers + last_norm) * run.tokens * sequences
+
+
+def backward_bytes(run: Run, sequences: int) -> float:
+    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values.
+
+    Gradients of gate, up and their product [I each]. Of a fused layer's output and its scaled
+    adapter's [2I each]. Where inputs are copied: of the product, its copy and, in float32, between.
+    """
+    fused = FAMILIES[run.shape.model_type].fused
+    passing = (4 if fused or run.copies_inputs else 3) * run.shape.intermediate_size
+    again = layer_activations(run) if run.checkpointing else 0.0
+    return (run.width * passing + again) * run.tokens * sequences
+
+
+def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
+    """Of policy and reference log-probs and the gradient of the hidden states.
+
+    Fused: packed states of both models, and the larger of the two passes. Frozen: the direction in
+    float32, with a chunk's numerators and statistics, then with the gradient. Trained: what is kept
+    for backward, with a chunk's statistics, then with a second copy of the states, their gradient
+    in float32, a chunk's dlogits, and one of its two float32 products at a time.
+    Else: logits in the run's width, in float32, and their gradient (the reference's pass is over).
+    """
+    n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
+    width, on_cpu = run.width, run.device == "cpu"
+    packed = n * h * (2 * width) + 64 * n  # and a few [N] vectors
+    if not fused:
+        return packed + n * h * width + n * v * (width + 4 + 4)
+    statistics = CPU_TILES if on_cpu else STATISTICS_BYTES
+    if run.lora_rank > 0:
+        buffers = min(statistics + (0 if on_cpu else SOFT_BYTES), n * v * (4 + width))
+        return packed + n * h * 4 + max(buffers, n * h * width)
+    values = min(LARGEST_BYTES, 4 * v * h, n * v * width)
+    kept = values + values / width / numerators_layout().piece * 4  # a float32 factor a piece
+    chunk = CPU_TILES if on_cpu else DLOGITS_BYTES
+    products = max(n * h * 4, min(chunk, 4 * v * h))
+    backward = n * h * (width + 4) + min(chunk, n * v * width) + products
+    return packed + kept + max(min(statistics, n * v * 4), backward)
+
+
+def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
+    """Memory of a run with micro-batches of `sequences`; `fused` is this library's head."""
+    shape, width = run.shape, run.width
+    total = shape.parameters()
+    rows = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    linear = total - rows
+    weights = linear * BYTES[run.weights] + rows * width
+    shards = run.gpus if run.sharding == "fsdp" else 1
+    if run.sharding == "fsdp":  # this layer, the next one, and the unit of embedding and head
+        gathered = width * (2 * shape.layer_parameters() + rows)
+    else:
+        largest = max(inputs * outputs for inputs, outputs in shape.linear_layers())
+        gathered = width * largest if run.weights in QUANTIZED else 0.0
+    full = run.lora_rank == 0
+    trained = total if full else lora_parameters(shape, run.lora_rank)
+    trained_width = width if full else 4.0  # adapters are float32
+    here = 0.0 if run.offload else 1.0 / shards
+    resting = {
+        "weights": weights * here,
+        "reference": weights * here if full and not run.offload_reference else 0.0,
+        "adapter": 0.0 if full else trained * trained_width * here,
+        "gradients": trained * trained_width * here,
+        "optimizer": 2 * trained * trained_width * here,  # AdamW
+    }
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
+    moved = weights * (2 if full else 1) + trained * trained_width * (3 if full else 4)
+    head, copies = head_bytes(run, sequences, fused), run.gpus * run.offload_reference
+    return Memory(
+        gathered=gathered,
+        activations=kept_bytes(run, sequences),
+        backward=backward_bytes(run, sequences),
+        head=head,
+        sampler=cache * run.tokens * run.completions,
+        scoring=weights + head if copies else 0.0,
+        host=moved if run.offload else weights * copies,
+        **resting,
+    )
+
+
+def largest_micro_batch(run: Run, fused: bool = True) -> int:
+    """Sequences per GPU and pass that fit; 0 where not even one does."""
+    budget = run.memory_gb * 1e9 * (1 - KEPT_BACK)
+    fits, step = 0, 1
+    while plan(run, fits + step, fused).total <= budget and fits + step < 1 << 20:
+        fits, step = fits + step, 2 * step
+    while step:
+        if plan(run, fits + step, fused).total <= budget:
+            fits += step
+        step //= 2
+    return fits
+
+
+def flops_per_token(run: Run) -> float:
+    """Floating-point operations of one training step for a token of `tokens`-long sequences.
+
+    Products of the layers: policy and reference forward, the gradient of the inputs, recomputation
+    with checkpointing, the gradient of the weights where they train; causal attention, forward once
+    a pass and twice in the gradient; the head's three products (four where it trains).
+    """
+    shape, full = run.shape, run.lora_rank == 0
+    layers = 2 * shape.num_layers * shape.layer_parameters()
+    attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * run.tokens
+    passes = 2 + run.checkpointing
+    head = (4 if full else 3) * 2 * shape.hidden_size * shape.vocab_size
+    return layers * (passes + 1 + full) + attention * (passes + 2) + head
+
+
+LEGEND = """\
+peak: what is always there, and the largest of training, sampling and scoring. Training:
+activations, and the larger of the two lines under them. fused head: this library; plain logits:
+[tokens, vocab] logits are formed. micro-batch: sequences that a GPU trains on at once."""
+
+
+def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
+    """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
+    for name, value in (("micro_batch", sequences), ("tflops", tflops)):
+        if value is not None:
+            _check_number(name, value)
+    fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
+    shown = sequences or max(fits[True], 1)
+    memory = {fused: plan(run, shown, fused) for fused in (True, False)}
+    gathered = "layers gathered" if run.sharding == "fsdp" else "one matrix dequantised"
+    titles = {
+        "weights": f"always: weights ({run.weights})",
+        "reference": "always: reference, a second copy",
+        "gathered": f"always: {gathered}",
+        "adapter": f"always: adapter (rank {run.lora_rank})",
+        "gradients": "always: gradients",
+        "optimizer": "always: optimizer (AdamW)",
+        "activations": f"training: activations{', checkpointed' if run.checkpointing else ''}",
+        "head": "training: + log-probs, both models",
+        "backward": "training: or + one layer's backward",
+        "sampler": f"sampling: cache of {run.completions} sequences",
+        "scoring": "scoring: the reference comes here",
+        "total": "peak",
+    }
+    lines = [
+        f"{run.gpus} GPU(s) of {run.memory_gb:g} GB, {run.sharding}{', offload' * run.offload}; "
+        f"{shown} sequence(s) of {run.tokens} tokens a micro-batch",
+        f"{'GB per GPU':<36}{'fused head':>12}{'plain logits':>14}",
+    ]
+    for name, title in titles.items():
+        ours, plain = (getattr(memory[fused], name) / 1e9 for fused in (True, False))
+        if ours or plain:
+            lines.append(f"{title:<36}{ours:>12.2f}{plain:>14.2f}")
+    lines.append(f"{'largest micro-batch':<36}{fits[True]:>12}{fits[False]:>14}")
+    other = kept_bytes(replace(run, checkpointing=not run.checkpointing), shown) / 1e9
+    lines.append(
+        f"activations {'without' if run.checkpointing else 'with'} checkpointing: {other:.2f} GB"
+    )
+    if memory[True].host:
+        lines.append(f"main memory, all ranks together: {memory[True].host / 1e9:.1f} GB")
+    if tflops is None:
+        lines.append("throughput: not measured on this GPU; give a rate with --tflops")
+    else:
+        rate = tflops * 1e12 / flops_per_token(run)
+        lines.append(
+            f"throughput at {tflops:g} TFLOP/s (given): {rate:.0f} tokens/s a GPU "
+            "trained, sampling not counted"
+        )
+    lines.append(f"{KEPT_BACK:.0%} of the memory is kept back for driver and allocator (assumed)")
+    return "\n".join([*lines, LEGEND])

@@ -1,0 +1,1 @@
+"""`PowerFlowTrainer` and what a run of it needs."""

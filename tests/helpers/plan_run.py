@@ -1,0 +1,85 @@
+"""Peak bytes of one real step, for test_memory.py: `plan_run.py KIND CHECKPOINTING HEAD`.
+
+The resident size at the peak of the second step less that before it, on a CPU in float32.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from powerflow_fast import fused_linear_tb_loss, tb_loss  # noqa: E402
+from powerflow_fast.models.lm_head import base_model, last_hidden_state, read_head  # noqa: E402
+from powerflow_fast.models.shapes import ModelShape  # noqa: E402
+from powerflow_fast.planning.memory import Run  # noqa: E402
+
+SHAPES = {
+    "llama": ModelShape("llama", 256, 8192, 6, 4, 2, 64, 768),
+    "phi3": ModelShape("phi3", 256, 8192, 6, 4, 4, 64, 768),  # as Phi-3-mini, all heads have keys
+}
+SEQUENCES = 8
+
+
+def run_of(kind: str, checkpointing: bool) -> Run:
+    sizes = dict(weights="fp32", lora_rank=8, tokens=256, device="cpu")
+    return Run(SHAPES[kind], checkpointing=checkpointing, **sizes)
+
+
+def resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) * 1024
+
+
+def build(kind: str, checkpointing: bool):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(
+        SHAPES[kind].to_config(pad_token_id=0), dtype=torch.float32
+    )
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def step(model, ids, fused: bool) -> None:
+    mask, head = torch.ones_like(ids), read_head(base_model(model))
+    targets = ids.roll(-1, 1)
+    with torch.no_grad(), model.disable_adapter():
+        reference = last_hidden_state(base_model(model), ids, mask)
+        if not fused:
+            reference = token_logps(reference, head.weight, targets)
+    hidden = last_hidden_state(base_model(model), ids, mask)
+    options = dict(log_z="group", group_size=4, alpha=4.0)
+    if fused:
+        loss = fused_linear_tb_loss(hidden, head.weight, targets, reference, **options).loss
+    else:
+        loss = tb_loss(token_logps(hidden, head.weight, targets), reference, **options).loss
+    loss.backward()
+
+
+def token_logps(hidden, weight, targets):
+    logits = (hidden @ weight.T).float().clone()  # as a bf16 model's would be copied
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+if __name__ == "__main__":
+    kind, checkpointing, fused = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "fused"
+    model = build(kind, checkpointing)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(0, SHAPES[kind].vocab_size, (SEQUENCES, run_of(kind, False).tokens))
+    step(model, ids[:4, :32], fused)  # libraries, thread pools, gradients and optimizer states
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step(model, ids, fused)
+    print(resident("VmHWM") - before)
