@@ -119,7 +119,7 @@ def test_what_is_missing_is_named_with_its_extra(capsys, monkeypatch):
     for name in ("powerflow_fast.training.trainer", "powerflow_fast.training.config"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert "pip install 'powerflow-fast[train]'" in refused(capsys, "train", "--model", "m")
-    monkeypatch.setattr(powerflow_fast, "_HOME", {"PowerFlowConfig": "config"})
+    monkeypatch.setattr(powerflow_fast, "_HOME", {"PowerFlowConfig": "training.config"})
     monkeypatch.delitem(vars(powerflow_fast), "PowerFlowConfig", raising=False)
     with pytest.raises(ImportError, match=r"PowerFlowConfig: trl is not installed: pip install"):
         powerflow_fast.PowerFlowConfig  # noqa: B018
