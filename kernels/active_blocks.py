@@ -69,9 +69,9 @@ class ActiveBlocks(NamedTuple):
     count: torch.Tensor  # [1] int32 of the active ones; of several chunks [chunks]
 
     def of_chunk(self, chunk: int, blocks: int) -> ActiveBlocks:
-        """Of one of several chunks, all of so many blocks but the last."""
-        own = slice(chunk * blocks, (chunk + 1) * blocks)
-        return ActiveBlocks(self.blocks[own], self.count[chunk : chunk + 1])
+        """The list of one chunk; each chunk but the last has `blocks` row blocks."""
+        places = slice(chunk * blocks, (chunk + 1) * blocks)
+        return ActiveBlocks(self.blocks[places], self.count[chunk : chunk + 1])
 
 
 def active_blocks(

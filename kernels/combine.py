@@ -5,7 +5,7 @@ The eager code it replaces:
     lse = torch.logsumexp(logits, 1)                                          # [rows]
     logps = logits.gather(1, targets) - lse                                   # 0 where ignored
     entropy = lse - (torch.softmax(logits, 1) * logits).sum(1)                # 0 where ignored
-    others = 1 - logps.exp()                                                  # NaN where logps are
+    one_minus_p = 1 - logps.exp()                                             # NaN where logps are
 
 Nothing is read of a row that is ignored, as the statistics may leave it unwritten: its lse and
 shift are 0, its total is 1.
@@ -84,7 +84,7 @@ def combine_kernel(
     base = tl.where(row_shift == float("-inf"), 0.0, row_shift)
 
     totals = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
-    spreads = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    weighted_sums = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         part = start + offs_p
         mask = (part < num_parts)[:, None] & counted[None, :]
@@ -92,8 +92,8 @@ def combine_kernel(
         total = tl.load(statistics.tile_total + offs, mask=mask, other=0.0)
         if statistics.row_shift is not None:
             totals += total
-            if statistics.tile_spread is not None:
-                spreads += tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
+            if statistics.tile_weighted_sum is not None:
+                weighted_sums += tl.load(statistics.tile_weighted_sum + offs, mask=mask, other=0.0)
         else:
             moved = (
                 tl.load(statistics.tile_shift + offs, mask=mask, other=float("-inf"))
@@ -101,15 +101,15 @@ def combine_kernel(
             )
             factor = tl.exp2(moved)  # of an integer: exact
             totals += factor * total
-            if statistics.tile_spread is not None:
-                spread = tl.load(statistics.tile_spread + offs, mask=mask, other=0.0)
-                spreads += factor * (spread + total * tl.where(factor == 0, 0.0, moved))
+            if statistics.tile_weighted_sum is not None:
+                weighted = tl.load(statistics.tile_weighted_sum + offs, mask=mask, other=0.0)
+                weighted_sums += factor * (weighted + total * tl.where(factor == 0, 0.0, moved))
     others = sum_rows(totals)
     inside = counted & (target >= 0) & (target < num_v)
     target_logit = tl.load(statistics.target_logit + offs_r, mask=mask_r, other=0.0)
     target_centred = above_shift(target_logit, base)
-    own = tl.where(inside, tl.exp2(target_centred), 0.0)
-    total = tl.where(counted, others + own, 1.0)
+    target_exp = tl.where(inside, tl.exp2(target_centred), 0.0)
+    total = tl.where(counted, others + target_exp, 1.0)
     log_total = tl.log2(total)
     if misled is not None and not AGAIN:
         # Not `<`: NaN is out of bounds, too.
@@ -126,19 +126,20 @@ def combine_kernel(
     near = total * tl.exp2(-power)
     log_near = tl.log2(near)
     logps = (above_shift(target_logit, base + power) - log_near) * LN2
-    logps = tl.where(own > others, -log1p2(others / own) * LN2, logps)
+    logps = tl.where(target_exp > others, -log1p2(others / target_exp) * LN2, logps)
     offs_out = (offs_r // num_n).to(tl.int64) * stride_model + offs_n
     tl.store(results.logps + offs_out, tl.where(counted, logps, 0.0), mask=mask_r)
     tl.store(results.lse + offs_out, (base + power + log_near) * LN2, mask=mask_r)
     tl.store(out.shift + offs_r, base + power, mask=mask_r)
     tl.store(out.total + offs_r, near, mask=mask_r)
-    share = tl.where(inside, others / total, float("nan"))
-    tl.store(out.others + offs_r, tl.where(counted, share, 0.0), mask=mask_r)
+    one_minus_p = tl.where(inside, others / total, float("nan"))
+    tl.store(out.one_minus_p + offs_r, tl.where(counted, one_minus_p, 0.0), mask=mask_r)
     if out.factor is not None:
         tl.store(out.factor + offs_r, 1.0 / total, mask=mask_r)
     if results.entropy is not None:
-        spread = sum_rows(spreads) + tl.where(own == 0, 0.0, own * target_centred)
-        entropy = (log_total - spread / total) * LN2
+        weighted = sum_rows(weighted_sums)
+        weighted += tl.where(target_exp == 0, 0.0, target_exp * target_centred)
+        entropy = (log_total - weighted / total) * LN2
         tl.store(results.entropy + offs_out, tl.where(counted, entropy, 0.0), mask=mask_r)
 
 
@@ -147,12 +148,8 @@ class Rows(NamedTuple):
 
     shift: torch.Tensor  # [rows], in units of log 2
     total: torch.Tensor  # [rows]
-    others: torch.Tensor  # [rows] 1 - p of the target, NaN where it is outside the vocabulary
+    one_minus_p: torch.Tensor  # [rows] 1 - p of the target, NaN where it is outside the vocabulary
     factor: torch.Tensor | None  # [rows] p of a numerator of 1, where the row's shift was given
-
-    def of(self, rows) -> Rows:
-        """Those of a slice, or of indices."""
-        return Rows(*(None if x is None else x[rows] for x in self))
 
 
 class Misled(NamedTuple):
@@ -179,9 +176,6 @@ class Results(NamedTuple):
     logps: torch.Tensor  # [models, N]
     lse: torch.Tensor  # [models, N]
     entropy: torch.Tensor | None  # [models, N]
-
-    def of_rows(self, rows: slice) -> Results:
-        return Results(*(None if x is None else x[:, rows] for x in self))
 
 
 def new_results(heads: Heads) -> Results:

@@ -9,20 +9,26 @@ others were not timed.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
-from powerflow_fast.logprobs.softmax_cache import Layout
-
-# Bytes one row chunk of softmax numerators (exact route), of those of kept columns (certified
+# Bytes one row chunk of exp-logits (exact route), of those of kept columns (certified
 # route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
 # GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
 # over the vocabulary. Twice as much takes 1 to 9 % off a step on an H100, half adds 4 to 80 %.
-SOFT_BYTES = 256 << 20
+EXP_LOGITS_BYTES = 256 << 20
 KEPT_BYTES = 64 << 20
 STATISTICS_BYTES = 64 << 20
 DLOGITS_BYTES = 256 << 20
+# How the softmax cache cuts the vocabulary: columns that share a factor, and what the number of its
+# columns is a multiple of. Every tile of the tables fits, tuned or not: sizes must not depend on
+# the device.
+CACHE_TILE, CACHE_MULTIPLE = 64, 256
+# Row blocks that walk the vocabulary together, both models counted. 16 blocks of 128 rows of
+# H = 4096 in bf16 are 16 MiB: they stay in L2, and all 16 read each weight tile at once.
+GROUP = 16
 # Of every launch: a product and a sum become one instruction. Triton up to 3.9 does so unasked,
 # 3.9 warns that 3.10 will not.
 LAUNCH = {"enable_fp_fusion": True}
@@ -67,18 +73,24 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     statistics: Tile  # hidden @ weight.T and the softmax statistics of each tile
-    direction: Tile  # softmax numerators @ weight
+    unit_gradient: Tile  # exp-logits @ weight
     dlogits: Tile  # hidden @ weight.T and the gradient of the logits
     tma: bool  # the chip copies tiles with its bulk copy engine
 
     def __post_init__(self) -> None:
-        # One step of the direction's product lies within one part of the statistics.
-        assert self.statistics.part % self.direction.depth == 0
-        assert self.statistics.rows == self.direction.rows  # the blocks of the certified route
+        # One step of the unit gradient's product lies within one part of the statistics.
+        assert self.statistics.part % self.unit_gradient.depth == 0
+        assert self.statistics.rows == self.unit_gradient.rows  # the blocks of the certified route
+
+
+@cache
+def persistent(config: Config) -> Config:
+    """The same with persistent programs for the statistics."""
+    return replace(config, statistics=replace(config.statistics, persistent=True))
 
 
 def same_tiles(tile: Tile, tma: bool = False) -> Config:
-    return Config(statistics=tile, direction=tile, dlogits=tile, tma=tma)
+    return Config(statistics=tile, unit_gradient=tile, dlogits=tile, tma=tma)
 
 
 CDNA = same_tiles(Tile(128, 128, 64, num_warps=8, num_stages=2))
@@ -86,15 +98,15 @@ TABLE = {
     "sm_80": same_tiles(Tile(128, 256, 32, num_warps=8, num_stages=4, parts=4)),
     "sm_90": Config(
         statistics=Tile(128, 256, 64, num_warps=8, num_stages=3, parts=4),
-        direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        unit_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         tma=True,
     ),
-    # In parts, a soft-capped head's statistics with stored numerators do not compile: Triton 3.6
+    # In parts, a soft-capped head's statistics with stored exp-logits do not compile: Triton 3.6
     # and 3.9 end in TritonNvidiaGPUOptimizeTMemLayoutsPass.
     "sm_100": Config(
         statistics=Tile(128, 256, 64, num_warps=8, num_stages=3),
-        direction=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
+        unit_gradient=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         dlogits=Tile(128, 256, 64, num_warps=8, num_stages=4, parts=4),
         tma=True,
     ),
@@ -107,7 +119,7 @@ TABLE = {
     # Triton's interpreter: small enough that small tests have several tiles and ragged ends.
     "interpreter": Config(
         statistics=Tile(16, 64, 32, num_warps=4, num_stages=1),
-        direction=Tile(16, 32, 16, num_warps=4, num_stages=1),
+        unit_gradient=Tile(16, 32, 16, num_warps=4, num_stages=1),
         dlogits=Tile(16, 64, 32, num_warps=4, num_stages=1),
         tma=True,
     ),
@@ -126,10 +138,10 @@ CANDIDATES = (
 )
 
 
-def soft_exponent(dtype: torch.dtype) -> int:
-    """Power of two by which stored softmax numerators are enlarged.
+def stored_exponent(dtype: torch.dtype) -> int:
+    """Power of two by which stored exp-logits are enlarged.
 
-    float16 ends at 2^-24 and numerators are at most 1: 15 more powers keep the mass that underflows
+    float16 ends at 2^-24 and exp-logits are at most 1: 15 more powers keep the mass that underflows
     below 2^-39 per column. bfloat16 has float32's range.
     """
     return 15 if dtype == torch.float16 else 0
@@ -137,11 +149,6 @@ def soft_exponent(dtype: torch.dtype) -> int:
 
 def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def numerators_layout() -> Layout:
-    """One that every tile of the tables fits, tuned or not: it must not depend on the device."""
-    return Layout(piece=64, multiple=256)
 
 
 def chip_name(device: torch.device) -> str:

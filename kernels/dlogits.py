@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks
-from powerflow_fast.kernels.config import Tile, ceil_div
+from powerflow_fast.kernels.config import GROUP, ceil_div
+from powerflow_fast.kernels.statistics import Heads
 from powerflow_fast.kernels.tiles import (
     LOG2E,
-    Operands,
     can_describe,
     describe,
     form_logits,
@@ -38,8 +38,6 @@ from powerflow_fast.kernels.tiles import (
     write_idle_zeros,
 )
 
-GROUP = 16
-
 
 @triton.jit
 def write_dlogits(
@@ -50,7 +48,7 @@ def write_dlogits(
     grad_logp,  # [BLOCK_N] times derivative and out_scale
     grad_entropy,  # [BLOCK_N] likewise, or None
     target_logp,  # [BLOCK_N]
-    others,  # [BLOCK_N] 1 - p of the target
+    one_minus_p,  # [BLOCK_N] 1 - p of the target
     lse,  # [BLOCK_N]
     entropy,  # [BLOCK_N]
     active,  # [BLOCK_N]
@@ -70,10 +68,10 @@ def write_dlogits(
     share = -p
     if MARKED:
         is_target = offs_v[None, :] == target[:, None]
-        share = tl.where(is_target, others[:, None], share)
+        share = tl.where(is_target, one_minus_p[:, None], share)
         if grad_entropy is not None:
             logp = tl.where(is_target, target_logp[:, None], logp)
-            p = tl.where(is_target, 1.0 - others[:, None], p)
+            p = tl.where(is_target, 1.0 - one_minus_p[:, None], p)
     grad = grad_logp[:, None] * share
     if grad_entropy is not None:
         pull = tl.where(p == 0, 0.0, p * (logp + entropy[:, None]))  # 0 * -inf counts as 0
@@ -146,9 +144,9 @@ def dlogits_kernel(
     active = tl.load(rows.active + offs_n, mask=mask_n, other=0) != 0
     target = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
     target_logp = tl.load(rows.logps + offs_n, mask=mask_n, other=0.0)
-    others = tl.load(rows.others + offs_n, mask=mask_n, other=0.0)
+    one_minus_p = tl.load(rows.one_minus_p + offs_n, mask=mask_n, other=0.0)
     lse = tl.load(rows.lse + offs_n, mask=mask_n, other=0.0)
-    factor = form.derivative * tl.load(out_scale_ptr)
+    factor = form.dlogit_dproduct * tl.load(out_scale_ptr)
     grad_logp = tl.load(rows.grad_logps + offs_n, mask=mask_n, other=0.0) * factor
     grad_entropy = None
     entropy = None
@@ -169,7 +167,7 @@ def dlogits_kernel(
                     grad_logp,
                     grad_entropy,
                     target_logp,
-                    others,
+                    one_minus_p,
                     lse,
                     entropy,
                     active,
@@ -189,29 +187,22 @@ class UpstreamRows(NamedTuple):
     grad_logps: torch.Tensor
     grad_entropy: torch.Tensor | None
     logps: torch.Tensor  # of the targets
-    others: torch.Tensor  # 1 - p, -expm1(logps)
+    one_minus_p: torch.Tensor  # 1 - p, -expm1(logps)
     lse: torch.Tensor
     entropy: torch.Tensor | None  # needed with grad_entropy
     active: torch.Tensor  # bool
 
-    def of(self, rows: slice) -> UpstreamRows:
-        return UpstreamRows(*(None if x is None else x[rows] for x in self))
-
 
 def write_dlogits_chunk(
-    policy: Operands,  # weight and bias hold this chunk's rows only
-    targets: torch.Tensor,  # [N] contiguous, relative to the chunk's first column
+    chunk: Heads,  # weight and bias hold this chunk's rows; targets count from its first column
     rows: UpstreamRows,
-    blocks: ActiveBlocks,  # those with an active row, of tile.rows rows
+    blocks: ActiveBlocks,  # those with an active row, of config.dlogits.rows rows
     out_scale: torch.Tensor,  # [1] float32
     dlogits: torch.Tensor,  # [N, columns of the chunk] to be filled, unit stride along the columns
-    options,
-    tile: Tile,
-    use_tma: bool,
 ) -> None:
-    hidden, weight, bias = policy
-    (num_n, num_h), num_v = hidden.shape, len(weight)
-    use_tma = use_tma and can_describe(hidden) and can_describe(weight)
+    (hidden, weight, bias), _, targets, options, config = chunk
+    (num_n, num_h), num_v, tile = hidden.shape, len(weight), config.dlogits
+    use_tma = config.tma and can_describe(hidden) and can_describe(weight)
     grid = (ceil_div(num_n, tile.rows) * ceil_div(num_v, tile.columns),)
     with torch.cuda.device_of(hidden):
         dlogits_kernel[grid](

@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH, ceil_div
+from powerflow_fast.kernels.operands import BALANCES
 
 BLOCK = 1024
-
-# balance -> (policy log-probs are averaged, reference log-probs are averaged)
-BALANCES = {"length": (True, True), "trajectory": (False, False), "token": (False, True)}
 
 
 @triton.jit
@@ -108,7 +106,7 @@ def residual_gradient_kernel(
     tl.store(grad_logps_ptr + offs_n, grad, mask=inside)
 
 
-def sequence_residual_forward(
+def residual_forward(
     logps: torch.Tensor,  # [N] contiguous float32
     ref_logps: torch.Tensor,  # [N] likewise
     starts: torch.Tensor,  # [S] contiguous int32
@@ -146,7 +144,7 @@ def sequence_residual_forward(
     return delta, policy, reference, lengths
 
 
-def sequence_residual_backward(
+def residual_backward(
     grad_delta0: torch.Tensor,  # [S] contiguous float32
     lengths: torch.Tensor,  # [S] contiguous int32
     starts: torch.Tensor,  # [S] likewise

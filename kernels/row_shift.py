@@ -14,12 +14,11 @@ as a whole; those that were right get the same numbers again.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks
 from powerflow_fast.kernels.combine import Misled, Results, Rows, combine, new_misled
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.kernels.statistics import (
     Heads,
     Search,
@@ -27,7 +26,6 @@ from powerflow_fast.kernels.statistics import (
     logit_statistics,
     raise_to_maxima,
 )
-from powerflow_fast.kernels.tiles import Operands
 
 PILOT = 256  # columns
 
@@ -42,7 +40,7 @@ def pilot_shift(heads: Heads, active: ActiveBlocks) -> torch.Tensor:
     return shift
 
 
-def _pilot(model: Operands) -> Operands:
+def _pilot(model: Head) -> Head:
     """Of the same hidden states, with the pilot columns alone; a view of the weight."""
     step = max(1, len(model.weight) // PILOT)
     columns = slice(0, PILOT * step, step)
@@ -55,15 +53,15 @@ def log_probs(
     active: ActiveBlocks,
     shift: torch.Tensor | None,  # [models * N] as the pilot gave it, None in float16
     results: Results,  # to be filled
-    soft: torch.Tensor | None,  # [N, padded_columns] likewise
+    exp_logits: torch.Tensor | None,  # [N, padded_columns] likewise
     search: Search | None,
 ) -> tuple[Statistics, Rows]:
     """The pass over the vocabulary, from logits to log-probs."""
     misled = None if shift is None else new_misled(shift, heads)
-    statistics = logit_statistics(heads, active, shift, soft, search)
+    statistics = logit_statistics(heads, active, shift, exp_logits, search)
     rows = combine(statistics, heads, results, misled)
     if misled is not None:
-        redo_misled(heads, misled, statistics, rows, results, soft, search)
+        redo_misled(heads, misled, statistics, rows, results, exp_logits, search)
     return statistics, rows
 
 
@@ -73,13 +71,12 @@ def redo_misled(
     statistics: Statistics,  # as all that follows, written again where rows were misled
     rows: Rows,
     results: Results,
-    soft: torch.Tensor | None,
+    exp_logits: torch.Tensor | None,
     search: Search | None,
 ) -> None:
     blocks = ActiveBlocks(misled.blocks, misled.count)
     raise_to_maxima(misled.shift, heads, blocks, misled.rows)
     statistics = statistics._replace(row_shift=misled.shift)
     # As many programs as run at once: most find no work.
-    few = heads._replace(tile=replace(heads.tile, persistent=True))
-    logit_statistics(few, blocks, misled.shift, soft, search, statistics)
+    logit_statistics(heads.persistent(), blocks, misled.shift, exp_logits, search, statistics)
     combine(statistics, heads, results, misled, again=True, out=rows)

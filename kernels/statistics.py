@@ -4,10 +4,10 @@ The eager code it replaces, with z the logits of `HeadOptions` in units of log 2
 
     e = exp2(z_tile - shift), 0 at the target
     total = e.sum(1)                                                          # [N], each tile
-    spread = (e * (z_tile - shift)).sum(1)                                    # if entropy is wanted
+    weighted_sum = (e * (z_tile - shift)).sum(1)                              # if entropy is wanted
     target_logit = logits.gather(1, targets)
-    soft = e * softcap_slope                                                  # if `soft` is given
-    peaks = (z_block - lse_guess).amax(0), without targets                    # if `peaks` is given
+    exp_logits = e * softcap_slope                                            # if it is given
+    column_max = (z_block - lse_estimate).amax(0), without targets            # if it is given
 
 The shift is an integer, so a change of shift multiplies by a power of two: exact. The target is
 left out, as a sum with it would lose the digits of 1 - p: `combine` adds it.
@@ -23,37 +23,37 @@ a persistent tile shape, every so many-th.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
-from powerflow_fast.kernels.config import Tile, ceil_div, num_processors, soft_exponent
-from powerflow_fast.kernels.statistics_kernel import statistics_kernel
-from powerflow_fast.kernels.tiles import (
-    Operands,
-    can_describe,
-    describe,
-    logit_form,
-    rounding,
-    strides_of,
+from powerflow_fast.kernels.config import (
+    GROUP,
+    Config,
+    Tile,
+    ceil_div,
+    num_processors,
+    persistent,
+    stored_exponent,
 )
-
-# Row blocks, both models counted, that walk the vocabulary together. 16 blocks of 128 rows of
-# H = 4096 in bf16 are 16 MiB: they stay in L2, and each weight tile is read by all 16 at once.
-GROUP = 16
+from powerflow_fast.kernels.operands import Head
+from powerflow_fast.kernels.statistics_kernel import statistics_kernel
+from powerflow_fast.kernels.tiles import can_describe, describe, logit_form, rounding, strides_of
 
 
 class Heads(NamedTuple):
     """What a pass over the vocabulary computes with."""
 
-    policy: Operands
-    reference: Operands | None  # of the policy's shapes and types
+    policy: Head
+    reference: Head | None  # of the policy's shapes and types
     targets: torch.Tensor  # [N] contiguous
     options: Any  # HeadOptions
-    tile: Tile
-    use_tma: bool
+    config: Config
+
+    @property
+    def tile(self) -> Tile:
+        return self.config.statistics
 
     @property
     def models(self) -> int:
@@ -63,9 +63,13 @@ class Heads(NamedTuple):
     def num_v(self) -> int:
         return len(self.policy.weight)
 
-    def of_rows(self, rows: slice) -> Heads:
+    def of_rows(self, rows: slice | torch.Tensor) -> Heads:
         models = (m and m._replace(hidden=m.hidden[rows]) for m in self[:2])
         return Heads(*models, self.targets[rows], *self[3:])
+
+    def persistent(self) -> Heads:
+        """For launches whose tiles are few, or mostly find no work."""
+        return self._replace(config=persistent(self.config))
 
     def active_blocks(self, chunk_rows: int | None = None) -> ActiveBlocks:
         return active_blocks(self.targets, self.options.ignore_index, self.tile.rows, chunk_rows)
@@ -81,30 +85,32 @@ class Statistics(NamedTuple):
     row_shift: torch.Tensor | None  # [rows]
     tile_shift: torch.Tensor | None  # [parts, rows], if there is no row_shift
     tile_total: torch.Tensor | None  # [tiles or parts, rows], targets left out
-    tile_spread: torch.Tensor | None  # likewise
+    tile_weighted_sum: torch.Tensor | None  # likewise
     target_logit: torch.Tensor | None  # [rows], NaN where the target is outside the vocabulary
 
 
 class Search(NamedTuple):
     """What the certified route's pass over the vocabulary needs to find candidate columns."""
 
-    guess: torch.Tensor  # [N] rough log-sum-exp
-    # [row blocks, V] float16 to be filled: largest log2 p by the guess. -inf to begin with, as
+    lse_estimate: torch.Tensor  # [N] rough log-sum-exp
+    # [row blocks, V] float16 to be filled: largest log2 p by the estimate. -inf to begin with, as
     # blocks of which no row counts are passed by.
-    peaks: torch.Tensor
+    column_max: torch.Tensor
 
     def of_rows(self, rows: slice, block: int) -> Search:
         """`rows` starts at a multiple of `block`."""
-        return Search(self.guess[rows], self.peaks[rows.start // block : -(-rows.stop // block)])
+        return Search(
+            self.lse_estimate[rows], self.column_max[rows.start // block : -(-rows.stop // block)]
+        )
 
 
 def has_row_shift(dtype: torch.dtype) -> bool:
-    """Whether the type's exponent holds softmax numerators of a shift that is far off."""
+    """Whether the type's exponent holds exp-logits of a shift that is far off."""
     return dtype != torch.float16
 
 
 def padded_columns(num_v: int, tile: Tile) -> int:
-    """Columns of the buffer of softmax numerators: every tile is stored whole."""
+    """Columns of the buffer of exp-logits: every tile is stored whole."""
     return ceil_div(num_v, tile.columns) * tile.columns
 
 
@@ -118,16 +124,15 @@ def raise_to_maxima(
 
     By persistent programs: their tiles are few, of pilot columns or of rows that are done again.
     """
-    heads = heads._replace(tile=replace(heads.tile, persistent=True))
-    _launch(heads, active, highest=highest, wanted=wanted)
+    _launch(heads.persistent(), active, highest=highest, wanted=wanted)
 
 
 def logit_statistics(
     heads: Heads,
     active: ActiveBlocks,
     row_shift: torch.Tensor | None = None,  # [models * N] integers; None: each part has its own
-    soft: torch.Tensor | None = None,  # [N, padded_columns] to be filled
-    search: Search | None = None,  # whose peaks [row blocks, V] are to be filled
+    exp_logits: torch.Tensor | None = None,  # [N, padded_columns] to be filled
+    search: Search | None = None,  # whose column maxima [row blocks, V] are to be filled
     out: Statistics | None = None,  # to be filled
 ) -> Statistics:
     """One launch over both models."""
@@ -143,7 +148,7 @@ def logit_statistics(
             # No program owns an out-of-range target: its row stays NaN, never a plausible number.
             total.new_full((rows,), float("nan")),
         )
-    _launch(heads, active, out=out, soft=soft, search=search)
+    _launch(heads, active, out=out, exp_logits=exp_logits, search=search)
     return out
 
 
@@ -154,15 +159,16 @@ def _launch(
     highest: torch.Tensor | None = None,
     wanted: torch.Tensor | None = None,
     out: Statistics = Statistics(None, None, None, None, None),  # noqa: B008
-    soft: torch.Tensor | None = None,
+    exp_logits: torch.Tensor | None = None,
     search: Search | None = None,
 ) -> None:
-    policy, reference, targets, options, tile, use_tma = heads
+    policy, reference, targets, options, config = heads
+    tile, use_tma = heads.tile, config.tma
     hidden, weight, _ = policy
     ref_hidden, ref_weight, ref_bias = reference or policy
     (num_n, num_h), num_v = hidden.shape, heads.num_v
     use_tma = use_tma and all(map(can_describe, (hidden, weight, ref_hidden, ref_weight)))
-    soft_tma = use_tma and soft is not None and can_describe(soft)
+    store_tma = use_tma and exp_logits is not None and can_describe(exp_logits)
     programs = ceil_div(num_n, tile.rows) * heads.models * ceil_div(num_v, tile.columns)
     if tile.persistent:
         programs = min(programs, num_processors(hidden.device))
@@ -181,8 +187,8 @@ def _launch(
             highest_ptr=highest,
             wanted_ptr=wanted,
             out=out,
-            soft=describe(soft, tile.rows, tile.part, soft_tma),
-            stride_sn=0 if soft is None else soft.stride(0),
+            exp_logits=describe(exp_logits, tile.rows, tile.part, store_tma),
+            stride_en=0 if exp_logits is None else exp_logits.stride(0),
             search=search,
             num_n=num_n,
             num_v=num_v,
@@ -192,8 +198,8 @@ def _launch(
             MODELS=heads.models,
             USE_TMA=use_tma,
             ROUND_TO=rounding(options, hidden.dtype),
-            SOFT_EXPONENT=soft_exponent(hidden.dtype),
-            SOFT_TMA=soft_tma,
+            STORED_EXPONENT=stored_exponent(hidden.dtype),
+            STORE_TMA=store_tma,
             GROUP=GROUP,
             PERSISTENT=tile.persistent,
             **tile.constants,

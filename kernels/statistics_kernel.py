@@ -22,43 +22,38 @@ from powerflow_fast.kernels.tiles import (
 def write_tile(
     parts,  # PARTS pieces [BLOCK_N, PART] of a tile of hidden @ weight.T, left to right
     bias_ptr,  # [V] or None
-    target,  # [BLOCK_N]
+    place,  # first row and column of the tile; [BLOCK_N] each: token, row, whether there is one
+    row,  # [BLOCK_N] each: target, estimate of the log-sum-exp in units of log 2
     row_shift,  # [BLOCK_N], or None: each part has its own
     highest_ptr,  # [rows] raised to the row's largest logit, or None
-    wanted,  # [BLOCK_N] rows of which it is
-    out,  # Statistics, to be filled unless highest_ptr is given
-    soft,  # [N, tiles * columns] pointer, or tensor descriptor if SOFT_TMA, or None
-    stride_sn,
-    soft_n,  # rows that store `soft`: N, or 0
-    peaks_ptr,  # [V] float16 of this block of rows, or None
-    guess,  # [BLOCK_N] rough log-sum-exp, in units of log 2; +inf on rows that do not count
-    peaks_v,  # V, or 0 if these rows write no peaks
-    start_n,
-    start_v,
-    offs_n,
-    offs_r,
-    mask_n,
-    num_v,
-    num_rows,
+    wanted,  # [BLOCK_N] rows whose largest logit is wanted
+    out,  # Statistics, to be filled unless the largest logits are
+    exp_logits,  # [N, tiles * columns] pointer, or tensor descriptor if STORE_TMA, or None
+    stride_en,
+    column_max_ptr,  # [V] float16 of this block of rows, or None
+    sizes,  # V, rows; rows that store exp_logits: N or 0; columns whose maximum is: V or 0
     form,
     MARKED: tl.constexpr,  # whether the tile may hold targets, or end past the vocabulary
     ROUND_TO: tl.constexpr,
-    SOFT_EXPONENT: tl.constexpr,
-    SOFT_TMA: tl.constexpr,
+    STORED_EXPONENT: tl.constexpr,
+    STORE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    start_n, start_v, offs_n, offs_r, mask_n = place
+    target, lse_estimate = row
+    num_v, num_rows, exp_rows, column_max_v = sizes
     total = tl.zeros([BLOCK_N], tl.float32)
-    spread = tl.zeros([BLOCK_N], tl.float32)
-    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    weighted_sum = tl.zeros([BLOCK_N], tl.float32)
+    row_highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for index in tl.static_range(PARTS):
         start = start_v + index * PART
         offs_v = start + tl.arange(0, PART)
         mask_v = offs_v < num_v if MARKED else None
         logits, slope = form_logits(parts[index], bias_ptr, offs_v, mask_v, form, ROUND_TO)
         if highest_ptr is not None:
-            highest = tl.maximum(highest, tl.max(logits, 1))
+            row_highest = tl.maximum(row_highest, tl.max(logits, 1))
         else:
             shift = row_shift
             if row_shift is None:
@@ -66,54 +61,58 @@ def write_tile(
             # A part of -inf alone has shift -inf and total 0; that shift taken off would give NaN.
             finite_shift = tl.where(shift == float("-inf"), 0.0, shift)
             centred = above_shift(logits, finite_shift[:, None])
-            soft_part = tl.exp2(centred)
+            exp_part = tl.exp2(centred)
             if MARKED:
                 is_target = offs_v[None, :] == target[:, None]
                 here = (target >= start) & (target < min(start + PART, num_v))
                 target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
                 tl.store(out.target_logit + offs_r, target_logit, mask=mask_n & here)
-                soft_part = tl.where(is_target, 0.0, soft_part)
-            part_total = tl.sum(soft_part, 1)
+                exp_part = tl.where(is_target, 0.0, exp_part)
+            part_total = tl.sum(exp_part, 1)
             total += part_total
-            if out.tile_spread is not None:
+            if out.tile_weighted_sum is not None:
                 # 0 * -inf counts as 0
-                part_spread = tl.sum(tl.where(soft_part == 0, 0.0, soft_part * centred), 1)
-                spread += part_spread
+                part_weighted_sum = tl.sum(tl.where(exp_part == 0, 0.0, exp_part * centred), 1)
+                weighted_sum += part_weighted_sum
             if row_shift is None:
                 # A product with the row count: int64, as V / PART * rows can be large.
                 offs = (start // PART).to(tl.int64) * num_rows + offs_r
                 tl.store(out.tile_shift + offs, shift, mask=mask_n)
                 tl.store(out.tile_total + offs, part_total, mask=mask_n)
-                if out.tile_spread is not None:
-                    tl.store(out.tile_spread + offs, part_spread, mask=mask_n)
-            if peaks_ptr is not None:
-                above = above_shift(logits, guess[:, None])
+                if out.tile_weighted_sum is not None:
+                    tl.store(out.tile_weighted_sum + offs, part_weighted_sum, mask=mask_n)
+            if column_max_ptr is not None:
+                above = above_shift(logits, lse_estimate[:, None])
                 if MARKED:
                     above = tl.where(is_target, float("-inf"), above)
-                tl.store(peaks_ptr + offs_v, tl.max(above, 0).to(tl.float16), mask=offs_v < peaks_v)
-            if soft is not None:
-                if SOFT_EXPONENT != 0:
-                    soft_part *= 2.0**SOFT_EXPONENT
-                soft_part *= slope
-                if SOFT_TMA:
-                    if soft_n != 0:
-                        soft.store([start_n, start], round_to(soft_part, soft.dtype))
+                tl.store(
+                    column_max_ptr + offs_v,
+                    tl.max(above, 0).to(tl.float16),
+                    mask=offs_v < column_max_v,
+                )
+            if exp_logits is not None:
+                if STORED_EXPONENT != 0:
+                    exp_part *= 2.0**STORED_EXPONENT
+                exp_part *= slope
+                if STORE_TMA:
+                    if exp_rows != 0:
+                        exp_logits.store([start_n, start], round_to(exp_part, exp_logits.dtype))
                 else:
-                    rows_soft = soft + offs_n.to(tl.int64)[:, None] * stride_sn
+                    rows_exp = exp_logits + offs_n.to(tl.int64)[:, None] * stride_en
                     tl.store(
-                        rows_soft + offs_v[None, :],
-                        round_to(soft_part, soft.dtype.element_ty),
-                        mask=(offs_n < soft_n)[:, None],
+                        rows_exp + offs_v[None, :],
+                        round_to(exp_part, exp_logits.dtype.element_ty),
+                        mask=(offs_n < exp_rows)[:, None],
                     )
     offs = (start_v // (PARTS * PART)).to(tl.int64) * num_rows + offs_r
     if highest_ptr is not None:
         # + 0: of the zeros, atomic_max may take -0 for less than -inf.
-        highest = tl.ceil(highest * LOG2E) + 0.0
-        tl.atomic_max(highest_ptr + offs_r, highest, mask=wanted, sem="relaxed")
+        row_highest = tl.ceil(row_highest * LOG2E) + 0.0
+        tl.atomic_max(highest_ptr + offs_r, row_highest, mask=wanted, sem="relaxed")
     elif row_shift is not None:
         tl.store(out.tile_total + offs, total, mask=mask_n)
-        if out.tile_spread is not None:
-            tl.store(out.tile_spread + offs, spread, mask=mask_n)
+        if out.tile_weighted_sum is not None:
+            tl.store(out.tile_weighted_sum + offs, weighted_sum, mask=mask_n)
 
 
 @triton.jit
@@ -131,8 +130,8 @@ def statistics_kernel(
     highest_ptr,  # [MODELS * N] row r = model * N + n, as `write_tile` says
     wanted_ptr,  # [MODELS * N] int32: rows with a 0 are left as they are; None: all are wanted
     out,  # Statistics, as `write_tile` says
-    soft,  # [N, tiles * columns] of the policy: pointer, or descriptor if SOFT_TMA, or None
-    stride_sn,
+    exp_logits,  # [N, tiles * columns] of the policy: pointer, or descriptor if STORE_TMA, or None
+    stride_en,
     search,  # Search, of the policy, or None
     num_n,
     num_v,
@@ -142,8 +141,8 @@ def statistics_kernel(
     MODELS: tl.constexpr,
     USE_TMA: tl.constexpr,
     ROUND_TO: tl.constexpr,
-    SOFT_EXPONENT: tl.constexpr,
-    SOFT_TMA: tl.constexpr,
+    STORED_EXPONENT: tl.constexpr,
+    STORE_TMA: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -159,8 +158,7 @@ def statistics_kernel(
     stop = num_units * num_tiles if PERSISTENT else first + 1
     step = tl.num_programs(0) if PERSISTENT else 1
     for program in tl.range(first, stop, step):
-        # A group of row blocks walks the vocabulary; policy and reference of one block are
-        # neighbours, so that a shared weight tile is read from memory once.
+        # Policy and reference of a row block are neighbours: a shared weight tile is read once.
         unit, tile_v = walk_in_groups(program, num_units, num_tiles, GROUP)
         start_v = tile_v * BLOCK_V
         model = unit % MODELS
@@ -168,30 +166,29 @@ def statistics_kernel(
         start_n = block * BLOCK_N
         listed = block >= 0 if PERSISTENT else True
         if listed:
-            # Names of their own: what a loop assigns to is carried from tile to tile.
-            own_hidden, own_weight, own_bias = hidden, weight, bias_ptr
-            own_strides = strides
+            # Names apart: what a loop assigns to is carried from tile to tile.
+            model_hidden, model_weight, model_bias = hidden, weight, bias_ptr
+            model_strides = strides
             if MODELS == 2:
-                own_strides = select(model == 1, ref_strides, strides)
+                model_strides = select(model == 1, ref_strides, strides)
                 if model == 1:
-                    own_hidden = ref_hidden
-                    own_weight = ref_weight
+                    model_hidden = ref_hidden
+                    model_weight = ref_weight
                     if bias_ptr is not None:
-                        own_bias = ref_bias_ptr
-
+                        model_bias = ref_bias_ptr
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < num_n
             offs_v = start_v + tl.arange(0, BLOCK_V)
             acc = multiply_transposed(
-                own_hidden,
-                own_weight,
+                model_hidden,
+                model_weight,
                 start_n,
                 start_v,
                 offs_v,
                 offs_v < num_v,
                 num_n,
                 num_h,
-                own_strides,
+                model_strides,
                 USE_TMA,
                 BLOCK_N,
                 BLOCK_V,
@@ -199,12 +196,13 @@ def statistics_kernel(
             )
             target = tl.load(targets_ptr + offs_n, mask=mask_n, other=ignore_index)
             offs_r = model * num_n + offs_n
-            guess = 0.0
-            own_peaks = None
+            lse_estimate = 0.0
+            block_column_max = None
             if search is not None:
-                own_peaks = search.peaks + block.to(tl.int64) * num_v
-                guess = tl.load(search.guess + offs_n, mask=mask_n, other=0.0) * LOG2E
-                guess = tl.where(mask_n & (target != ignore_index), guess, float("inf"))
+                block_column_max = search.column_max + block.to(tl.int64) * num_v
+                lse_estimate = tl.load(search.lse_estimate + offs_n, mask=mask_n, other=0.0) * LOG2E
+                counted = mask_n & (target != ignore_index)
+                lse_estimate = tl.where(counted, lse_estimate, float("inf"))
             wanted = mask_n
             if wanted_ptr is not None:
                 wanted &= tl.load(wanted_ptr + offs_r, mask=mask_n, other=0) != 0
@@ -217,30 +215,23 @@ def statistics_kernel(
                 if marked == (kind == 1):
                     write_tile(
                         parts,
-                        own_bias,
-                        target,
+                        model_bias,
+                        (start_n, start_v, offs_n, offs_r, mask_n),
+                        (target, lse_estimate),
                         row_shift,
                         highest_ptr,
                         wanted,
                         out,
-                        soft,
-                        stride_sn,
-                        num_n * (1 - model),  # of `soft`: the policy's rows alone
-                        own_peaks,
-                        guess,
-                        num_v * (1 - model),
-                        start_n,
-                        start_v,
-                        offs_n,
-                        offs_r,
-                        mask_n,
-                        num_v,
-                        num_n * MODELS,
+                        exp_logits,
+                        stride_en,
+                        block_column_max,
+                        # Of exp_logits and column maxima the policy's rows alone.
+                        (num_v, num_n * MODELS, num_n * (1 - model), num_v * (1 - model)),
                         form,
                         kind == 1,
                         ROUND_TO,
-                        SOFT_EXPONENT,
-                        SOFT_TMA,
+                        STORED_EXPONENT,
+                        STORE_TMA,
                         BLOCK_N,
                         BLOCK_V // PARTS,
                         PARTS,

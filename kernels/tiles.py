@@ -214,28 +214,20 @@ def tile_is_marked(target, mask_n, start_v, num_v, BLOCK_V: tl.constexpr):
     return (tl.max(here.to(tl.int32), 0) != 0) | (start_v + BLOCK_V > num_v)
 
 
-class Operands(NamedTuple):
-    """One model's language-model head and what goes into it."""
-
-    hidden: torch.Tensor  # [N, H]
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None  # [V]
-
-
 class LogitForm(NamedTuple):
     """The numbers that `form_logits` takes; without a cap logits = scale * product."""
 
     scale: float
     cap: float | None
-    derivative: float  # d logits / d product, to be multiplied by the softcap's slope
+    dlogit_dproduct: float  # to be multiplied by the softcap's slope
 
 
 def logit_form(options) -> LogitForm:
-    derivative = options.logit_scale / options.temperature
+    dlogit_dproduct = options.logit_scale / options.temperature
     if options.softcap is None:
-        return LogitForm(derivative, None, derivative)
+        return LogitForm(dlogit_dproduct, None, dlogit_dproduct)
     cap = options.softcap
-    return LogitForm(options.logit_scale / cap, cap / options.temperature, derivative)
+    return LogitForm(options.logit_scale / cap, cap / options.temperature, dlogit_dproduct)
 
 
 def rounding(options, dtype: torch.dtype):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import validation
+from powerflow_fast.logprobs.backend import SparsityReport
 from powerflow_fast.logprobs.ops import head_forward
-from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.options import HeadOptions, Route
 from powerflow_fast.logprobs.vocab_parallel import plain_tensor, slice_sizes
 from powerflow_fast.sequences import to_predictors, to_tokens, without_first
-
-Model = tuple[Tensor, Tensor | None, Tensor | None]
-"""hidden [..., H], weight [V, H] and bias [V]; no weight: the reference shares the policy's."""
 
 
 class HeadKeywords(TypedDict, total=False):
@@ -105,10 +104,8 @@ def linear_logprobs(
         ValueError: naming the argument, what came and what was expected.
     """
     out = head_outputs(
-        hidden,
-        weight,
+        Head(hidden, weight, bias),
         targets,
-        bias=bias,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -155,20 +152,27 @@ def paired_linear_logprobs(
         TypeError: for an unknown keyword, with the nearest known one.
     """
     validation.check_keywords("paired_linear_logprobs", keywords, HEAD_KEYWORDS, ("ref_bias",))
-    ref = (ref_hidden, ref_weight, ref_bias)
-    out = head_outputs(hidden, weight, targets, ref, **keywords)
+    head = Head(hidden, weight, keywords.pop("bias", None))
+    ref = Reference(ref_hidden, ref_weight, ref_bias)
+    out = head_outputs(head, targets, ref, **keywords)
     warn_if_same(hidden, ref)
-    assert out.ref_logps is not None
     pair = (out.logps, out.ref_logps)
     return pair if out.entropy is None else (*pair, out.entropy)
 
 
-def warn_if_same(hidden: Tensor, ref: Model) -> None:
+class Reference(NamedTuple):
+    """The frozen reference as a caller gives it."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor | None  # [V, H]; None: it shares the policy's head
+    bias: Tensor | None  # [V]
+
+
+def warn_if_same(hidden: Tensor, ref: Reference) -> None:
     """A hint where the reference is the policy: most often a forgotten `disable_adapter()`."""
-    ref_hidden, ref_weight, ref_bias = ref
-    if torch.compiler.is_compiling() or ref_weight is not None or ref_bias is not None:
+    if torch.compiler.is_compiling() or ref.weight is not None or ref.bias is not None:
         return
-    if _place(hidden) == _place(ref_hidden):
+    if _place(hidden) == _place(ref.hidden):
         warnings.warn(
             "ref_hidden: it is hidden itself, with the same weight: policy and reference are one, "
             "their KL is 0 and only alpha and log_z pull; run the reference's pass inside "
@@ -188,32 +192,31 @@ class HeadOutputs(NamedTuple):
     logps: Tensor
     ref_logps: Tensor | None
     entropy: Tensor | None
-    certificate: Tensor  # [3] columns kept, worst skipped mass, dense blocks
+    sparsity: SparsityReport
 
 
 def head_outputs(
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
-    ref: Model | None = None,
+    ref: Reference | None = None,
     *,
-    bias: Tensor | None = None,
     process_group: ProcessGroup | None = None,
     shift: bool = False,
+    validate: bool = False,
+    check_finite: bool = True,
     **keywords: Any,
 ) -> HeadOutputs:
     """Check, shift, flatten and call the operator, for all public functions."""
-    flags = {"validate": False, "check_finite": True}
-    validate, check_finite = (keywords.pop(name, default) for name, default in flags.items())
     for name, flag in (("shift", shift), ("validate", validate), ("check_finite", check_finite)):
         validation.check_flag(name, flag)
     options = _options(process_group, **keywords)
-    weight, bias = (
-        plain_tensor(name, x, process_group) for name, x in (("weight", weight), ("bias", bias))
-    )
+    hidden, weight, bias = head
+    weight = plain_tensor("weight", weight, process_group)
+    bias = plain_tensor("bias", bias, process_group)
     validation.check_head(hidden, weight, bias, targets, "")
+    policy, reference = Head(hidden, weight, bias), None
     if ref is not None:
-        ref = _checked_reference(ref, weight, bias, targets, process_group)
+        reference = _checked_reference(ref, policy, targets, process_group)
     if shift:
         validation.check_time_axis(targets)
         targets = to_predictors(without_first(targets, None, options.ignore_index))
@@ -224,24 +227,23 @@ def head_outputs(
             vocab = int(slice_sizes(weight, process_group).sum())
         validation.check_targets(targets, vocab, options.ignore_index)
 
-    out = _call((hidden, weight, bias), targets.reshape(-1), ref, options)
+    logps, ref_logps, entropy, sparsity = _call(policy, targets.reshape(-1), reference, options)
     if reads and check_finite:
         counted = targets != options.ignore_index
-        named = {"hidden": hidden, "weight": weight, "bias": bias}
-        validation.check_result(out.logps, named, counted)
-        if ref is not None:
-            named = dict(zip(("ref_hidden", "ref_weight", "ref_bias"), ref, strict=True))
-            validation.check_result(out.ref_logps, named, counted)
+        validation.check_result(logps, policy._asdict(), counted)
+        if reference is not None:
+            named = {f"ref_{name}": x for name, x in reference._asdict().items()}
+            validation.check_result(ref_logps, named, counted)
 
     def in_place(values: Tensor) -> Tensor:
         values = values.reshape(targets.shape)
         return to_tokens(values) if shift else values
 
     return HeadOutputs(
-        in_place(out.logps),
-        None if out.ref_logps is None else in_place(out.ref_logps),
-        None if out.entropy is None else in_place(out.entropy),
-        out.certificate,
+        in_place(logps),
+        None if reference is None else in_place(ref_logps),
+        in_place(entropy) if options.entropy else None,
+        SparsityReport(*sparsity.unbind()),
     )
 
 
@@ -251,8 +253,12 @@ def _options(
     if not isinstance(process_group, (ProcessGroup, type(None))):
         got = type(process_group).__name__
         raise ValueError(f"process_group: expected a ProcessGroup or None, got {got}")
+    if return_entropy not in (True, False, "detached"):
+        raise ValueError(
+            f"return_entropy: expected True, False or 'detached', got {return_entropy!r}"
+        )
     return HeadOptions(
-        entropy=_wants_entropy(return_entropy),
+        entropy=bool(return_entropy),
         detach_entropy=return_entropy == "detached",
         group_name=None if process_group is None else process_group.group_name,
         **transform,
@@ -260,80 +266,70 @@ def _options(
 
 
 def _checked_reference(
-    ref: Model,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    process_group: ProcessGroup | None,
-) -> Model:
-    """`ref` in plain tensors, with the policy's bias where it shares the policy's head."""
+    ref: Reference, policy: Head, targets: Tensor, process_group: ProcessGroup | None
+) -> Head:
+    """The reference's head in plain tensors: the policy's own weight and bias where it shares."""
     ref_hidden, ref_weight, ref_bias = ref
     ref_weight = plain_tensor("ref_weight", ref_weight, process_group)
     ref_bias = plain_tensor("ref_bias", ref_bias, process_group)
     if ref_weight is None and ref_bias is None:
-        ref_bias = bias
-    own = weight if ref_weight is None else ref_weight
-    validation.check_head(ref_hidden, own, ref_bias, targets, "ref_")
-    if own.shape[0] != weight.shape[0]:
+        ref_bias = policy.bias
+    ref_weight = policy.weight if ref_weight is None else ref_weight
+    validation.check_head(ref_hidden, ref_weight, ref_bias, targets, "ref_")
+    if ref_weight.shape[0] != policy.weight.shape[0]:
         raise ValueError(
-            f"ref_weight: expected the policy's vocabulary, {weight.shape[0]} rows, "
-            f"got {own.shape[0]}"
+            f"ref_weight: expected the policy's vocabulary, {policy.weight.shape[0]} rows, "
+            f"got {ref_weight.shape[0]}"
         )
-    return ref_hidden, ref_weight, ref_bias
+    return Head(ref_hidden, ref_weight, ref_bias)
 
 
 def _call(
-    model: Model, targets: Tensor, ref: Model | None, options: HeadOptions
-) -> HeadOutputs:  # each [N]
-    """Choose the route and call the operator."""
-    hidden, weight, bias = model
-    assert weight is not None
-    dtype = _product_dtype(hidden, weight)
+    policy: Head, targets: Tensor, reference: Head | None, options: HeadOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> logps, ref_logps, entropy, each [N], and the sparsity report [3] of the operator."""
+    dtype = _product_dtype(policy.hidden, policy.weight)
+    options = replace(options, route=_route(policy, options))
     flat_ref: tuple[Tensor | None, ...] = (None, None, None)
-    if ref is not None:
-        flat_ref = _flat([None if x is None else x.detach() for x in ref], dtype)
-    # A frozen head's direction needs nothing but the upstream gradient of logps. A trained head or
-    # bias needs d loss / d logits: from the numerators that are kept, or by forming logits once
-    # more (with a tolerance only the kept columns), as do one that is split over ranks and the
-    # backward pass that meets a gradient of the entropy.
+    if reference is not None:
+        hidden, weight, bias = _flat(reference, dtype)
+        shared = weight is policy.weight
+        flat_ref = (
+            hidden.detach(),
+            None if shared else weight.detach(),
+            None if bias is None else bias.detach(),
+        )
+    logps, ref_logps, entropy, _, _, sparsity, *_ = head_forward(
+        *_flat(policy, dtype), targets, *flat_ref, options.encode()
+    )
+    return logps, ref_logps, entropy, sparsity
+
+
+def _route(policy: Head, options: HeadOptions) -> Route:
+    """How the gradients come about that this call may be asked for."""
+    hidden, weight, bias = policy
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or trains_head):
+        return "none"
     whole = options.group_name is None
-    exact_head = trains_head and (options.grad_tolerance == 0 or not whole)
-    gradients = torch.is_grad_enabled()
-    want_direction = gradients and hidden.requires_grad and not exact_head
-    reads_entropy = options.detach_entropy or not options.entropy
-    want_numerators = gradients and whole and exact_head and reads_entropy
-    logps, ref_logps, entropy, _, _, certificate, *_ = head_forward(
-        *_flat(model, dtype),
-        targets,
-        *flat_ref,
-        options.encode(),
-        want_direction,
-        want_direction and trains_head,
-        want_numerators,
-    )
-    return HeadOutputs(
-        logps,
-        None if ref is None else ref_logps,
-        entropy if options.entropy else None,
-        certificate,
-    )
+    if not trains_head:
+        return "unit_gradient"
+    if whole and options.grad_tolerance > 0:
+        return "sparse" if hidden.requires_grad else "recompute"
+    return "cache" if whole and options.reads_entropy_only else "recompute"
 
 
-def _flat(
-    model: Sequence[Tensor | None], dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _flat(head: Head, dtype: torch.dtype) -> Head:
     """hidden [..., H] -> [N, H] in the product's type; weight [V, H] and bias [V] in their own.
 
     Of a weight in another type a back end converts what it multiplies: nothing of [V, H] is kept. A
     bias is added to a product in float32: a rounding to bf16 would move logits by up to 1 in 256.
     """
-    hidden, weight, bias = model  # the weight is None where the reference shares the policy's
-    assert hidden is not None
+    hidden, weight, bias = head
     hidden = hidden.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype if dtype == torch.float64 else torch.float32)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -343,11 +339,3 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
-
-
-def _wants_entropy(return_entropy: bool | str) -> bool:
-    if return_entropy not in (True, False, "detached"):
-        raise ValueError(
-            f"return_entropy: expected True, False or 'detached', got {return_entropy!r}"
-        )
-    return bool(return_entropy)

@@ -8,21 +8,42 @@ For a completion y of |y| counted tokens, with means over those tokens (arXiv 26
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from powerflow_fast.head import HEAD_KEYWORDS, HeadKeywords, head_outputs, warn_if_same
+from powerflow_fast.head import HEAD_KEYWORDS, HeadKeywords, Reference, head_outputs, warn_if_same
+from powerflow_fast.kernels.operands import BALANCES, Head
 from powerflow_fast.logprobs import validation
-from powerflow_fast.logprobs.ops import choose_backend, sequence_residual
+from powerflow_fast.logprobs.choice import choose_backend
+from powerflow_fast.logprobs.ops import sequence_residual
 from powerflow_fast.logprobs.options import BACKENDS
-from powerflow_fast.sequences import Layout, without_first
+from powerflow_fast.sequences import Sequences, without_first
 
-BALANCES = ("length", "trajectory", "token")
 IMPORTANCES = ("mean", "sum")
-CERTIFICATE = ("columns_kept", "skipped_mass", "dense_blocks")
+
+
+class TBKeywords(TypedDict, total=False):
+    """The keywords that `tb_loss` and the fused loss share, beside `log_z` and `alpha`."""
+
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+    psi: Tensor | float | None
+    old_logps: Tensor | None
+    clip_eps: float
+    balance: str
+    importance: str
+    normalizer: Tensor | float | None
+    group_size: int | None
+    group_ids: Tensor | None
+
+
+class FusedKeywords(HeadKeywords, TBKeywords, total=False):
+    """The keywords of the fused loss: of the head, and of the objective."""
+
+
+TB_KEYWORDS = ("log_z", "alpha", "ref_logps", "ref_bias", *TBKeywords.__annotations__)
 
 
 class TBOutput(NamedTuple):
@@ -91,7 +112,7 @@ def tb_loss(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    validation.check_choice("balance", balance, BALANCES)
+    validation.check_choice("balance", balance, tuple(BALANCES))
     validation.check_choice("importance", importance, IMPORTANCES)
     validation.check_choice("backend", backend, BACKENDS)
     validation.check_number("clip_eps", clip_eps)
@@ -99,24 +120,24 @@ def tb_loss(
     logps, ref_logps = _wide("logps", logps), _wide("ref_logps", ref_logps)
     old_logps = None if old_logps is None else _wide("old_logps", old_logps)
     alpha, psi = (x.detach() if isinstance(x, Tensor) else x for x in (alpha, psi))
-    layout = Layout.of(logps, cu_seqlens, mask, validate)
+    sequences = Sequences.of(logps, cu_seqlens, mask, validate)
     for name, values in (("logps", logps), ("ref_logps", ref_logps), ("old_logps", old_logps)):
         if values is not None:
-            layout.check_tokens(name, values)
+            sequences.check_tokens(name, values)
             if check_finite or name != "logps":
-                validation.check_finite(name, layout.keep(values), validate)
-    sequences = layout.sequences
-    validation.check_per_sequence("alpha", alpha, sequences, validate, positive=True)
-    validation.check_per_sequence("psi", psi, sequences, validate)
-    validation.check_log_z(log_z, sequences, group_size, group_ids, validate)
+                validation.check_finite(name, sequences.counted_only(values), validate)
+    count = sequences.count
+    validation.check_per_sequence("alpha", alpha, count, validate, positive=True)
+    validation.check_per_sequence("psi", psi, count, validate)
+    validation.check_log_z(log_z, count, group_size, group_ids, validate)
 
-    delta0 = _residual_without_log_z(layout, logps, ref_logps, alpha, psi, balance, backend)
-    counted = layout.lengths > 0
+    delta0 = _residual_without_log_z(sequences, logps, ref_logps, alpha, psi, balance, backend)
+    counted = sequences.lengths > 0
     if isinstance(log_z, str):
         log_z = _group_mean(-delta0.detach(), counted, group_size, group_ids)
     residual = (log_z + delta0).where(counted, 0.0)
 
-    raw, weight = _importance(layout, logps, old_logps, clip_eps, importance)
+    raw, weight = _importance(sequences, logps, old_logps, clip_eps, importance)
     if normalizer is None:
         normalizer = counted.sum().clamp(min=1)
     elif not isinstance(normalizer, Tensor):
@@ -125,10 +146,10 @@ def tb_loss(
         raise ValueError(f"normalizer: expected a number of sequences > 0, got {normalizer}")
     loss = (weight * residual.square()).sum() / normalizer
 
-    kept_logps, kept_ref = layout.keep(logps), layout.keep(ref_logps)
-    metrics = _metrics(layout, kept_logps, kept_ref, residual, log_z, raw, weight)
+    logps, ref_logps = sequences.counted_only(logps), sequences.counted_only(ref_logps)
+    metrics = _metrics(sequences.lengths, logps, ref_logps, residual, log_z, raw, weight)
     metrics |= {"loss": loss.detach()}
-    return TBOutput(loss, kept_logps, kept_ref, residual, weight, layout.lengths, metrics)
+    return TBOutput(loss, logps, ref_logps, residual, weight, sequences.lengths, metrics)
 
 
 def fused_linear_tb_loss(
@@ -142,17 +163,7 @@ def fused_linear_tb_loss(
     alpha: Tensor | float,
     ref_logps: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
-    psi: Tensor | float | None = None,
-    old_logps: Tensor | None = None,
-    clip_eps: float = 0.2,
-    balance: str = "length",
-    importance: str = "mean",
-    normalizer: Tensor | float | None = None,
-    group_size: int | None = None,
-    group_ids: Tensor | None = None,
-    **head: Unpack[HeadKeywords],
+    **keywords: Unpack[FusedKeywords],
 ) -> TBOutput:
     """The LA-TB loss from hidden states: `tb_loss(*paired_linear_logprobs(...))` in one call.
 
@@ -164,23 +175,28 @@ def fused_linear_tb_loss(
             `ignore_index`.
         ref_hidden, ref_weight, ref_bias: the frozen reference, as in `paired_linear_logprobs`.
         ref_logps: the reference's log-probs [B, T] or [N] float, instead of `ref_hidden`.
-        **head: every keyword of `linear_logprobs`. With `shift=True` hidden[t] predicts
-            targets[t + 1] of the same sequence. Everything else, `mask`, `old_logps` and
-            `ref_logps` as well as the result, lies where the tokens lie: place t belongs to
-            targets[t]. The first token of a sequence (`cu_seqlens`) has no prediction and never
-            counts, whatever the mask says.
+        log_z, alpha: as in `tb_loss`.
+        **keywords: every other keyword of `tb_loss`, and every keyword of `linear_logprobs`. With
+            `shift=True` hidden[t] predicts targets[t + 1] of the same sequence. Everything else,
+            `mask`, `old_logps` and `ref_logps` as well as the result, lies where the tokens lie:
+            place t belongs to targets[t]. The first token of a sequence (`cu_seqlens`) has no
+            prediction and never counts, whatever the mask says.
 
-    The other arguments and the result are those of `tb_loss`.
+    Returns:
+        `TBOutput` as `tb_loss` gives, with the policy's entropy where `return_entropy` asks for it.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
         TypeError: for an unknown keyword, with the nearest known one.
     """
-    validation.check_keywords("fused_linear_tb_loss", head, HEAD_KEYWORDS, TB_KEYWORDS)
+    validation.check_keywords("fused_linear_tb_loss", keywords, HEAD_KEYWORDS, TB_KEYWORDS)
+    head: Any = keywords  # less the objective's
+    objective = {name: head.pop(name) for name in TBKeywords.__annotations__ if name in head}
     if (ref_hidden is None) == (ref_logps is None):
         raise ValueError("ref_hidden, ref_logps: expected exactly one of the two")
     validation.check_tensor("targets", targets)
     ignore_index, validate = head.get("ignore_index", -100), head.get("validate", False)
+    mask, cu_seqlens = objective.pop("mask", None), objective.get("cu_seqlens")
     if mask is not None:
         mask = validation.check_mask("mask", mask, targets.shape, "targets", validate)
         targets = targets.where(mask, ignore_index)
@@ -191,10 +207,10 @@ def fused_linear_tb_loss(
         targets = without_first(targets, cu_seqlens, ignore_index)
     ref = None
     if ref_hidden is not None:
-        ref = (ref_hidden, ref_weight, ref_bias)
+        ref = Reference(ref_hidden, ref_weight, ref_bias)
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight, ref_bias: expected only together with ref_hidden")
-    out = head_outputs(hidden, weight, targets, ref, **head)
+    out = head_outputs(Head(hidden, weight, head.pop("bias", None)), targets, ref, **head)
     if ref is not None:
         warn_if_same(hidden, ref)
     result = tb_loss(
@@ -202,30 +218,18 @@ def fused_linear_tb_loss(
         ref_logps if ref is None else out.ref_logps,
         log_z=log_z,
         alpha=alpha,
-        cu_seqlens=cu_seqlens,
         mask=targets != ignore_index,
-        psi=psi,
-        old_logps=old_logps,
-        clip_eps=clip_eps,
-        balance=balance,
-        importance=importance,
-        normalizer=normalizer,
-        group_size=group_size,
-        group_ids=group_ids,
         backend=head.get("backend", "auto"),
         validate=validate,
         check_finite=head.get("check_finite", True),
+        **objective,
     )
     metrics = dict(result.metrics)
     if out.entropy is not None:
         metrics["entropy"] = out.entropy.detach().sum() / result.lengths.sum().clamp(min=1)
     if head.get("grad_tolerance", 0.0) > 0:
-        metrics |= zip(CERTIFICATE, out.certificate.unbind(), strict=True)
+        metrics |= out.sparsity._asdict()
     return result._replace(entropy=out.entropy, metrics=metrics)
-
-
-_PARAMETERS = inspect.signature(fused_linear_tb_loss).parameters.values()
-TB_KEYWORDS = tuple(p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY)
 
 
 class FusedLinearTBLoss(nn.Module):
@@ -255,7 +259,7 @@ class FusedLinearTBLoss(nn.Module):
     ) -> None:
         super().__init__()
         validation.check_keywords("FusedLinearTBLoss", options, HEAD_KEYWORDS, TB_KEYWORDS)
-        validation.check_choice("balance", options.get("balance", "length"), BALANCES)
+        validation.check_choice("balance", options.get("balance", "length"), tuple(BALANCES))
         validation.check_choice("importance", options.get("importance", "mean"), IMPORTANCES)
         given = {"alpha": alpha, "log_z": log_z}
         self.options = {name: value for name, value in given.items() if value is not None}
@@ -285,7 +289,7 @@ class FusedLinearTBLoss(nn.Module):
 
 
 def _residual_without_log_z(
-    layout: Layout,
+    sequences: Sequences,
     logps: Tensor,
     ref_logps: Tensor,
     alpha: Tensor | float,
@@ -294,26 +298,24 @@ def _residual_without_log_z(
     backend: str,
 ) -> Tensor:  # [S]
     """l_pi - alpha (l_ref + psi), with means or sums by `balance`; differentiable in logps."""
+    ref_logps = ref_logps.detach()
     if choose_backend(backend, logps.device, logps.dtype)[0] == "triton":
-        starts, ends = layout.bounds()
-        mask = None if layout.mask is None else layout.mask.reshape(-1)
+        mask = None if sequences.mask is None else sequences.mask.reshape(-1)
         per_sequence = [_on_device(x, logps) for x in (alpha, psi)]
         delta0, _ = sequence_residual(
-            logps.reshape(-1),
-            ref_logps.detach().reshape(-1),
-            starts,
-            ends,
+            logps.reshape(-1).float(),
+            ref_logps.reshape(-1).float(),
+            *sequences.bounds(),
             mask,
-            *(x.expand(layout.sequences).contiguous() for x in per_sequence),
+            *(x.float().expand(sequences.count).contiguous() for x in per_sequence),
             balance,
         )
         return delta0
-    policy_term, ref_term = layout.sum(logps), layout.sum(ref_logps.detach())
-    length = layout.lengths.clamp(min=1)
-    if balance == "length":
-        policy_term = policy_term / length
-    if balance != "trajectory":
-        ref_term = ref_term / length
+    policy_term, ref_term = sequences.sum(logps), sequences.sum(ref_logps)
+    length = sequences.lengths.clamp(min=1)
+    mean_policy, mean_reference = BALANCES[balance]
+    policy_term = policy_term / length if mean_policy else policy_term
+    ref_term = ref_term / length if mean_reference else ref_term
     return policy_term - alpha * (ref_term + psi)
 
 
@@ -346,22 +348,22 @@ def _group_mean(
 
 
 def _importance(
-    layout: Layout, logps: Tensor, old_logps: Tensor | None, clip_eps: float, importance: str
+    sequences: Sequences, logps: Tensor, old_logps: Tensor | None, clip_eps: float, importance: str
 ) -> tuple[Tensor, Tensor]:
     """Detached sequence weights [S], as they are and clipped."""
     if old_logps is None:
-        ones = logps.new_ones(layout.sequences)
+        ones = logps.new_ones(sequences.count)
         return ones, ones
-    log_ratio = layout.sum((logps - old_logps).detach())
+    log_ratio = sequences.sum((logps - old_logps).detach())
     if importance == "mean":
-        log_ratio = log_ratio / layout.lengths.clamp(min=1)
+        log_ratio = log_ratio / sequences.lengths.clamp(min=1)
     raw = log_ratio.exp()
     return raw, raw.clamp(1.0 - clip_eps, 1.0 + clip_eps)
 
 
 @torch.no_grad()
 def _metrics(
-    layout: Layout,
+    lengths: Tensor,  # [S]
     logps: Tensor,  # tokens, 0 where not counted
     ref_logps: Tensor,  # likewise
     residual: Tensor,  # [S]
@@ -370,7 +372,6 @@ def _metrics(
     weight: Tensor,  # [S]
 ) -> dict[str, Tensor]:
     """Health of the run: means over non-empty sequences, or over counted tokens; all 0-dim."""
-    lengths = layout.lengths
     counted = lengths > 0
     sequences, tokens = counted.sum().clamp(min=1), lengths.sum().clamp(min=1)
     log_z = _on_device(log_z, residual)

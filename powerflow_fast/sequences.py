@@ -11,8 +11,8 @@ from powerflow_fast.logprobs.validation import check_mask, check_packed
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the sequences of a batch lie."""
+class Sequences:
+    """Where the sequences of a batch lie, and which of their tokens count."""
 
     shape: torch.Size  # of a tensor of tokens: [B, T] or [N]
     mask: Tensor | None  # same shape, bool
@@ -22,8 +22,8 @@ class Layout:
     @classmethod
     def of(
         cls, logps: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, validate: bool
-    ) -> Layout:
-        """The layout of `logps`, with every argument checked."""
+    ) -> Sequences:
+        """Those of `logps`, with every argument checked."""
         if mask is not None:
             mask = check_mask("mask", mask, logps.shape, "logps", validate)
         if cu_seqlens is not None:
@@ -45,7 +45,7 @@ class Layout:
         return cls(logps.shape, mask, cu_seqlens, lengths)
 
     @property
-    def sequences(self) -> int:
+    def count(self) -> int:
         return len(self.lengths)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -65,14 +65,14 @@ class Layout:
                 f"got {tuple(values.shape)}"
             )
 
-    def keep(self, values: Tensor) -> Tensor:
+    def counted_only(self, values: Tensor) -> Tensor:
         """The counted values; 0 elsewhere, whatever stood there."""
         return values if self.mask is None else values.where(self.mask, 0.0)
 
     def sum(self, values: Tensor) -> Tensor:
         """[S] sums over the counted tokens of each sequence; differentiable and deterministic."""
-        kept = self.keep(values)
-        return kept.sum(1) if self.cu_seqlens is None else _segment_sum(kept, self.cu_seqlens)
+        values = self.counted_only(values)
+        return values.sum(1) if self.cu_seqlens is None else _segment_sum(values, self.cu_seqlens)
 
 
 def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -360,14 +360,17 @@ def test_runs_are_bitwise_equal():
 
 def test_unchecked_target_out_of_range_is_nan():
     """Where values are not checked (on a GPU), a bad target never gives a plausible number."""
+    from powerflow_fast.kernels.operands import Head
     from powerflow_fast.logprobs.options import HeadOptions
 
     hidden, weight, targets, _ = draw()
     targets[3] = len(weight)
-    out = torch_backend.forward(hidden, weight, None, targets, None, HeadOptions(), True)
-    assert out.logps[3].isnan() and out.direction[3].isnan().all()
+    out = torch_backend.forward(
+        Head(hidden, weight, None), None, targets, HeadOptions(route="unit_gradient")
+    )
+    assert out.logps[3].isnan() and out.unit_gradient[3].isnan().all()
     others = torch.arange(len(targets)) != 3
-    assert out.logps[others].isfinite().all() and out.direction[others].isfinite().all()
+    assert out.logps[others].isfinite().all() and out.unit_gradient[others].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

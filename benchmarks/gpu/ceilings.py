@@ -10,9 +10,9 @@ from benchmarks import method
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
-from powerflow_fast.logprobs.triton_gradients import product
+from powerflow_fast.logprobs.products import matmul
 
-ROWS = 1024  # of softmax numerators that are alive at a time
+ROWS = 1024  # of softmax exp-logits that are alive at a time
 SECONDS = 0.3  # of rounds for each case
 
 
@@ -29,7 +29,7 @@ def ceilings(run: Run) -> Iterator[None]:
         return torch.randn(*size, device=device, dtype=dtype)
 
     def times(left: torch.Tensor, right: torch.Tensor, wide: bool = False) -> Line:
-        multiply = product if wide else torch.mm
+        multiply = matmul if wide else torch.mm
         spent = method.spread(
             method.repeat(lambda: multiply(left, right), device, run.budget(SECONDS))
         )

@@ -19,11 +19,13 @@ from benchmarks.gpu.worker import Run
 from benchmarks.peers import require
 from benchmarks.results_file import FOLDER
 from powerflow_fast import reference
+from powerflow_fast.kernels.residual import residual_backward, residual_forward
 from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import new_numerators
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 from tests.helpers.numerics import gradient_tolerance, logps_error_bound, relative_error
-from tests.helpers.truth import DTYPES, Head, direction, make_head, poison, statistics
+from tests.helpers.truth import DTYPES, Head, make_head, poison, statistics, unit_gradient
 
 ROOT = FOLDER.parent.parent
 CUDA_TESTS = ("tests/test_cuda.py", "tests/kernels/test_exp2.py")
@@ -66,9 +68,7 @@ def _pair(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> L
     policy, other = (make_head(n, h, v, dtype, device, bias=True) for _ in range(2))
     targets = torch.randint(v, (n,), device=device)
     options = HeadOptions(entropy=True)
-    head = (policy.hidden, policy.weight, policy.bias, targets)
-    ref = (other.hidden, other.weight, other.bias)
-    out = triton_backend.forward(*head, ref, options, False)
+    out = triton_backend.forward(policy.operands(), other.operands(), targets, options)
     logps, lse, entropy = statistics(policy, targets, options)
     ref_logps, _, _ = statistics(other, targets, options)
     bound = max(logps_error_bound(one.hidden, one.weight) for one in (policy, other)) + 1e-5
@@ -78,11 +78,11 @@ def _pair(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> L
     return _bounded({k: (_largest(*pair), bounds[k]) for k, pair in truths.items()})
 
 
-def _direction(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Line:
+def _unit_gradient(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Line:
     head = make_head(n, h, v, dtype, device, spread=2.0)
     targets = torch.randint(v, (n,), device=device)
-    out = triton_backend.forward(head.hidden, head.weight, None, targets, None, PLAIN, True)
-    error = relative_error(out.direction, direction(head, targets, PLAIN))
+    out = triton_backend.forward(head.operands(), None, targets, UNIT_GRADIENT)
+    error = relative_error(out.unit_gradient, unit_gradient(head, targets, PLAIN))
     return _bounded({"direction": (error, max(torch.finfo(dtype).eps, 5e-6))})
 
 
@@ -98,16 +98,13 @@ def _backward(
     head = make_head(n, h, v, dtype, device)
     targets = torch.randint(v, (n,), device=device)
     upstream = torch.randn(n, device=device)
-    rows = (head.hidden, head.weight, None, targets)
-    numerators = None
+    operands, cache = head.operands(), None
     if stored:
-        layout = triton_backend.numerators_layout(device)
-        numerators = new_numerators(head.hidden, head.weight, layout, True)
-    out = triton_backend.forward(*rows, None, PLAIN, False, numerators)
-    known = (out.logps, out.lse, None)
-    got = triton_backend.backward(
-        upstream, None, *rows, *known, PLAIN, (True, True, False), None, numerators
-    )
+        tiling = triton_backend.vocab_tiling(device)
+        cache = new_softmax_cache(head.hidden, head.weight, tiling)
+    out = triton_backend.forward(operands, None, targets, PLAIN, cache)
+    rows = Upstream(upstream, None, targets, out.logps, out.lse, None)
+    got = triton_backend.backward(operands, rows, PLAIN, (True, True, False), cache=cache)
     truth = _gradients(head, targets, upstream)
     bound = gradient_tolerance(dtype)
     pairs = zip(("hidden", "weight"), got[:2], truth, strict=True)
@@ -126,15 +123,13 @@ def _certified(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device)
     """A sharp policy: each row within tolerance * max |W_v|, and the rounding of what is kept."""
     head = make_head(n, h, v, dtype, device, spread=40.0)
     targets = torch.distributions.Categorical(logits=head.logits(PLAIN)).sample()
-    options = HeadOptions(grad_tolerance=TOLERANCE)
-    out = triton_backend.forward(
-        head.hidden, head.weight, None, targets, None, options, True, want_kept=True
-    )
+    options = HeadOptions(grad_tolerance=TOLERANCE, route="sparse")
+    out = triton_backend.forward(head.operands(), None, targets, options)
     norms = head.weight.double().norm(dim=1)
     rounding = 4 * gradient_tolerance(dtype) * (head.logits(PLAIN).softmax(-1) @ norms) + 1e-4
     bounds = TOLERANCE * norms.max() + rounding
-    errors = (out.direction.double() - direction(head, targets, PLAIN)).norm(dim=1)
-    columns, skipped, dense = out.certificate.tolist()
+    errors = (out.unit_gradient.double() - unit_gradient(head, targets, PLAIN)).norm(dim=1)
+    columns, skipped, dense = out.sparsity.tolist()
     share = (errors / bounds).max().item()
     checked = _bounded({"direction": (share, 1.0), "skipped": (skipped, TOLERANCE)})
     return checked | {"columns_kept": columns, "dense_blocks": dense}
@@ -144,9 +139,10 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
     """Residual of three sequences and its gradient, from log-probs of `n` tokens."""
     logps, ref_logps = -torch.rand(2, n, device=device) * 9
     cuts = [0, n // 3, n // 2, n]
-    starts, ends = (torch.tensor(c, device=device) for c in (cuts[:-1], cuts[1:]))
+    bounds = torch.tensor(cuts, dtype=torch.int32, device=device)
+    starts, ends = bounds[:-1].clone(), bounds[1:].clone()
     alpha, psi = torch.rand(2, 3, device=device) + 1
-    delta, l_pi, l_ref, lengths = triton_backend.sequence_residual_forward(
+    delta, l_pi, l_ref, lengths = residual_forward(
         logps, ref_logps, starts, ends, None, alpha, psi, "length"
     )
     leaf = logps.double().requires_grad_()
@@ -163,9 +159,7 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
     )
     truth = torch.zeros_like(ones).index_put((torch.tensor(filled, device=device),), residual)
     (gradient,) = torch.autograd.grad(truth.sum(), leaf)
-    got = triton_backend.sequence_residual_backward(
-        ones.float(), lengths, starts, ends, None, n, "length"
-    )
+    got = residual_backward(ones.float(), lengths, starts, ends, None, n, "length")
     return _bounded(
         {
             "residual": (_largest(delta, truth.detach()), 1e-4),
@@ -174,10 +168,10 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
     )
 
 
-PLAIN = HeadOptions()
+PLAIN, UNIT_GRADIENT = HeadOptions(), HeadOptions(route="unit_gradient")
 CHECKS: dict[str, Callable[..., Line]] = {
     "log-probs of policy and reference": _pair,
-    "direction": _direction,
+    "direction": _unit_gradient,
     "backward, logits recomputed": _recomputed,
     "backward, stored numerators": _stored,
     "certified direction": _certified,

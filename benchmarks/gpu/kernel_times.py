@@ -19,24 +19,19 @@ from benchmarks.gpu.lines import Line
 from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Inputs, Shape, draw
-from powerflow_fast.kernels import (
-    columns,
-    combine,
-    config,
-    direction,
-    dlogits,
-    kept,
-    mean_direction,
-    row_shift,
-    statistics,
-)
-from powerflow_fast.kernels import kept_dlogits as kept_rows
+from powerflow_fast.kernels import combine, config, row_shift, statistics
 from powerflow_fast.kernels.active_blocks import active_blocks
-from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.kernels.cached_dlogits import write_cached_dlogits
+from powerflow_fast.kernels.choose_columns import choose_columns
+from powerflow_fast.kernels.dlogits import UpstreamRows, write_dlogits_chunk
+from powerflow_fast.kernels.kept_probabilities import kept_probabilities
+from powerflow_fast.kernels.mean_unit_gradient import write_mean_unit_gradients
+from powerflow_fast.kernels.operands import Head
+from powerflow_fast.kernels.unit_gradient import KeptColumns, TargetRows, write_unit_gradients
 from powerflow_fast.logprobs import triton_backend, triton_sparse
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import new_numerators
-from powerflow_fast.logprobs.triton_gradients import product
+from powerflow_fast.logprobs.products import matmul
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 
 SECONDS = 0.15  # of rounds for each kernel
 KEPT = 0.05  # of the columns, for the kernels of the certified route
@@ -101,33 +96,26 @@ class Chunks:
     def item(self) -> int:
         return self.weight.element_size()
 
-    def rows(self, models: int, want_direction: bool) -> int:
-        chunk = triton_backend.forward_rows(
-            self.operands(len(self.inputs.hidden)), models, want_direction, self.config
-        )
-        return min(chunk, len(self.inputs.hidden))
+    def rows(self, models: int, store_exp_logits: bool) -> int:
+        whole = self.heads(len(self.inputs.hidden), models)
+        return min(triton_backend.forward_rows(whole, store_exp_logits), len(self.inputs.hidden))
 
-    def operands(self, rows: int, reference: bool = False) -> Operands:
-        hidden = self.inputs.ref_hidden if reference else self.inputs.hidden.detach()
-        return Operands(hidden[:rows], self.weight, None)
-
-    def soft(self, rows: int) -> Tensor:
+    def exp_logits(self, rows: int) -> Tensor:
         padded = statistics.padded_columns(len(self.weight), self.config.statistics)
         return self.weight.new_empty((rows, padded))
 
-    def heads(self, rows: int, models: int) -> statistics.Heads:
-        reference = self.operands(rows, True) if models == 2 else None
-        targets = self.inputs.targets[:rows]
-        tile, tma = self.config.statistics, self.config.tma
-        return statistics.Heads(self.operands(rows), reference, targets, PLAIN, tile, tma)
+    def heads(self, rows: int, models: int, options: HeadOptions = PLAIN) -> statistics.Heads:
+        policy = Head(self.inputs.hidden.detach()[:rows], self.weight, None)
+        reference = Head(self.inputs.ref_hidden[:rows], self.weight, None) if models == 2 else None
+        return statistics.Heads(policy, reference, self.inputs.targets[:rows], options, self.config)
 
     def pilot(self, rows: int, models: int) -> Tensor:
         heads = self.heads(rows, models)
         return row_shift.pilot_shift(heads, heads.active_blocks()).view(-1)
 
-    def statistics(self, shift: Tensor, rows: int, models: int, soft=None, search=None):
+    def statistics(self, shift: Tensor, rows: int, models: int, exp_logits=None, search=None):
         heads = self.heads(rows, models)
-        return statistics.logit_statistics(heads, heads.active_blocks(), shift, soft, search)
+        return statistics.logit_statistics(heads, heads.active_blocks(), shift, exp_logits, search)
 
     def combined(self, stats, rows: int, models: int) -> tuple[combine.Rows, combine.Misled]:
         heads = self.heads(rows, models)
@@ -136,31 +124,29 @@ class Chunks:
 
 
 def _pilot(chunks: Chunks) -> Work:
-    rows, models = chunks.rows(2, want_direction=True), 2
+    rows, models = chunks.rows(2, store_exp_logits=True), 2
     num_h, item = chunks.weight.shape[1], chunks.item
     moved = item * num_h * (models * rows + row_shift.PILOT) + 4 * models * rows
     flops = 2 * models * rows * num_h * row_shift.PILOT
     return Work(lambda: chunks.pilot(rows, models), moved, flops, rows=rows)
 
 
-def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Work:
-    rows, models = chunks.rows(2, want_direction=stored), 2
+def _statistics(chunks: Chunks, stored: bool = False, column_max: bool = False) -> Work:
+    rows, models = chunks.rows(2, store_exp_logits=stored), 2
     (num_v, num_h) = chunks.weight.shape
-    soft = chunks.soft(rows) if stored else None
+    exp_logits = chunks.exp_logits(rows) if stored else None
     search = None
-    if peaks:
-        options = HeadOptions(grad_tolerance=1e-3)
-        operands, targets = chunks.operands(rows), chunks.inputs.targets[:rows]
-        search = triton_sparse._search(operands, targets, options, chunks.config)
+    if column_max:
+        search = triton_sparse._search(chunks.heads(rows, 1, HeadOptions(grad_tolerance=1e-3)))
     shift = chunks.pilot(rows, models)
     tiles = num_v // chunks.config.statistics.columns
     moved = chunks.item * num_h * (models * rows + num_v) + 4 * tiles * models * rows
-    moved += 0 if soft is None else soft.nbytes
-    moved += 0 if search is None else search.peaks.nbytes
+    moved += 0 if exp_logits is None else exp_logits.nbytes
+    moved += 0 if search is None else search.column_max.nbytes
     hidden, weight = chunks.inputs.hidden.detach(), chunks.weight
     both = torch.cat([hidden[:rows], chunks.inputs.ref_hidden[:rows]])
     return Work(
-        lambda: chunks.statistics(shift, rows, models, soft, search),
+        lambda: chunks.statistics(shift, rows, models, exp_logits, search),
         moved,
         2 * models * rows * num_h * num_v,
         (lambda: both @ weight.T) if rows <= MOST_ROWS else None,
@@ -169,7 +155,7 @@ def _statistics(chunks: Chunks, stored: bool = False, peaks: bool = False) -> Wo
 
 
 def _combine(chunks: Chunks) -> Work:
-    rows, models = chunks.rows(2, want_direction=True), 2
+    rows, models = chunks.rows(2, store_exp_logits=True), 2
     stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
     read = stats.tile_total.nbytes
     return Work(lambda: chunks.combined(stats, rows, models), read + 32 * models * rows, rows=rows)
@@ -177,7 +163,7 @@ def _combine(chunks: Chunks) -> Work:
 
 def _guard(chunks: Chunks) -> Work:
     """Launches that find that no row was misled."""
-    rows, models = chunks.rows(2, want_direction=True), 2
+    rows, models = chunks.rows(2, store_exp_logits=True), 2
     stats = chunks.statistics(chunks.pilot(rows, models), rows, models)
     found, misled = chunks.combined(stats, rows, models)
     heads = chunks.heads(rows, models)
@@ -187,73 +173,68 @@ def _guard(chunks: Chunks) -> Work:
     )
 
 
-def _direction(chunks: Chunks) -> Work:
-    """The vendor's product, and what brings it to the direction."""
-    rows = chunks.rows(2, want_direction=True)
+def _unit_gradient(chunks: Chunks) -> Work:
+    """The vendor's product, and what brings it to the unit gradient."""
+    rows = chunks.rows(2, store_exp_logits=True)
     num_v, num_h = chunks.weight.shape
-    soft = chunks.soft(rows)
-    stats = chunks.statistics(chunks.pilot(rows, 1), rows, 1, soft)
+    exp_logits = chunks.exp_logits(rows)
+    stats = chunks.statistics(chunks.pilot(rows, 1), rows, 1, exp_logits)
     found, _ = chunks.combined(stats, rows, 1)
     out = torch.empty((rows, num_h), dtype=torch.float32, device=chunks.device)
-    targets = chunks.inputs.targets[:rows]
-    at_target = direction.TargetRows(targets, found.others, stats.target_logit)
+    heads = chunks.heads(rows, 1)
+    at_target = TargetRows(heads.targets, found.one_minus_p, stats.target_logit)
 
     def launch() -> None:
-        product(soft[:, :num_v], chunks.weight, out=out)
-        how = (found.factor, out, PLAIN)
-        mean_direction.write_mean_directions(out, chunks.weight, at_target, *how)
+        matmul(exp_logits[:, :num_v], chunks.weight, out=out)
+        write_mean_unit_gradients(out, heads, at_target, found.factor, out)
 
-    moved = soft.nbytes + chunks.weight.nbytes + out.nbytes
+    moved = exp_logits.nbytes + chunks.weight.nbytes + out.nbytes
     flops = 2 * rows * num_h * num_v
-    vendor = lambda: product(soft[:, :num_v], chunks.weight, out=out)  # noqa: E731
+    vendor = lambda: matmul(exp_logits[:, :num_v], chunks.weight, out=out)  # noqa: E731
     return Work(launch, moved, flops, vendor, rows)
 
 
 def _dlogits(chunks: Chunks) -> Work:
     """One chunk of the vocabulary of a head that trains."""
-    hidden, targets = chunks.inputs.hidden.detach(), chunks.inputs.targets
-    num_n, num_h = hidden.shape
-    columns_ = triton_backend.backward_columns(hidden, chunks.weight, True, chunks.config)
-    weight = chunks.weight[:columns_]
-    out = hidden.new_empty((num_n, columns_))
+    heads = chunks.heads(len(chunks.inputs.hidden), 1)
+    hidden, (num_n, num_h) = heads.policy.hidden, heads.policy.hidden.shape
+    columns = triton_backend.backward_columns(heads.policy, True, chunks.config)
+    weight = chunks.weight[:columns]
+    out = hidden.new_empty((num_n, columns))
     grad, lse = torch.ones(2, num_n, device=chunks.device).unbind()
     active = torch.ones(num_n, dtype=torch.bool, device=chunks.device)
     scale = torch.ones(1, device=chunks.device)
-    tile, tma = chunks.config.dlogits, chunks.config.tma
-    policy = Operands(hidden, weight, None)
-    blocks = active_blocks(active, 0, tile.rows)
-    rows = dlogits.UpstreamRows(grad, None, -lse, lse, lse, None, active)
+    chunk = heads._replace(policy=Head(hidden, weight, None))
+    blocks = active_blocks(active, 0, chunks.config.dlogits.rows)
+    rows = UpstreamRows(grad, None, -lse, lse, lse, None, active)
     return Work(
-        lambda: dlogits.write_dlogits_chunk(
-            policy, targets, rows, blocks, scale, out, PLAIN, tile, tma
-        ),
+        lambda: write_dlogits_chunk(chunk, rows, blocks, scale, out),
         hidden.nbytes + weight.nbytes + out.nbytes,
-        2 * num_n * num_h * columns_,
+        2 * num_n * num_h * columns,
         lambda: hidden @ weight.T,
         num_n,
     )
 
 
-def _kept_dlogits(chunks: Chunks) -> Work:
-    """d loss / d logits of the rows whose numerators a trained head keeps."""
-    hidden = chunks.inputs.hidden.detach()
-    layout = triton_backend.numerators_layout(chunks.device)
-    numerators = new_numerators(hidden, chunks.weight, layout, True)
-    numerators.factors.fill_(1.0), numerators.values.fill_(0.5), numerators.own.fill_(0.5)
-    rows = numerators.rows
-    columns_ = triton_backend.backward_columns(hidden, chunks.weight, True, chunks.config)
-    out = hidden.new_empty((rows, columns_))
+def _cached_dlogits(chunks: Chunks) -> Work:
+    """d loss / d logits of the rows whose softmax a trained head caches."""
+    head = chunks.heads(len(chunks.inputs.hidden), 1).policy
+    cache = new_softmax_cache(*head[:2], triton_backend.vocab_tiling(chunks.device))
+    cache.factors.fill_(1.0), cache.exp_logits.fill_(0.5), cache.one_minus_p.fill_(0.5)
+    rows = cache.rows
+    columns = triton_backend.backward_columns(head, True, chunks.config)
+    out = head.hidden.new_empty((rows, columns))
     grad = torch.ones(rows, device=chunks.device)
     active = torch.ones(rows, dtype=torch.bool, device=chunks.device)
     targets = chunks.inputs.targets[:rows]
     return Work(
-        lambda: kept_rows.write_kept_dlogits(numerators, 0, targets, grad, active, out),
+        lambda: write_cached_dlogits(*cache, targets, grad, active, out),
         2 * out.nbytes,
         rows=rows,
     )
 
 
-def _peaks(chunks: Chunks) -> Tensor:
+def _column_maxima(chunks: Chunks) -> Tensor:
     """[row blocks, V] of which about KEPT lie above the threshold that is found."""
     num_v = len(chunks.weight)
     blocks = -(-len(chunks.inputs.hidden) // chunks.config.statistics.rows)
@@ -264,76 +245,68 @@ def _peaks(chunks: Chunks) -> Tensor:
 
 
 def _columns(chunks: Chunks) -> Work:
-    peaks = _peaks(chunks)
-    most = max(1, int(triton_sparse.LARGEST_SHARE * peaks.shape[1]))
+    column_max = _column_maxima(chunks)
+    most = max(1, int(triton_sparse.LARGEST_SHARE * column_max.shape[1]))
     return Work(
-        lambda: columns.choose_columns(peaks, 1e-3, most),
-        peaks.nbytes + int(4 * KEPT * peaks.numel()),
+        lambda: choose_columns(column_max, 1e-3, most),
+        column_max.nbytes + int(4 * KEPT * column_max.numel()),
         rows=len(chunks.inputs.hidden),
     )
 
 
 def _kept(chunks: Chunks) -> Work:
     """Probabilities of the kept columns of one chunk of rows."""
-    rows, found, width, of_rows, targets, policy = _kept_chunk(chunks)
-    num_h = chunks.weight.shape[1]
-    totals = (of_rows.shift, of_rows.total)
+    heads, found, width, totals = _kept_chunk(chunks)
+    rows, num_h = len(heads.targets), chunks.weight.shape[1]
     return Work(
-        lambda: kept.kept_probabilities(
-            policy, targets, *totals, found, width, PLAIN, chunks.config.statistics
-        ),
+        lambda: kept_probabilities(heads, totals.shift, totals.total, found, width),
         chunks.item * (rows * (num_h + width) + found.columns.shape[0] * width * num_h),
         2 * rows * num_h * width,
         rows=rows,
     )
 
 
-def _kept_direction(chunks: Chunks) -> Work:
+def _kept_unit_gradient(chunks: Chunks) -> Work:
     """Their product with the gathered rows of the weight."""
-    rows, found, width, of_rows, targets, policy = _kept_chunk(chunks)
-    num_h = chunks.weight.shape[1]
-    totals = (of_rows.shift, of_rows.total)
-    soft, _ = kept.kept_probabilities(
-        policy, targets, *totals, found, width, PLAIN, chunks.config.statistics
-    )
+    heads, found, width, totals = _kept_chunk(chunks)
+    rows, num_h = len(heads.targets), chunks.weight.shape[1]
+    exp_logits, _ = kept_probabilities(heads, totals.shift, totals.total, found, width)
     out = torch.empty((rows, num_h), dtype=chunks.weight.dtype, device=chunks.device)
     zeros = torch.zeros(rows, device=chunks.device)
-    at_target = direction.TargetRows(targets, of_rows.others, zeros)
-    arguments = (soft, chunks.weight, at_target, out, PLAIN, chunks.config)
+    at_target = TargetRows(heads.targets, totals.one_minus_p, zeros)
     return Work(
-        lambda: direction.write_directions(*arguments, kept=found),
-        soft.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,
+        lambda: write_unit_gradients(exp_logits, heads, at_target, out, kept=found),
+        exp_logits.nbytes + chunks.item * found.columns.shape[0] * width * num_h + out.nbytes,
         2 * rows * num_h * width,
         rows=rows,
     )
 
 
-def _kept_chunk(chunks: Chunks):
-    peaks = _peaks(chunks)
-    block, num_v = chunks.config.statistics.rows, peaks.shape[1]
+def _kept_chunk(chunks: Chunks) -> tuple[statistics.Heads, KeptColumns, int, combine.Rows]:
+    column_max = _column_maxima(chunks)
+    block, num_v = chunks.config.statistics.rows, column_max.shape[1]
     width = max(1, int(KEPT * num_v))
     budget = config.KEPT_BYTES // (block * chunks.item)
-    blocks = min(max(1, budget // width), len(peaks))
+    blocks = min(max(1, budget // width), len(column_max))
     rows = min(blocks * block, len(chunks.inputs.hidden))
     most = max(width, int(triton_sparse.LARGEST_SHARE * num_v))
-    found = columns.choose_columns(peaks[:blocks], 1e-3, most)
+    found = choose_columns(column_max[:blocks], 1e-3, most)
     found = found._replace(counts=found.counts.clamp(max=width))
-    of_rows, _ = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)
-    targets, policy = chunks.inputs.targets[:rows], chunks.operands(rows)
-    return rows, found, width, of_rows, targets, policy
+    totals, _ = chunks.combined(chunks.statistics(chunks.pilot(rows, 1), rows, 1), rows, 1)
+    return chunks.heads(rows, 1), found, width, totals
 
 
 CASES: dict[str, Callable[[Chunks], Work]] = {
     "pilot of the pair": _pilot,
     "statistics of the pair": _statistics,
     "statistics of the pair, numerators stored": partial(_statistics, stored=True),
-    "direction": _direction,
+    "direction": _unit_gradient,
     "dlogits": _dlogits,
     "combine": _combine,
     "guard": _guard,
-    "statistics of the pair, column peaks": partial(_statistics, peaks=True),
+    "statistics of the pair, column peaks": partial(_statistics, column_max=True),
     "columns": _columns,
     "kept probabilities": _kept,
-    "kept direction": _kept_direction,
-    "kept dlogits": _kept_dlogits,
+    "kept direction": _kept_unit_gradient,
+    "kept dlogits": _cached_dlogits,
 }

@@ -26,7 +26,7 @@ from benchmarks.results_file import FOLDER
 SMALL = Shape(200, 96, 600, length=20)
 SMALL_TINY = Shape(20, 32, 70, length=10)
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
-# Nsight Compute's columns in % of the peak, by what the share is of.
+# Nsight Compute's columns in % of the column maximum, by what the share is of.
 SHARES = {
     "tensor_pipe": r"^sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_elapsed",
     "l2": r"^lts__throughput\.avg\.pct_of_peak",

@@ -18,9 +18,10 @@ from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from benchmarks.inputs import Shape, draw
 from powerflow_fast.kernels.config import CANDIDATES, TABLE, Tile, config_for
-from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import triton_tuning
 from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.triton_backend import tuned_calls
 
 SECONDS = 0.1  # of rounds for each candidate
 
@@ -36,7 +37,7 @@ def tuner(run: Run) -> Iterator[None]:
 def _tune(run: Run, name: str, shape: Shape) -> Line:
     device, dtype = run.device, dtype_of(run.device)
     inputs = draw("random", shape, dtype, device)
-    policy = Operands(inputs.hidden.detach(), inputs.weight, None)
+    policy = Head(inputs.hidden.detach(), inputs.weight, None)
 
     def seconds(call) -> float:
         return method.spread(method.repeat(call, device, run.budget(SECONDS)))["seconds"]
@@ -48,6 +49,7 @@ def _tune(run: Run, name: str, shape: Shape) -> Line:
         run.write(where | fits)
 
     table = TABLE["sm_90"] if run.tiny else config_for(device, dtype)  # the candidates' rows
-    best = triton_tuning.tune(policy, inputs.targets, HeadOptions(), table, seconds, watch)
+    calls = tuned_calls(policy, inputs.targets, HeadOptions(), table)
+    best = triton_tuning.tune(calls, table, seconds, watch)
     triton_tuning.store(triton_tuning.cache_key(policy.hidden, policy.weight), best)
     return {"tiles": asdict(best), "shape": vars(shape), "candidates": len(CANDIDATES)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -16,14 +17,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from benchmarks.kernels.chips import CHIPS, is_amd  # noqa: E402
-from powerflow_fast.kernels import columns, config  # noqa: E402
-from powerflow_fast.kernels.residual import BALANCES  # noqa: E402
-from powerflow_fast.logprobs import (
-    triton_backend,  # noqa: E402
-    triton_sparse,  # noqa: E402
-)
+from powerflow_fast.kernels import config  # noqa: E402
+from powerflow_fast.kernels.operands import BALANCES, Head  # noqa: E402
+from powerflow_fast.kernels.residual import residual_backward, residual_forward  # noqa: E402
+from powerflow_fast.logprobs import triton_backend, triton_sparse  # noqa: E402
+from powerflow_fast.logprobs.backend import Upstream  # noqa: E402
 from powerflow_fast.logprobs.options import HeadOptions  # noqa: E402
-from powerflow_fast.logprobs.softmax_cache import new_numerators  # noqa: E402
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache  # noqa: E402
 
 Watch = Callable[[object, object], None]  # of a launcher's source and metadata
 
@@ -75,11 +75,11 @@ def use(chip: str, watch: Watch = lambda *_: None) -> AbsentGpu:
     torch.use_deterministic_algorithms(True, warn_only=True)
     gpu = AbsentGpu(chip, watch)
     driver.set_active(gpu)
-    triton_backend._check_inputs = lambda *_: None  # type: ignore[assignment]
+    triton_backend.choose_backend = lambda *_: None  # type: ignore[assignment]
     triton_sparse._looks_sharp = lambda *_: True  # type: ignore[assignment]
     row = config.table_row(chip)
     config.chip_name = lambda _: row
-    columns.choose_columns = few_columns
+    triton_sparse.choose_columns = few_columns
     return gpu
 
 
@@ -91,7 +91,7 @@ def few_columns(*arguments):
     return kept
 
 
-choose_columns = columns.choose_columns
+choose_columns = triton_sparse.choose_columns
 
 
 def launch_head(
@@ -109,7 +109,7 @@ def launch_head(
 ) -> None:
     """The launches of a step with the head frozen, and trained.
 
-    Unless it is not the `whole`, scores alone too, and the trained head's with stored numerators.
+    Unless it is not the `whole`, scores alone too, and the trained head's with stored exp-logits.
     With a gradient tolerance, those of the certified route.
     """
     hidden = torch.zeros(n, h, dtype=dtype, device=device)
@@ -118,33 +118,31 @@ def launch_head(
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     targets = torch.zeros(n, dtype=torch.int64, device=device)
     added = torch.zeros(v, dtype=dtype, device=device) if bias else None
-    reference = (hidden, weight, added) if models == 2 else None
-    head = (hidden, weight, added, targets)
-    head_options = HeadOptions(**options)
-    certified = head_options.grad_tolerance > 0
-    out = triton_backend.forward(*head, reference, head_options, True, want_kept=certified)
+    head = Head(hidden, weight, added)
+    reference = head if models == 2 else None
+    plain = HeadOptions(**options)
+    certified = plain.grad_tolerance > 0
+    wants = replace(plain, route="sparse" if certified else "unit_gradient")
+    out = triton_backend.forward(head, reference, targets, wants)
     ones = torch.ones(n, device=device)
-    grad_entropy = ones if head_options.entropy else None
-    needs = (True, True, bias)
-    backward = (ones, grad_entropy, *head, ones, ones, grad_entropy, head_options, needs)
+    entropy = ones if plain.entropy else None
+    upstream = Upstream(ones, entropy, targets, ones, ones, entropy)
+    backward = (head, upstream, plain, (True, True, bias))
     if certified:
-        for number in (
-            3,
-            16,
-        ):  # of gathered columns: one that is a multiple of 16 and one that is not
-            few = torch.zeros_like(out.kept)
+        # Of gathered columns: a number that is a multiple of 16, and one that is not.
+        for number in (3, 16):
+            few = torch.zeros_like(out.kept_columns)
             few[:, :number] = True
             triton_backend.backward(*backward, few)
         return
     triton_backend.backward(*backward)
     if not whole:
         return
-    triton_backend.forward(*head, reference, head_options, False)
-    if not head_options.entropy:
-        layout = triton_backend.numerators_layout(hidden.device)
-        numerators = new_numerators(hidden, weight, layout, True)
-        triton_backend.forward(*head, reference, head_options, False, numerators)
-        triton_backend.backward(*backward, None, numerators)
+    triton_backend.forward(head, reference, targets, plain)
+    if not plain.entropy:
+        cache = new_softmax_cache(hidden, weight, triton_backend.vocab_tiling(hidden.device))
+        triton_backend.forward(head, reference, targets, replace(plain, route="cache"), cache)
+        triton_backend.backward(*backward, cache=cache)
 
 
 def launch_residual(tokens: int, sequences: int, masked: bool = False) -> None:
@@ -155,5 +153,5 @@ def launch_residual(tokens: int, sequences: int, masked: bool = False) -> None:
     ones = torch.ones(sequences)
     for balance in BALANCES:
         rows = (starts, starts, mask)
-        triton_backend.sequence_residual_forward(logps, logps, *rows, ones, ones, balance)
-        triton_backend.sequence_residual_backward(ones, starts, *rows, tokens, balance)
+        residual_forward(logps, logps, *rows, ones, ones, balance)
+        residual_backward(ones, starts, *rows, tokens, balance)

@@ -55,20 +55,20 @@ def floors(n: int, h: int, v: int, kept: float, itemsize: int = 2) -> list[Floor
     product = 2.0 * n * h * v
     states, head = float(n * h * itemsize), float(v * h * itemsize)
     statistics = 4.0 * n * (v / TILE)  # the total of each row and tile, one model
-    numerators, direction = float(n * v * itemsize), 4.0 * n * h
-    peaks = 2.0 * (n / BLOCK) * v
+    exp_logits, unit_gradient = float(n * v * itemsize), 4.0 * n * h
+    column_max = 2.0 * (n / BLOCK) * v
     pair = Floor("statistics, two models", 2 * product, 2 * states + head + 2 * statistics)
     return [
         pair,
-        pair._replace(kernel="  and numerators", bytes=pair.bytes + numerators),
-        pair._replace(kernel="  and candidate columns", bytes=pair.bytes + peaks),
+        pair._replace(kernel="  and numerators", bytes=pair.bytes + exp_logits),
+        pair._replace(kernel="  and candidate columns", bytes=pair.bytes + column_max),
         Floor("combine, two models", 0.0, 2 * statistics),
-        Floor("direction", product, numerators + head + direction),
-        Floor("choose columns", 0.0, peaks),
-        Floor("kept probabilities", kept * product, states + head + kept * numerators),
-        Floor("direction of kept", kept * product, kept * numerators + head + direction),
-        Floor("d logits (trained head)", product, states + head + numerators),
-        Floor("d logits of kept numerators", 0.0, 2 * numerators),
+        Floor("direction", product, exp_logits + head + unit_gradient),
+        Floor("choose columns", 0.0, column_max),
+        Floor("kept probabilities", kept * product, states + head + kept * exp_logits),
+        Floor("direction of kept", kept * product, kept * exp_logits + head + unit_gradient),
+        Floor("d logits (trained head)", product, states + head + exp_logits),
+        Floor("d logits of kept numerators", 0.0, 2 * exp_logits),
     ]
 
 

@@ -17,7 +17,7 @@ def _info(_: argparse.Namespace) -> int:
     import torch
 
     from powerflow_fast import __version__
-    from powerflow_fast.logprobs.ops import choose_backend
+    from powerflow_fast.logprobs.choice import choose_backend
 
     print(f"powerflow-fast {__version__}, Python {platform.python_version()}")
     for name in ("torch", "triton", "transformers", "trl", "peft", "accelerate", "vllm"):

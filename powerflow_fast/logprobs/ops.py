@@ -1,14 +1,11 @@
 """The head as registered operators: what autograd, torch.compile and fake tensors see.
 
-Two routes to the gradient:
-
-* exact: only `hidden` needs a gradient, and d loss / d hidden_n is upstream_n times a direction
-  that the forward pass already knows. The forward saves it, [N, H], and the backward scales rows.
-* d loss / d logits: weight, bias or entropy need gradients. The backward forms them tile by tile:
-  of the first rows from the softmax numerators that the forward saved (softmax_cache.py), of the
-  others, or where the entropy has a gradient, from logits that it recomputes with the saved
-  log-sum-exp. Where a tolerance allows it (torch_sparse.py), the gradient of hidden is the
-  direction's, and those of weight and bias take the kept columns alone.
+`HeadOptions.route` says how the gradient comes about. Where the head is frozen, d loss / d hidden_n
+is upstream_n times the unit gradient, which the forward pass knows already: it saves that, [N, H],
+and the backward pass scales rows. Weight, bias and entropy need d loss / d logits: the backward
+pass forms them tile by tile, from the cached softmax of the first rows, and from logits that it
+recomputes with the saved log-sum-exp. Where a tolerance allows it (torch_sparse.py), the gradient
+of hidden is the unit gradient's, and those of weight and bias take the kept columns alone.
 
 Operator schemas hold tensors and scalars only, so HeadOptions travels as a string and an absent
 output is an empty tensor.
@@ -16,20 +13,20 @@ output is an empty tensor.
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import vocab_parallel
+from powerflow_fast.logprobs.backend import Backend, Upstream
+from powerflow_fast.logprobs.choice import choose_backend
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import Numerators, new_numerators
-from powerflow_fast.logprobs.torch_sparse import exact_certificate, num_blocks
+from powerflow_fast.logprobs.softmax_cache import SoftmaxCache, new_softmax_cache
+from powerflow_fast.logprobs.torch_tiles import exact_sparsity, num_blocks
 
 
-def backend_module(options: HeadOptions, hidden: Tensor) -> ModuleType:
-    """The module that computes for these hidden states."""
+def _backend_for(options: HeadOptions, hidden: Tensor) -> Backend:
+    """The back end that computes for these hidden states."""
     name, _ = choose_backend(options.backend, hidden.device, hidden.dtype)
     if name == "triton":
         from powerflow_fast.logprobs import triton_backend
@@ -38,44 +35,6 @@ def backend_module(options: HeadOptions, hidden: Tensor) -> ModuleType:
     from powerflow_fast.logprobs import torch_backend
 
     return torch_backend
-
-
-def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[str, str]:
-    """(name, reason) of the back end that `backend` means; "auto" is triton on a GPU."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "auto":
-        return _automatic(device, dtype)
-    if backend == "triton" and device.type != "cuda" and not interpreted:
-        raise ValueError(
-            f"backend: 'triton' needs a CUDA or ROCm device, got tensors on {device}; "
-            "use backend='auto' (or TRITON_INTERPRET=1 to run the kernels in the interpreter)"
-        )
-    return backend, "asked for"
-
-
-def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    from importlib.util import find_spec
-
-    if device.type != "cuda":
-        return "torch", f"no Triton kernels for device type {device.type!r}"
-    if dtype == torch.float64:
-        return "torch", "the kernels have no float64"
-    if find_spec("triton") is None:
-        return "torch", "triton is not installed"
-    from powerflow_fast.kernels.config import compilers_name, table_row
-
-    try:
-        table_row(compilers_name(device))
-    except ValueError as refusal:
-        return "torch", str(refusal)
-    return "triton", "a GPU, and triton is installed"
-
-
-# Dynamo cannot trace it, nor has to. This is what torch.compiler.assume_constant_result sets, which
-# would import Dynamo with this module.
-_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("powerflow_fast::head_forward", mutates_args=())
@@ -88,53 +47,44 @@ def head_forward(
     ref_weight: Tensor | None,  # [V, H]; None shares weight
     ref_bias: Tensor | None,  # [V]
     options: str,
-    want_direction: bool,
-    want_kept: bool,
-    want_numerators: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> logps, ref_logps, entropy, lse, each [N], direction [N, H], certificate [3], kept, and the
-    three tensors of Numerators.
+    """-> logps, ref_logps, entropy, lse, each [N], unit gradient [N, H], sparsity report [3],
+    kept columns [blocks, V] bool (see torch_sparse.py), and the three tensors of SoftmaxCache.
 
-    kept is bool [blocks, V], see torch_sparse.py; the certificate of an exact route is (1, 0, 0).
-    What is not wanted is empty.
+    What `options` do not ask for is empty.
     """
     opts = HeadOptions.decode(options)
-    backend = backend_module(opts, hidden)
+    backend = _backend_for(opts, hidden)
     weight, ref_weight = (_operand(backend, hidden, x) for x in (weight, ref_weight))
-    ref = None
+    policy, reference = Head(hidden, weight, bias), None
     if ref_hidden is not None:
-        ref = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
-    layout = backend.numerators_layout(hidden.device)
-    numerators = new_numerators(hidden, weight, layout, want_numerators)
+        reference = Head(ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+    cache = _new_cache(backend, policy) if opts.route == "cache" else None
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            to_fill = numerators if want_numerators else None
-            arguments = (hidden, weight, bias, targets, ref, opts, want_direction, to_fill)
-            out = backend.forward(*arguments, want_kept)
+            out = backend.forward(policy, reference, targets, opts, cache)
         else:
-            out = vocab_parallel.forward(
-                backend, hidden, weight, bias, targets, ref, opts, want_direction
-            )
+            out = vocab_parallel.forward(backend, policy, reference, targets, opts)
     counted = targets != opts.ignore_index
-    empty = out.logps.new_empty(0)
-    kept = torch.empty(0, dtype=torch.bool, device=hidden.device)
-    if want_kept:
-        kept = torch.ones(_kept_shape(hidden, weight), dtype=torch.bool, device=hidden.device)
-        if out.kept is not None:
-            kept[: len(out.kept)] = out.kept
+    empty = out.logps.new_empty
+    kept_columns = empty(0, dtype=torch.bool)
+    if opts.route == "sparse":
+        kept_columns = out.logps.new_ones(_kept_shape(hidden, weight), dtype=torch.bool)
+        if out.kept_columns is not None:
+            kept_columns[: len(out.kept_columns)] = out.kept_columns
     return (
         out.logps.where(counted, 0.0),
-        empty if out.ref_logps is None else out.ref_logps.where(counted, 0.0),
-        empty.clone() if out.entropy is None else out.entropy.where(counted, 0.0),
+        empty(0) if out.ref_logps is None else out.ref_logps.where(counted, 0.0),
+        empty(0) if out.entropy is None else out.entropy.where(counted, 0.0),
         out.lse,
-        empty.clone() if out.direction is None else out.direction,
-        exact_certificate(0, 1, out.logps) if out.certificate is None else out.certificate,
-        kept,
-        *numerators,
+        empty(0) if out.unit_gradient is None else out.unit_gradient,
+        exact_sparsity(0, 1, out.logps) if out.sparsity is None else out.sparsity,
+        kept_columns,
+        *(_no_cache(hidden) if cache is None else cache),
     )
 
 
-def _operand(backend: ModuleType, hidden: Tensor, weight: Tensor | None) -> Tensor | None:
+def _operand(backend: Backend, hidden: Tensor, weight: Tensor | None) -> Tensor | None:
     """The weight in its own type if the back end takes it so, else in hidden's, for one call."""
     if weight is None or backend.CONVERTS_TILES:
         return weight
@@ -145,117 +95,90 @@ def _kept_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
     return num_blocks(hidden.shape[0]), weight.shape[0]
 
 
+def _new_cache(backend: Backend, policy: Head) -> SoftmaxCache:
+    tiling = backend.vocab_tiling(policy.hidden.device)
+    return new_softmax_cache(policy.hidden, policy.weight, tiling)
+
+
+def _no_cache(hidden: Tensor) -> SoftmaxCache:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    factors, one_minus_p = (hidden.new_empty(0, dtype=dtype) for _ in range(2))
+    return SoftmaxCache(hidden.new_empty(0), factors, one_minus_p)
+
+
 @head_forward.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    ref_hidden,
-    ref_weight,
-    ref_bias,
-    options,
-    want_direction,
-    want_kept,
-    want_numerators,
-):
+def _(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, options):
     opts = HeadOptions.decode(options)
-    backend = backend_module(opts, hidden)
-    layout = backend.numerators_layout(hidden.device)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    n = hidden.shape[0]
+    backend = _backend_for(opts, hidden)
+    policy, n = Head(hidden, weight, bias), hidden.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    gradient_type = backend.unit_gradient_dtype(hidden, opts)
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(0 if ref_hidden is None else n, dtype=dtype),
         hidden.new_empty(n if opts.entropy else 0, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(
-            hidden.shape if want_direction else 0,
-            dtype=backend.direction_dtype(hidden, opts) if want_direction else dtype,
-        ),
+        hidden.new_empty(hidden.shape, dtype=gradient_type)
+        if opts.wants_unit_gradient
+        else hidden.new_empty(0, dtype=dtype),
         hidden.new_empty(3, dtype=dtype),
-        hidden.new_empty(_kept_shape(hidden, weight) if want_kept else 0, dtype=torch.bool),
-        *new_numerators(hidden, weight, layout, want_numerators),
+        hidden.new_empty(
+            _kept_shape(hidden, weight) if opts.route == "sparse" else 0, dtype=torch.bool
+        ),
+        *(_new_cache(backend, policy) if opts.route == "cache" else _no_cache(hidden)),
     )
 
 
 @torch.library.custom_op("powerflow_fast::head_backward", mutates_args=())
 def head_backward(
-    grad_logps: Tensor,  # [N], 0 on ignored rows
-    grad_entropy: Tensor | None,  # [N], likewise
+    upstream: list[Tensor | None],  # the six of Upstream
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # [N] int64
-    lse: Tensor,  # [N]
-    entropy: Tensor | None,  # [N]
-    kept: Tensor | None,  # [blocks, V] bool
-    values: Tensor | None,  # [rows, columns] of Numerators, as are the next two
-    factors: Tensor | None,  # [pieces, rows]
-    own: Tensor | None,  # [rows]
-    logps: Tensor,  # [N]
+    kept_columns: Tensor | None,  # [blocks, V] bool
+    cache: list[Tensor],  # the three of SoftmaxCache, or none
     options: str,
     needs: list[bool],  # hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not needed."""
     opts = HeadOptions.decode(options)
-    backend = backend_module(opts, hidden)
-    dtype, weight = weight.dtype, _operand(backend, hidden, weight)
-    head = (hidden, weight, bias, targets, logps, lse, entropy)
-    arguments = (grad_logps, grad_entropy, *head, opts, needs)
+    backend = _backend_for(opts, hidden)
+    head = Head(hidden, _operand(backend, hidden, weight), bias)
+    arguments = (head, Upstream(*upstream), opts, needs)
     with torch.autocast(hidden.device.type, enabled=False):
         if opts.group_name is None:
-            numerators = None if values is None else Numerators(values, factors, own)
-            grads = backend.backward(*arguments, kept, numerators)
+            filled = SoftmaxCache(*cache) if cache else None
+            grads = backend.backward(*arguments, kept_columns, filled)
         else:
             grads = vocab_parallel.backward(backend, *arguments)
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in grads
     )
-    grad_weight = grad_weight.to(dtype) if needs[1] else grad_weight
+    grad_weight = grad_weight.to(weight.dtype) if needs[1] else grad_weight
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @head_backward.register_fake
-def _(
-    grad_logps,
-    grad_entropy,
-    hidden,
-    weight,
-    bias,
-    targets,
-    lse,
-    entropy,
-    kept,
-    values,
-    factors,
-    own,
-    logps,
-    options,
-    needs,
-):
-    inputs = (hidden, weight, bias)
+def _(upstream, hidden, weight, bias, kept_columns, cache, options, needs):
     return tuple(
         x.new_empty(x.shape) if need else hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, _, _, _, options, *wants = inputs
-    logps, ref_logps, entropy, lse, direction, certificate, kept, *numerators = output
+    hidden, weight, bias, targets, *_, ctx.options = inputs
+    logps, ref_logps, entropy, lse, unit_gradient, sparsity, kept_columns, *cache = output
+    options = HeadOptions.decode(ctx.options)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(ref_logps, lse, direction, certificate, kept, *numerators)
-    ctx.options = options
-    ctx.want_direction, ctx.want_kept, ctx.want_numerators = wants
-    ctx.hidden_dtype = hidden.dtype
-    opts = HeadOptions.decode(options)
-    through_entropy = opts.entropy and not opts.detach_entropy
-    if opts.detach_entropy:
+    ctx.mark_non_differentiable(ref_logps, lse, unit_gradient, sparsity, kept_columns, *cache)
+    if options.detach_entropy:
         ctx.mark_non_differentiable(entropy)
-    ctx.recomputes = ctx.want_kept or not ctx.want_direction or through_entropy
-    recompute = (hidden, weight, bias, logps, lse, entropy, kept, *numerators)
-    ctx.save_for_backward(targets, direction, *(recompute if ctx.recomputes else ()))
+    ctx.hidden_dtype = hidden.dtype
+    recomputed = (hidden, weight, bias, logps, lse, entropy, kept_columns, *cache)
+    if options.route == "unit_gradient" and options.reads_entropy_only:
+        recomputed = ()
+    ctx.save_for_backward(targets, unit_gradient, *recomputed)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -274,14 +197,13 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
-    nothing = (None,) * 11
     options = HeadOptions.decode(ctx.options)
-    grad_entropy = grad_entropy if options.entropy and not options.detach_entropy else None
+    grad_entropy = None if options.reads_entropy_only else grad_entropy
     if grad_logps is None and grad_entropy is None:
-        return nothing
-    targets, direction, *saved = ctx.saved_tensors
-    # The direction is that of logps; an entropy that is only read leaves it to be.
-    use_direction = ctx.want_direction and grad_entropy is None
+        return (None,) * 8
+    targets, unit_gradient, *saved = ctx.saved_tensors
+    # The unit gradient is that of logps. A gradient of the entropy takes logits.
+    use_unit_gradient = options.wants_unit_gradient and grad_entropy is None
 
     def counted_only(grad: Tensor | None) -> Tensor | None:
         return None if grad is None else grad.where(targets != options.ignore_index, 0.0)
@@ -291,35 +213,35 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     grad_logps = counted_only(grad_logps)
     needs = list(ctx.needs_input_grad[:3])
     grads = [None, None, None]
-    if use_direction and needs[0]:
-        grads[0], needs[0] = torch.empty_like(direction, dtype=ctx.hidden_dtype), False
+    if use_unit_gradient and needs[0]:
+        grads[0], needs[0] = torch.empty_like(unit_gradient, dtype=ctx.hidden_dtype), False
         # Cast as it is written, which keeps no graph.
-        torch.mul(direction, grad_logps.detach()[:, None], out=grads[0])
+        torch.mul(unit_gradient, grad_logps.detach()[:, None], out=grads[0])
         if torch.is_grad_enabled() and grad_logps.requires_grad:
             grads[0] = _OnceDifferentiable.apply(grads[0], grad_logps)
     if any(needs):
-        hidden, weight, bias, logps, lse, entropy, kept, *numerators = saved
-        if not ctx.want_numerators or grad_entropy is not None:
-            numerators = (None, None, None)
+        hidden, weight, bias, logps, lse, entropy, kept_columns, *cache = saved
         recomputed = head_backward(
-            grad_logps,
-            counted_only(grad_entropy),
+            [
+                grad_logps,
+                counted_only(grad_entropy),
+                targets,
+                logps,
+                lse,
+                entropy if options.entropy else None,
+            ],
             hidden,
             weight,
             bias,
-            targets,
-            lse,
-            entropy if options.entropy else None,
-            kept if ctx.want_kept and use_direction else None,
-            *numerators,
-            logps,
+            kept_columns if options.route == "sparse" and use_unit_gradient else None,
+            cache if options.route == "cache" and grad_entropy is None else [],
             ctx.options,
             needs,
         )
         grads = [
             new if need else old for new, need, old in zip(recomputed, needs, grads, strict=True)
         ]
-    return *grads, *nothing[3:]
+    return *grads, *(None,) * 5
 
 
 head_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -329,7 +251,7 @@ head_forward.register_autograd(_backward, setup_context=_setup_context)
 def sequence_residual(
     logps: Tensor,  # [N] float32
     ref_logps: Tensor,  # [N] float32
-    starts: Tensor,  # [S] int32
+    starts: Tensor,  # [S] int32, ascending: cu_seqlens[:-1], or b * T for padded rows
     ends: Tensor,  # [S] int32
     mask: Tensor | None,  # [N] bool
     alpha: Tensor,  # [S] float32
@@ -337,10 +259,12 @@ def sequence_residual(
     balance: str,
 ) -> tuple[Tensor, Tensor]:
     """The Triton epilogue: l_pi - alpha (l_ref + psi) and counted tokens of each sequence, [S]."""
-    from powerflow_fast.logprobs import triton_backend
+    from powerflow_fast.kernels.residual import residual_forward
 
-    delta0, _, _, lengths = triton_backend.sequence_residual_forward(
-        logps, ref_logps, starts, ends, mask, alpha, psi, balance
+    vectors = (x.contiguous() for x in (logps, ref_logps, starts, ends))
+    mask = None if mask is None else mask.contiguous()
+    delta0, _, _, lengths = residual_forward(
+        *vectors, mask, alpha.contiguous(), psi.contiguous(), balance
     )
     return delta0, lengths
 
@@ -361,11 +285,11 @@ def sequence_residual_backward(
     balance: str,
 ) -> Tensor:  # [N]
     """The coefficient of every token; 0 where it does not count."""
-    from powerflow_fast.logprobs import triton_backend
+    from powerflow_fast.kernels.residual import residual_backward
 
-    return triton_backend.sequence_residual_backward(
-        grad_delta0, lengths, starts, ends, mask, num_tokens, balance
-    )
+    vectors = (x.contiguous() for x in (grad_delta0, lengths, starts, ends))
+    mask = None if mask is None else mask.contiguous()
+    return residual_backward(*vectors, mask, num_tokens, balance)
 
 
 @sequence_residual_backward.register_fake

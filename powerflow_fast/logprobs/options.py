@@ -7,17 +7,22 @@ import math
 import operator
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from functools import lru_cache
+from typing import Any, Literal
 
 BACKENDS = ("auto", "torch", "triton")
+# How a gradient comes about, in what the forward pass leaves for the backward pass:
+# none           nothing: no gradient is wanted
+# unit_gradient  d logps / d hidden, which the upstream gradient of logps scales row by row
+# sparse         likewise, and the columns that the gradients of weight and bias are formed of
+# cache          the softmax of the first rows (softmax_cache.py); logits of the rest are recomputed
+# recompute      statistics alone: all logits are recomputed
+Route = Literal["none", "unit_gradient", "sparse", "cache", "recompute"]
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How logits are formed and which quantities are wanted.
+    """How logits are formed, and which quantities are wanted.
 
     logits = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature,
     with softcap(z) = c * tanh(z / c). One temperature serves policy, reference and entropy.
@@ -33,6 +38,7 @@ class HeadOptions:
     grad_tolerance: float = 0.0
     backend: str = "auto"
     group_name: str | None = None
+    route: Route = "none"
 
     def __post_init__(self) -> None:
         _require_positive("temperature", self.temperature)
@@ -62,9 +68,19 @@ class HeadOptions:
         """A string for operator schemas, which hold only tensors and scalars (traced by Dynamo)."""
         return "\n".join(_encoded(getattr(self, name)) for name in _FIELDS)
 
-    @classmethod
-    def decode(cls, encoded: str) -> HeadOptions:
-        return cls(*map(_decoded, encoded.split("\n")))
+    @staticmethod
+    @lru_cache
+    def decode(encoded: str) -> HeadOptions:
+        return HeadOptions(*map(_decoded, encoded.split("\n")))
+
+    @property
+    def wants_unit_gradient(self) -> bool:
+        return self.route in ("unit_gradient", "sparse")
+
+    @property
+    def reads_entropy_only(self) -> bool:
+        """Whether no gradient comes through an entropy."""
+        return self.detach_entropy or not self.entropy
 
 
 def _encoded(value: object) -> str:
@@ -96,26 +112,14 @@ def check_door_options(options: dict[str, Any]) -> None:
 
 
 def batch_invariant() -> bool:
-    """Whether a row's direction, too, is to have the same bits whatever the batch is.
+    """Whether a row's unit gradient, too, is to have the same bits whatever the batch is.
 
-    Log-probs, log-sum-exp and entropy of the Triton back end always have. The direction is the
+    Log-probs, log-sum-exp and entropy of the Triton back end always have. The unit gradient is the
     vendor library's product, whose order of summation depends on the number of rows: with
     POWERFLOW_BATCH_INVARIANT=1 the last chunk of rows is as long as the others, which costs at most
     one chunk's product a call, and tiles are not tuned.
     """
     return os.environ.get("POWERFLOW_BATCH_INVARIANT") == "1"
-
-
-class HeadForward(NamedTuple):
-    """What a back end's `forward` returns; all statistics float32 (float64 for float64 inputs)."""
-
-    logps: Tensor  # [N] NaN where the target is outside [0, V); any value where ignored
-    lse: Tensor  # [N] log-sum-exp of the policy's logits; any value where ignored
-    entropy: Tensor | None  # [N] if options.entropy
-    direction: Tensor | None  # [N, H] d logps / d hidden, the exact route's product
-    ref_logps: Tensor | None  # [N] as logps, for the reference
-    certificate: Tensor | None = None  # [3] of the certified route, see torch_sparse.py
-    kept: Tensor | None = None  # [blocks, V] bool likewise; None if every column counts
 
 
 def _require_finite(name: str, value: float) -> None:

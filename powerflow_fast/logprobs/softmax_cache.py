@@ -1,14 +1,14 @@
-"""Softmax numerators that a trained head keeps from the forward pass to the backward pass.
+"""The softmax of a trained head, as it waits for the backward pass.
 
 The gradient of the weight is dlogits.T @ hidden, and dlogits wait for the upstream gradient. If the
 logits are formed once more for them, a step with a reference takes five products; rows whose
-numerators are kept take four. What is kept is bounded by the size of the weight's own gradient in
-float32, [V, H], for which a step that trains the head has room anyway, and by `LARGEST_BYTES`: H
-rows in float32, 2 H in a 16-bit type. The rows beyond are recomputed. The head is the last of the
-forward pass and the first of the backward pass, so the numerators live briefly, but at its peak.
+softmax is cached take four. The cache is no larger than the weight's own gradient in float32,
+[V, H], for which a step that trains the head has room anyway, and no larger than `LARGEST_BYTES`:
+H rows in float32, 2 H in a 16-bit type. The rows beyond are recomputed. The head is the last of the
+forward pass and the first of the backward pass, so the cache lives briefly, but when memory peaks.
 
-They are stored in the type of the operands: rounded once, as dlogits are before a product in that
-type. The target's, 1 - p, is kept in float32: a confident policy needs its digits.
+Exp-logits are stored in the type of the operands: rounded once, as dlogits are before a product in
+that type. The target's 1 - p is float32: a confident policy needs its digits.
 """
 
 from __future__ import annotations
@@ -21,37 +21,40 @@ from torch import Tensor
 LARGEST_BYTES = 2 << 30
 
 
-class Layout(NamedTuple):
-    """How a back end cuts the vocabulary."""
+class VocabTiling(NamedTuple):
+    """How a back end cuts the vocabulary for the cache."""
 
-    piece: int  # columns that share a factor
-    multiple: int  # of which the stored columns are a whole number
+    tile_columns: int  # that share a factor
+    padded_to: int  # the number of stored columns is a multiple of this
 
 
-class Numerators(NamedTuple):
-    """Of the first rows that count; filled by a back end's `forward`, read by its `backward`."""
+class SoftmaxCache(NamedTuple):
+    """The first rows that count; a back end's `forward` fills it, its `backward` reads it.
 
-    values: Tensor  # [rows, columns] e^(z - shift) J 2^exponent of each piece; 0 at the target
-    factors: Tensor  # [pieces, rows] values * factors = p J
-    own: Tensor  # [rows] (1 - p) J of the target
+    J is the slope of the softcap, 1 without one.
+    """
+
+    exp_logits: Tensor  # [rows, columns] e^(z - shift) J 2^exponent of each tile; 0 at the target
+    factors: Tensor  # [tiles, rows] exp_logits * factors = p J
+    one_minus_p: Tensor  # [rows] (1 - p) J of the target
 
     @property
     def rows(self) -> int:
-        return self.values.shape[0]
+        return len(self.one_minus_p)
 
-    def of_rows(self, r: slice) -> Numerators:
-        return Numerators(self.values[r], self.factors[:, r], self.own[r])
+    def of_rows(self, r: slice) -> SoftmaxCache:
+        return SoftmaxCache(self.exp_logits[r], self.factors[:, r], self.one_minus_p[r])
 
 
-def new_numerators(hidden: Tensor, weight: Tensor, layout: Layout, wanted: bool) -> Numerators:
-    """Uninitialised, or without a row if not wanted; the sizes depend on shapes and types alone."""
+def new_softmax_cache(hidden: Tensor, weight: Tensor, tiling: VocabTiling) -> SoftmaxCache:
+    """Uninitialised; the sizes depend on shapes and types alone."""
     (num_n, num_h), num_v = hidden.shape, weight.shape[0]
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    columns = -(-num_v // layout.multiple) * layout.multiple
+    columns = -(-num_v // tiling.padded_to) * tiling.padded_to
     budget = min(LARGEST_BYTES, 4 * num_v * num_h)
-    rows = torch.sym_min(num_n, budget // (columns * hidden.element_size())) if wanted else 0
-    return Numerators(
+    rows = torch.sym_min(num_n, budget // (columns * hidden.element_size()))
+    return SoftmaxCache(
         hidden.new_empty(rows, columns),
-        hidden.new_empty(-(-columns // layout.piece), rows, dtype=statistics),
+        hidden.new_empty(-(-columns // tiling.tile_columns), rows, dtype=statistics),
         hidden.new_empty(rows, dtype=statistics),
     )

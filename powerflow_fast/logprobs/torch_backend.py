@@ -2,9 +2,9 @@
 
 The vocabulary is the outer loop: a tile of the weight is converted to the product's type once and
 serves every row of policy and reference. Each row carries a running maximum and sum (online
-softmax), and on the exact route the running sum_v p_v W_v, rescaled when the maximum moves, as
-flash attention rescales its output. So policy log-probs, their gradient direction and the reference
-log-probs cost three products.
+softmax). For the unit gradient it also carries the running sum_v p_v W_v, rescaled when the maximum
+moves, as flash attention rescales its output. So policy log-probs, their unit gradient and the
+reference log-probs cost three products.
 """
 
 from __future__ import annotations
@@ -12,204 +12,132 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from powerflow_fast.logprobs.options import HeadForward, HeadOptions
-from powerflow_fast.logprobs.softmax_cache import Layout, Numerators
-from powerflow_fast.logprobs.torch_sparse import (
-    BLOCK,
-    Peaks,
-    exact_certificate,
-    looks_sharp,
-    sparse_direction,
-)
+from powerflow_fast.kernels.operands import Head, of_rows
+from powerflow_fast.logprobs.backend import Gradients, HeadForward, Upstream
+from powerflow_fast.logprobs.gradients import GradientSums
+from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.products import has_bf16_units
+from powerflow_fast.logprobs.softmax_cache import SoftmaxCache, VocabTiling
+from powerflow_fast.logprobs.torch_sparse import looks_sharp, sparse_unit_gradient
 from powerflow_fast.logprobs.torch_tiles import (
-    Head,
+    BLOCK,
+    ColumnMax,
     OnlineHead,
-    add_product_,
+    TiledHead,
+    exact_sparsity,
     exp_,
-    has_bf16_units,
-    matmul,
     softcap_slope,
     target_columns,
     tile_shape,
 )
 
-CONVERTS_TILES = True  # of a weight in another type than hidden's
+CONVERTS_TILES = True
 
 
-def numerators_layout(device: torch.device) -> Layout:
-    return Layout(piece=tile_shape(device)[1], multiple=1)
+def vocab_tiling(device: torch.device) -> VocabTiling:
+    return VocabTiling(tile_columns=tile_shape(device)[1], padded_to=1)
 
 
-def direction_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
+def unit_gradient_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def forward(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
+    policy: Head,
+    reference: Head | None,
     targets: Tensor,  # [N] int64
-    ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden [N, H], weight [V, H], bias [V]
     options: HeadOptions,
-    want_direction: bool,
-    numerators: Numerators | None = None,
-    want_kept: bool = False,
+    cache: SoftmaxCache | None = None,
 ) -> HeadForward:
-    """Log-probs of the targets under both models, and d logps / d hidden if wanted.
-
-    `numerators`, if given, are filled for as many rows that count as they have.
-    """
+    """See `Backend.forward`."""
     rows = _counted_rows(targets, options)
-    counted = targets if rows is None else targets[rows]
-    policy = OnlineHead(_take(hidden, rows), weight, bias, counted, options)
-    models = [policy]
-    if ref is not None:
-        ref_hidden, ref_weight, ref_bias = ref
-        models.append(OnlineHead(_take(ref_hidden, rows), ref_weight, ref_bias, counted, options))
-        models[1].buffer = policy.buffer  # their tiles are formed one after the other
-    with _bf16_products(policy.product_dtype, hidden):
-        if want_direction:
-            _prepare_direction(policy)
-        policy.numerators = numerators
+    models = []
+    for head in (policy, reference):
+        if head is not None:
+            hidden = _take(head.hidden, rows)
+            models.append(OnlineHead(head._replace(hidden=hidden), _take(targets, rows), options))
+    online = models[0]
+    models[-1].buffer = online.buffer  # the models' tiles are formed one after the other
+    unit_gradient = sparsity = kept_columns = None
+    with _bf16_products(online.product_dtype, policy.hidden):
+        if options.wants_unit_gradient and options.grad_tolerance > 0 and looks_sharp(online):
+            online.column_max = ColumnMax(len(online.hidden), online.weight)
+        elif options.wants_unit_gradient:
+            online.collect_expected()
+        online.cache = cache
         _sweep(models)
-        if numerators is not None:
-            policy.finish_numerators()
-        direction = certificate = kept = None
-        if policy.peaks is not None:
-            direction, certificate, kept = sparse_direction(policy)
-        elif want_direction:
-            total = policy.others + policy.target_share
-            direction = policy.finish_direction(policy.expected, total)
+        if cache is not None:
+            online.finish_cache()
+        if online.column_max is not None:
+            unit_gradient, sparsity, kept_columns = sparse_unit_gradient(online)
+        elif online.expected is not None:
+            unit_gradient = online.finish_unit_gradient(online.expected, online.total)
             if options.grad_tolerance > 0:
-                certificate = exact_certificate(len(policy.hidden), BLOCK, total)
+                sparsity = exact_sparsity(len(online.hidden), BLOCK, online.total)
 
-    def spread(values: Tensor | None) -> Tensor | None:
+    def scatter_back(values: Tensor | None) -> Tensor | None:
         if values is None or rows is None:
             return values
         return values.new_zeros(len(targets), *values.shape[1:]).index_copy_(0, rows, values)
 
     return HeadForward(
-        logps=spread(policy.logps),
-        lse=spread(policy.lse),
-        entropy=spread(policy.entropy) if options.entropy else None,
-        direction=spread(direction),
-        ref_logps=spread(models[1].logps) if ref is not None else None,
-        certificate=certificate,
-        kept=kept if want_kept else None,
+        logps=scatter_back(online.logps),
+        lse=scatter_back(online.lse),
+        entropy=scatter_back(online.entropy) if options.entropy else None,
+        unit_gradient=scatter_back(unit_gradient),
+        ref_logps=None if reference is None else scatter_back(models[1].logps),
+        sparsity=sparsity,
+        kept_columns=kept_columns if options.route == "sparse" else None,
     )
 
 
 def backward(
-    grad_logps: Tensor,  # [N], 0 on ignored rows
-    grad_entropy: Tensor | None,  # [N], likewise
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [N] int64
-    logps: Tensor,  # [N] of the targets, over the whole vocabulary
-    lse: Tensor,  # [N] likewise
-    entropy: Tensor | None,  # [N], needed with grad_entropy
+    head: Head,
+    upstream: Upstream,
     options: HeadOptions,
     needs: Sequence[bool],  # hidden, weight, bias
-    kept: Tensor | None = None,  # [blocks, V] bool as the forward pass left it
-    numerators: Numerators | None = None,  # likewise, without grad_entropy
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients, hidden's in float32, by recomputing the logits of rows without numerators.
-
-    Those of the kept columns alone, if given. A confident target's 1 - p comes from `logps`: the
-    recomputed logits have lost its digits.
-    """
-    rows = _counted_rows(targets, options)
+    kept_columns: Tensor | None = None,
+    cache: SoftmaxCache | None = None,
+) -> Gradients:
+    """See `Backend.backward`."""
+    num_n = len(upstream.targets)
+    rows = _counted_rows(upstream.targets, options)
     if rows is not None:
-        grad_logps, targets, logps, lse = (x[rows] for x in (grad_logps, targets, logps, lse))
-        grad_entropy, entropy = _take(grad_entropy, rows), _take(entropy, rows)
-    head = Head(_take(hidden, rows), weight, bias, targets, options)
-    if kept is not None:  # few columns of each block remain of a tile
-        head.tile = (BLOCK, 4 * head.tile[1])
-    grads = _Gradients(head, needs)
-    known = 0 if numerators is None else min(numerators.rows, len(targets))
-    with _bf16_products(head.product_dtype, hidden):
-        for start, stop, weight_tile in head.weight_tiles():
-            grads.start_tile(start, stop)
-            for r in head.row_slices(0, known):
-                dlogits = _kept_dlogits(numerators, head, grad_logps[r], r, start, stop)
-                grads.add(dlogits, r, start, slice(0, stop - start), weight_tile)
-            for r in head.row_slices(known):
-                columns = _kept_columns(kept, r, start, stop)
-                tile = weight_tile[columns]
+        upstream = of_rows(upstream, rows)
+        head = head._replace(hidden=head.hidden[rows])
+    tiled = TiledHead(head, upstream.targets, options)
+    if kept_columns is not None:  # few columns of each block remain of a tile
+        tiled.tile = (BLOCK, 4 * tiled.tile[1])
+    sums = GradientSums(head, needs)
+    cached_rows = 0 if cache is None else min(cache.rows, len(upstream.targets))
+    with _bf16_products(tiled.product_dtype, head.hidden):
+        for start, stop, weight_tile in tiled.weight_tiles():
+            sums.start(start, stop)
+            for r in tiled.row_slices(0, cached_rows):
+                dlogits = _cached_dlogits(cache, tiled, upstream.grad_logps[r], r, start, stop)
+                sums.add(dlogits, r, None, weight_tile)
+            for r in tiled.row_slices(cached_rows):
+                columns = _columns_of_tile(kept_columns, r, start, stop)
+                tile, bias_tile = weight_tile, tiled.bias_tile(start, stop)
+                if columns is not None:
+                    tile = weight_tile[columns]
+                    bias_tile = None if bias_tile is None else bias_tile[columns]
                 if len(tile) == 0:
                     continue
-                bias_tile = None if bias is None else bias[start:stop][columns]
-                logits = head.logits(r, tile, bias_tile)
-                dlogits = _dlogits(
-                    logits,
-                    grad_logps[r],
-                    None if grad_entropy is None else grad_entropy[r],
-                    lse[r],
-                    None if entropy is None else entropy[r],
-                    None if logps is None else logps[r],
-                    target_columns(targets[r] - start, columns, stop - start),
-                    options,
-                )
-                grads.add(dlogits, r, start, columns, tile)
-            grads.store_tile(start, stop)
-    grad_hidden = grads.hidden
-    if grad_hidden is not None and rows is not None:
-        grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
-    return grad_hidden, grads.weight, None if grads.bias is None else grads.bias.to(bias.dtype)
-
-
-def _prepare_direction(policy: OnlineHead) -> None:
-    """Have the sweep collect what the direction needs: its sum, or which columns matter."""
-    if policy.options.grad_tolerance > 0 and looks_sharp(policy):
-        policy.peaks = Peaks(len(policy.hidden), policy.weight)
-    else:
-        policy.collect_expected()
-
-
-class _Gradients:
-    """Float32 sums of the gradients that are needed, each cast once."""
-
-    def __init__(self, head: Head, needs: Sequence[bool]) -> None:
-        self.head = head
-        weight = head.weight
-        full = partial(torch.full, dtype=head.dtype, device=weight.device)
-        self.hidden = full(head.hidden.shape, 0.0) if needs[0] else None
-        self.weight = weight.new_empty(weight.shape) if needs[1] else None
-        self.bias = full((len(weight),), 0.0) if needs[2] else None
-        self.tile: Tensor | None = None  # float32 rows of the weight's gradient
-
-    def start_tile(self, start: int, stop: int) -> None:
-        """Columns start:stop of the vocabulary are next."""
-        if self.weight is not None:
-            rows = self.weight[start:stop]
-            same = rows.dtype == self.head.dtype  # then they are summed where they belong
-            self.tile = rows.zero_() if same else torch.zeros_like(rows, dtype=self.head.dtype)
-
-    def add(
-        self, dlogits: Tensor, r: slice, start: int, columns: slice | Tensor, weight_tile: Tensor
-    ) -> None:
-        """Take in rows r and `columns`, counted from column `start` of the vocabulary."""
-        if self.bias is not None:
-            self.bias[start:][columns] += dlogits.sum(0)
-        dlogits = dlogits.to(weight_tile.dtype)
-        if self.hidden is not None:
-            add_product_(self.hidden[r], dlogits, weight_tile)
-        if self.tile is not None:
-            x = self.head.hidden[r].to(weight_tile.dtype)
-            if isinstance(columns, slice):
-                add_product_(self.tile[columns], dlogits.T, x)
-            else:
-                self.tile.index_add_(0, columns, matmul(dlogits.T, x))
-
-    def store_tile(self, start: int, stop: int) -> None:
-        if self.weight is not None and self.tile.dtype != self.weight.dtype:
-            self.weight[start:stop] = self.tile
+                of_tile = of_rows(upstream, r)
+                target = target_columns(of_tile.targets - start, columns, stop - start)
+                dlogits = _dlogits(tiled.logits(r, tile, bias_tile), of_tile, target, options)
+                sums.add(dlogits, r, columns, tile)
+            sums.store()
+    grads = sums.results()
+    if grads.hidden is not None and rows is not None:
+        whole = grads.hidden.new_zeros(num_n, grads.hidden.shape[1])
+        grads = grads._replace(hidden=whole.index_copy_(0, rows, grads.hidden))
+    return grads
 
 
 def _sweep(models: list[OnlineHead]) -> None:
@@ -226,15 +154,12 @@ def _sweep(models: list[OnlineHead]) -> None:
 
 def _dlogits(
     logits: Tensor,  # [n, v], overwritten
-    grad_logps: Tensor,  # [n]
-    grad_entropy: Tensor | None,  # [n]
-    lse: Tensor,  # [n]
-    entropy: Tensor | None,  # [n]
-    logps: Tensor | None,  # [n]
+    upstream: Upstream,  # [n]
     target_columns: tuple[Tensor, Tensor],  # [n, 1] of the tile, and whether they lie in it
     options: HeadOptions,
 ) -> Tensor:  # [n, v]
     """g (1[y=v] - p_v) - e p_v (log p_v + entropy), times the transform's derivative."""
+    grad_logps, grad_entropy, _, logps, lse, entropy = upstream
     slope = None if options.softcap is None else softcap_slope(logits, options)
     log_p = logits.sub_(lse[:, None])
     coefficient = -grad_logps[:, None]
@@ -245,39 +170,39 @@ def _dlogits(
     p = exp_(log_p)
     dlogits = p.mul_(coefficient)
     index, inside = target_columns
-    own = -grad_logps * logps.expm1()
+    at_target = -grad_logps * logps.expm1()
     if grad_entropy is not None:
-        own = own - grad_entropy * logps.exp() * (logps + entropy)
-    dlogits.scatter_(1, index, own[:, None].where(inside, dlogits.gather(1, index)))
+        at_target = at_target - grad_entropy * logps.exp() * (logps + entropy)
+    dlogits.scatter_(1, index, at_target[:, None].where(inside, dlogits.gather(1, index)))
     if slope is not None:
         dlogits.mul_(slope)
     return dlogits.mul_(options.scale)
 
 
-def _kept_dlogits(
-    numerators: Numerators,
-    head: Head,
+def _cached_dlogits(
+    cache: SoftmaxCache,
+    tiled: TiledHead,
     grad_logps: Tensor,  # [n] of rows r
     r: slice,
     start: int,
     stop: int,
 ) -> Tensor:  # [n, stop - start]
-    """What `_dlogits` gives for rows r and the tile's columns, from the kept numerators."""
-    values, factors, own = numerators
-    grad = grad_logps * head.options.scale
-    dlogits = head.scratch(len(grad), stop - start)
-    coefficient = factors[start // head.tile[1], r] * -grad
-    torch.mul(values[r, start:stop], coefficient[:, None], out=dlogits)
-    index, inside = target_columns(head.targets[r] - start, slice(0, stop - start), stop - start)
-    return dlogits.scatter_add_(1, index, (grad * own[r])[:, None].where(inside, 0.0))
+    """What `_dlogits` gives for rows r and the tile's columns, from the softmax cache."""
+    grad = grad_logps * tiled.options.scale
+    dlogits = tiled.scratch(len(grad), stop - start)
+    coefficient = cache.factors[start // tiled.tile[1], r] * -grad
+    torch.mul(cache.exp_logits[r, start:stop], coefficient[:, None], out=dlogits)
+    index, inside = target_columns(tiled.targets[r] - start, None, stop - start)
+    at_target = (grad * cache.one_minus_p[r])[:, None].where(inside, 0.0)
+    return dlogits.scatter_add_(1, index, at_target)
 
 
-def _kept_columns(kept: Tensor | None, r: slice, start: int, stop: int) -> slice | Tensor:
-    """Columns of the tile start:stop, counted from its start, that the block of rows r keeps."""
-    if kept is None:
-        return slice(0, stop - start)
-    kept = kept[r.start // BLOCK, start:stop]
-    return slice(0, stop - start) if kept.all() else kept.nonzero()[:, 0]
+def _columns_of_tile(kept_columns: Tensor | None, r: slice, start: int, stop: int) -> Tensor | None:
+    """Columns of the tile start:stop that the block of rows r keeps; None: all of them."""
+    if kept_columns is None:
+        return None
+    kept = kept_columns[r.start // BLOCK, start:stop]
+    return None if kept.all() else kept.nonzero()[:, 0]
 
 
 def _counted_rows(targets: Tensor, options: HeadOptions) -> Tensor | None:

@@ -1,51 +1,73 @@
-"""One model's head in PyTorch, tile by tile: logits, running softmax statistics, the direction."""
+"""One model's head in PyTorch, tile by tile: logits, running softmax statistics, unit gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from powerflow_fast.kernels.config import soft_exponent
+from powerflow_fast.kernels.config import stored_exponent
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import Numerators
-
-if TYPE_CHECKING:
-    from powerflow_fast.logprobs.torch_sparse import Peaks
+from powerflow_fast.logprobs.products import add_product_, has_bf16_units, matmul, uses_onednn
+from powerflow_fast.logprobs.softmax_cache import SoftmaxCache
 
 # Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
 # slice of the weight they are the whole working set; a GPU needs larger ones to fill its
 # multiprocessors.
 _CPU_TILE = (512, 2048)
 _GPU_TILE = (4096, 8192)
-# Kept numerators relative to the largest of their tile, and tiles relative to their row, are 0
+# Cached exp-logits relative to the largest of their tile, and tiles relative to their row, are 0
 # below these. The first is far below a rounding of the tile. A tile is as far below its row as the
 # target is confident, up to 50 nats. Together with a gradient they stay clear of subnormal numbers,
 # see `exp_`.
-_SMALLEST_NUMERATOR = 2.0**-40
+_SMALLEST_EXP = 2.0**-40
 _SMALLEST_FACTOR = 2.0**-76
 _LARGEST_RISE = 50.0  # nats
 LOG2E = math.log2(math.e)
-_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+# Rows that share one choice of columns on the certified route. 64 keep about half of what 128 keep,
+# and cost least of 32, 64 and 128 on two CPU cores.
+BLOCK = 64
 
 
-class Head:
+class ColumnMax:
+    """[blocks, V] largest z_v - max over a block's rows, targets left out: bounds log p_v."""
+
+    def __init__(self, rows: int, weight: Tensor) -> None:
+        shape = (num_blocks(rows), len(weight))
+        self.values = torch.full(shape, -torch.inf, dtype=torch.float16, device=weight.device)
+
+    def update(self, z: Tensor, first_row: int, start: int, stop: int) -> None:
+        """Note columns start:stop of the rows from `first_row` (a multiple of BLOCK); z - max."""
+        first, whole = first_row // BLOCK, len(z) // BLOCK
+        blocks = z[: whole * BLOCK].view(whole, BLOCK, z.shape[1])
+        self.values[first : first + whole, start:stop] = blocks.amax(1)
+        if whole * BLOCK < len(z):  # the batch's last rows
+            self.values[first + whole, start:stop] = z[whole * BLOCK :].amax(0)
+
+
+def num_blocks(rows: int) -> int:
+    return -(-rows // BLOCK)
+
+
+def exact_sparsity(rows: int, block: int, like: Tensor) -> Tensor:
+    """The SparsityReport [3] of a gradient over the whole vocabulary for every block of rows."""
+    report = like.new_zeros(3)
+    # fill_ takes the number along; an assignment would copy it from the host, which waits.
+    report[:1].fill_(1.0)
+    report[2:].fill_(-(-rows // block))
+    return report
+
+
+class TiledHead:
     """One model's head over the counted rows: its logits, tile by tile."""
 
-    def __init__(
-        self,
-        hidden: Tensor,  # [n, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        targets: Tensor,  # [n]
-        options: HeadOptions,
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
-        self.options = options
+    def __init__(self, head: Head, targets: Tensor, options: HeadOptions) -> None:
+        self.hidden, self.weight, self.bias = hidden, _, bias = head
+        self.targets, self.options = targets, options  # targets [n]
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Products of bf16 with float32 results exist on CUDA; elsewhere float32 copies are
         # multiplied.
@@ -57,9 +79,10 @@ class Head:
         self.tile = tile_shape(hidden.device)
         self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
 
-    def of_rows(self, r: slice) -> Head:
+    def of_rows(self, r: slice) -> TiledHead:
         """The same head over some of the rows."""
-        return Head(self.hidden[r], self.weight, self.bias, self.targets[r], self.options)
+        head = Head(self.hidden[r], self.weight, self.bias)
+        return TiledHead(head, self.targets[r], self.options)
 
     def row_slices(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         stop = len(self.hidden) if stop is None else stop
@@ -92,7 +115,7 @@ class Head:
             rounded = torch.mm(self.hidden[r], weight_tile.to(self.hidden.dtype).T)
             return self._scale(rounded.to(self.dtype))
         x = self.hidden[r].to(self.product_dtype)
-        out = None if _by_onednn(x) else self.scratch(len(x), len(weight_tile))
+        out = None if uses_onednn(x) else self.scratch(len(x), len(weight_tile))
         return self._transform(matmul(x, weight_tile.T, out), bias_tile)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
@@ -127,11 +150,11 @@ class Head:
         add_product_(rows, e.to(self.product_dtype), weight_tile)
 
 
-class OnlineHead(Head):
+class OnlineHead(TiledHead):
     """A head with the running softmax statistics of a sweep over its vocabulary."""
 
-    def __init__(self, *head) -> None:
-        super().__init__(*head)
+    def __init__(self, head: Head, targets: Tensor, options: HeadOptions) -> None:
+        super().__init__(head, targets, options)
         n = len(self.hidden)
         zeros = partial(torch.zeros, dtype=self.dtype, device=self.hidden.device)
         self.target_logits = self._target_logits()
@@ -141,11 +164,11 @@ class OnlineHead(Head):
         self.others = zeros(n)  # sum_v e^(z_v - max)
         self.weighted = zeros(n) if self.options.entropy else None  # times (z_v - max)
         self.expected: Tensor | None = None  # [n, H] sum_v e^(z_v - max) J_v W_v
-        self.peaks: Peaks | None = None  # where the columns that matter are to be found
-        self.numerators: Numerators | None = None  # to be filled with those of the first rows
+        self.column_max: ColumnMax | None = None  # where the columns that matter are to be found
+        self.cache: SoftmaxCache | None = None  # to be filled
 
     def collect_expected(self) -> None:
-        """Have the sweep collect the sum that the direction over the whole vocabulary needs."""
+        """Have the sweep collect the sum that the unit gradient over the whole vocabulary needs."""
         self.expected = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
 
     def _target_logits(self) -> Tensor:
@@ -154,8 +177,8 @@ class OnlineHead(Head):
         index = self.targets.where(inside, 0)
         z = torch.empty(len(index), dtype=self.dtype, device=index.device)
         for r in self.row_slices():
-            own = self.factor(self.weight[index[r]], self.dtype)
-            z[r] = own.mul_(self.hidden[r]).sum(1)
+            rows = self.factor(self.weight[index[r]], self.dtype)
+            z[r] = rows.mul_(self.hidden[r]).sum(1)
         z = self._transform(z, None if self.bias is None else self.bias[index])
         return z.where(inside, torch.nan)
 
@@ -163,7 +186,7 @@ class OnlineHead(Head):
         """Take columns start:stop into the running statistics of rows r."""
         z = self.logits(r, weight_tile, self.bias_tile(start, stop))
         slope = softcap_slope(z, self.options) if self._wants_slope else None
-        drop_targets(z, self.targets[r] - start, slice(None))
+        drop_targets(z, self.targets[r] - start, None)
         tile_maximum = z.amax(1)
         maximum = torch.maximum(self.maximum[r], tile_maximum)
         # A row of nothing but -inf keeps exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN.
@@ -171,8 +194,8 @@ class OnlineHead(Head):
         shift = self.maximum[r] - finite
         decay = shift.exp()
         z.sub_(finite[:, None])
-        if self.peaks is not None:
-            self.peaks.update(z, r.start, start, stop)
+        if self.column_max is not None:
+            self.column_max.update(z, r.start, start, stop)
         e = exp_(z if self.weighted is None else z.clone())
         if self.weighted is not None:
             # exp underflows to 0 long before z reaches -inf, whose product with 0 would be NaN.
@@ -184,52 +207,54 @@ class OnlineHead(Head):
             e.mul_(slope)
         if self.expected is not None:
             self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
-        if self.numerators is not None:
-            self._keep(e, finite - tile_maximum, r, start, stop)
+        if self.cache is not None:
+            self._fill_cache(e, finite - tile_maximum, r, start, stop)
 
     @property
     def _wants_slope(self) -> bool:
-        wanted = self.expected is not None or self.numerators is not None
+        wanted = self.expected is not None or self.cache is not None
         return self.options.softcap is not None and wanted
 
-    def _keep(self, e: Tensor, below: Tensor, r: slice, start: int, stop: int) -> None:
-        """Store numerators of rows r, relative to their tile's largest; `e` is overwritten.
+    def _fill_cache(self, e: Tensor, below: Tensor, r: slice, start: int, stop: int) -> None:
+        """Store exp-logits of rows r, relative to their tile's largest; `e` is overwritten.
 
-        That is `below` [nats] the running maximum, to which `e` is relative. Beside a confident
-        target numerators relative to the maximum would have no place in a 16-bit type.
+        The tile's largest lies `below` [nats] the running maximum, to which `e` is relative. Beside
+        a confident target, exp-logits relative to the maximum would have no place in a 16-bit type.
         """
-        values, factors, _ = self.numerators
-        r = slice(r.start, min(r.stop, len(values)))
+        exp_logits, factors, _ = self.cache
+        r = slice(r.start, min(r.stop, self.cache.rows))
         if r.start >= r.stop:
             return
         n = r.stop - r.start
         up = below[:n].clamp(0.0, _LARGEST_RISE)
         e = e[:n].mul_(up.exp()[:, None])
-        exponent = soft_exponent(values.dtype)
-        e = torch.threshold_(e, _SMALLEST_NUMERATOR, 0.0)
-        values[r, start:stop] = e.mul_(2.0**exponent) if exponent else e
+        exponent = stored_exponent(exp_logits.dtype)
+        e = torch.threshold_(e, _SMALLEST_EXP, 0.0)
+        exp_logits[r, start:stop] = e.mul_(2.0**exponent) if exponent else e
         factors[start // self.tile[1], r] = self.maximum[r] - up
 
-    def finish_numerators(self) -> None:
-        """Once the sweep is over: bases to factors, and what belongs to the targets."""
-        values, factors, own = self.numerators
-        n = min(len(values), len(self.hidden))
+    def finish_cache(self) -> None:
+        """Once the sweep is over: shifts to factors, and the targets' 1 - p."""
+        exp_logits, factors, one_minus_p = self.cache
+        n = min(self.cache.rows, len(self.hidden))
         p = factors[:, :n].sub_(self.maximum[:n]).sub_(self.log_total[:n]).exp_()
-        torch.threshold_(p, _SMALLEST_FACTOR, 0.0).mul_(2.0 ** -soft_exponent(values.dtype))
-        own[:n] = self.own_derivative[:n]
+        torch.threshold_(p, _SMALLEST_FACTOR, 0.0).mul_(2.0 ** -stored_exponent(exp_logits.dtype))
+        one_minus_p[:n] = self.target_derivative[:n]
 
     @cached_property  # read once the sweep is over
-    def target_share(self) -> Tensor:
-        """e^(z_y - max); 0 where the target is not in this vocabulary."""
+    def target_exp(self) -> Tensor:
+        """[n] e^(z_y - max); 0 where the target is not in this vocabulary."""
         return (self.target_logits - self.maximum).exp().nan_to_num(0.0)
 
     @cached_property  # read once the sweep is over
+    def total(self) -> Tensor:
+        """[n] sum_v e^(z_v - max)."""
+        return self.others + self.target_exp
+
+    @cached_property  # read once the sweep is over
     def log_total(self) -> Tensor:
-        """log sum_v e^(z_v - max)."""
         target_is_max = self.target_logits == self.maximum
-        return torch.where(
-            target_is_max, self.others.log1p(), (self.others + self.target_share).log()
-        )
+        return torch.where(target_is_max, self.others.log1p(), self.total.log())
 
     @property
     def lse(self) -> Tensor:
@@ -243,32 +268,32 @@ class OnlineHead(Head):
     @property
     def entropy(self) -> Tensor:
         target_logits = (self.target_logits - self.maximum).nan_to_num(0.0, neginf=-1e30)
-        weighted = self.weighted + self.target_share * target_logits
-        return self.log_total - weighted / (self.others + self.target_share)
+        weighted = self.weighted + self.target_exp * target_logits
+        return self.log_total - weighted / self.total
 
     @cached_property  # read once the sweep is over
-    def other_share(self) -> Tensor:
+    def one_minus_p(self) -> Tensor:
         """[n] 1 - p_y, which is known to more digits than p_y."""
-        return self.others / (self.others + self.target_share)
+        return self.others / self.total
 
     @property
-    def own_derivative(self) -> Tensor:
+    def target_derivative(self) -> Tensor:
         """[n] (1 - p_y) J_y."""
         if self.options.softcap is None:
-            return self.other_share
-        return self.other_share * softcap_slope(self.target_logits, self.options)
+            return self.one_minus_p
+        return self.one_minus_p * softcap_slope(self.target_logits, self.options)
 
-    def finish_direction(self, sums: Tensor, divisor: Tensor) -> Tensor:
+    def finish_unit_gradient(self, sums: Tensor, divisor: Tensor) -> Tensor:
         """scale * ((1 - p_y) J_y W[y] - sums / divisor), in place of `sums` [n, H].
 
         NaN where the target is outside the vocabulary, as logps is.
         """
-        own = self.options.scale * self.own_derivative
-        own = own.where(~self.target_logits.isnan(), torch.nan)
+        at_target = self.options.scale * self.target_derivative
+        at_target = at_target.where(~self.target_logits.isnan(), torch.nan)
         for r in self.row_slices():
             target_rows = self.weight[self.targets[r].clamp(0, len(self.weight) - 1)]
             rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
-            rows.addcmul_(self.factor(target_rows, self.dtype), own[r][:, None])
+            rows.addcmul_(self.factor(target_rows, self.dtype), at_target[r][:, None])
         return sums
 
 
@@ -286,58 +311,29 @@ def exp_(z: Tensor) -> Tensor:
     return torch.threshold_(z, smallest, -torch.inf).mul_(LOG2E).exp2_()
 
 
-def drop_targets(z: Tensor, local: Tensor, columns: slice | Tensor) -> None:
+def drop_targets(z: Tensor, targets: Tensor, columns: Tensor | None) -> None:
     """Set the logits of the targets to -inf, in place; arguments as in `target_columns`."""
-    index, inside = target_columns(local, columns, z.shape[1])
+    index, inside = target_columns(targets, columns, z.shape[1])
     z.scatter_(1, index, z.gather(1, index).masked_fill_(inside, -torch.inf))
 
 
-def target_columns(local: Tensor, columns: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """[n, 1] places of the targets among a tile's columns, clamped, and whether they are there.
-
-    `local` counts from the tile's first column; of its `width` columns `columns` are meant.
-    """
-    if isinstance(columns, slice):
-        place = local.clamp(0, width - 1)
-        there = local == place
+def target_columns(
+    targets: Tensor,  # [n] counted from the tile's first column
+    columns: Tensor | None,  # ascending, the columns in use; None: all of the tile
+    width: int,  # of the tile
+) -> tuple[Tensor, Tensor]:
+    """[n, 1] places of the targets among the columns, clamped, and whether they are there."""
+    if columns is None:
+        place = targets.clamp(0, width - 1)
+        there = targets == place
     elif len(columns):
-        place = torch.searchsorted(columns, local).clamp_max(len(columns) - 1)
-        there = columns[place] == local
+        place = torch.searchsorted(columns, targets).clamp_max(len(columns) - 1)
+        there = columns[place] == targets
     else:
-        place, there = local[:0], local[:0] < 0
+        place, there = targets[:0], targets[:0] < 0
     return place[:, None], there[:, None]
 
 
 def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor:
     """1 - tanh(x)^2 from the capped logits: tanh(x) = logits * temperature / softcap."""
     return 1.0 - (logits * (options.temperature / options.softcap)) ** 2
-
-
-def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums += a @ b, in float32 (float64 for float64)."""
-    if a.dtype == sums.dtype and not _by_onednn(a):
-        sums.addmm_(a, b)
-    else:
-        sums += matmul(a, b)
-
-
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with sums and result in float32 (float64 for float64); oneDNN ignores `out`."""
-    if _by_onednn(a):
-        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether this is a CPU that multiplies bfloat16 at more than float32's speed."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def _by_onednn(a: Tensor) -> bool:
-    """Whether oneDNN multiplies instead of MKL, torch's choice for float32 on a CPU.
-
-    On CPUs of another maker MKL leaves AVX-512 idle: 225 against 510 GFLOP/s on two cores of EPYC.
-    """
-    return a.dtype == torch.float32 and a.device.type == "cpu" and _ONEDNN

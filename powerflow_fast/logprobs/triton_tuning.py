@@ -14,32 +14,40 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels.config import CANDIDATES, Config, Tile, config_for
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.options import HeadOptions, batch_invariant
 
-if TYPE_CHECKING:
-    from powerflow_fast.kernels.config import Config, Tile
-    from powerflow_fast.kernels.tiles import Operands
+Calls = dict[str, Callable[..., object]]  # field of Config -> a call that takes `config=`
+Seconds = Callable[[Callable[[], object]], float]  # times a call
 
 _known: dict[str, Config] = {}
 
 
-def tile_config(policy: Operands, targets: Tensor, options: HeadOptions) -> Config:
-    """The tiles for this call: the table's, or tuned ones where POWERFLOW_TUNE=1."""
-    from powerflow_fast.kernels.config import config_for
+def tile_config(
+    head: Head,
+    targets: Tensor,  # [N]
+    options: HeadOptions,
+    calls_of: Callable[[Head, Tensor, HeadOptions, Config], Calls],
+) -> Config:
+    """The tiles for this call: the table's, or tuned ones where POWERFLOW_TUNE=1.
 
-    hidden, weight, _ = policy
+    `calls_of` gives what tuning times, `tuned_calls` of the back end.
+    """
+    hidden, weight, _ = head
     table = config_for(hidden.device, hidden.dtype)
     tunable = len(hidden) > 0 and hidden.dtype != torch.float32  # which uses no matrix unit
     if os.environ.get("POWERFLOW_TUNE") != "1" or not tunable or batch_invariant():
         return table
     key = cache_key(hidden, weight)
     if key not in _known:
-        _known[key] = _load(key) or _tune_and_store(key, policy, targets, options, table)
+        _known[key] = _load(key) or _tune_and_store(
+            key, calls_of(head, targets, options, table), table
+        )
     return _known[key]
 
 
@@ -60,43 +68,16 @@ def cache_file() -> Path:
 
 
 def tune(
-    policy: Operands,
-    targets: Tensor,  # [N]
-    options: HeadOptions,
+    calls: Calls,
     table: Config,
-    seconds: Callable[[Callable[[], object]], float],
+    seconds: Seconds,
     watch: Callable[[str, Tile, float], None] = lambda *_: None,
 ) -> Config:
     """`table` with the fastest candidate tile of each product; one that does not fit is passed by.
 
-    `seconds(call)` times a call. `watch` is told of each field of `Config`, tile and time in s, inf
-    where the tile does not fit, as they come.
+    `watch` is told of each field of `Config`, tile and time in s, inf where the tile does not fit,
+    as they come.
     """
-    from powerflow_fast.kernels.config import CANDIDATES
-    from powerflow_fast.kernels.statistics import has_row_shift
-    from powerflow_fast.logprobs.triton_backend import backward, forward
-
-    hidden, weight, bias = policy
-    plain = replace(options, entropy=False, grad_tolerance=0.0)
-    rows = (hidden, weight, bias, targets)
-    out = forward(*rows, None, plain, False, config=table)
-    ones = torch.ones_like(out.lse)
-
-    def scores(config: Config) -> object:
-        return forward(*rows, None, plain, False, config=config)
-
-    def direction(config: Config) -> object:
-        return forward(*rows, None, plain, True, config=config)
-
-    def dlogits(config: Config) -> object:
-        upstream = (ones, None)
-        needs = (True, False, False)
-        known = (out.logps, out.lse, None)
-        return backward(*upstream, *rows, *known, plain, needs, config=config)
-
-    calls = {"statistics": scores, "direction": direction, "dlogits": dlogits}
-    if has_row_shift(hidden.dtype):
-        del calls["direction"]  # the vendor's product
     best = table
     for field, call in calls.items():
         tiles = [tile for tile in CANDIDATES if tile != getattr(best, field)]
@@ -108,25 +89,19 @@ def tune(
     return best
 
 
-def _time(
-    call: Callable[[Config], object],
-    config: Config,
-    seconds: Callable[[Callable[[], object]], float],
-) -> float:
+def _time(call: Callable[..., object], config: Config, seconds: Seconds) -> float:
     from triton.errors import TritonError  # too much shared memory, or no compilation
 
     try:
-        return seconds(lambda: call(config))
+        return seconds(lambda: call(config=config))
     except TritonError:
         return float("inf")
 
 
-def _tune_and_store(
-    key: str, policy: Operands, targets: Tensor, options: HeadOptions, table: Config
-) -> Config:
+def _tune_and_store(key: str, calls: Calls, table: Config) -> Config:
     from triton.testing import do_bench
 
-    best = tune(policy, targets, options, table, lambda call: do_bench(call, warmup=10, rep=50))
+    best = tune(calls, table, lambda call: do_bench(call, warmup=10, rep=50))
     store(key, best)
     return best
 
@@ -142,8 +117,6 @@ def store(key: str, best: Config) -> None:
 
 
 def _load(key: str) -> Config | None:
-    from powerflow_fast.kernels.config import Config, Tile
-
     stored = _read(cache_file()).get(key)
     if stored is None:
         return None

@@ -3,8 +3,8 @@
 * `process_group=`: the vocabulary is split over the group's ranks, in slices of any size by rank,
   and hidden is the same everywhere (tensor parallel). Each rank computes over its own slice as if
   it were a whole head; one all-gather of [3, N] statistics turns the local results into those of
-  the whole vocabulary, and one all-reduce sums, in float32, the direction of a frozen head or the
-  gradient of hidden of a trained one.
+  the whole vocabulary, and one all-reduce sums, in float32, the unit gradient of a frozen head or
+  the gradient of hidden of a trained one.
 * a DTensor without `process_group` (FSDP2, where hidden differs by rank): gathered once per call.
 """
 
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from powerflow_fast.logprobs.options import HeadForward, HeadOptions
+from powerflow_fast.kernels.operands import Head
+from powerflow_fast.logprobs.backend import Backend, Gradients, HeadForward, Upstream
+from powerflow_fast.logprobs.options import HeadOptions
 from powerflow_fast.logprobs.torch_tiles import softcap_slope
 
 IGNORED = -1  # among the targets of a slice
@@ -27,66 +28,55 @@ ROWS = 1024  # of the weight that are gathered at a time
 
 
 def forward(
-    backend: ModuleType,
-    hidden: Tensor,  # [N, H], the same on every rank
-    weight: Tensor,  # [own V, H]
-    bias: Tensor | None,  # [own V]
+    backend: Backend,
+    policy: Head,  # hidden is the same on every rank; weight and bias are this rank's slices
+    reference: Head | None,  # likewise
     targets: Tensor,  # [N] int64, in the whole vocabulary
-    ref: tuple[Tensor, Tensor, Tensor | None] | None,
     options: HeadOptions,
-    want_direction: bool,
 ) -> HeadForward:
     """As a back end's `forward`."""
-    group, own_options = _group(options), _own_options(options)
-    own_targets, inside, counted = _own_targets(targets, weight, options)
+    group, local_options = _group(options), _local_options(options)
+    local_targets, inside, counted = _local_targets(targets, policy.weight, options)
     # Any column does for the targets of other slices: what belongs to it is taken out again.
-    own_targets = own_targets.where(inside, 0).where(counted, IGNORED)
-    arguments = (hidden, weight, bias, own_targets, None, own_options, want_direction)
-    local = backend.forward(*arguments)
+    local_targets = local_targets.where(inside, 0).where(counted, IGNORED)
+    local = backend.forward(policy, None, local_targets, local_options)
     logps, lse, entropy = _combine(local, inside, group)
-    direction = None
-    if want_direction:
-        own = (local, weight, own_targets, inside, logps, lse, options)
-        direction = _own_direction(*own, hidden.dtype)
-        dist.all_reduce(direction, group=group)
-        direction.masked_fill_((logps.isnan() & counted)[:, None], torch.nan)
+    unit_gradient = None
+    if options.wants_unit_gradient:
+        whole = local._replace(logps=logps, lse=lse)
+        unit_gradient = _local_unit_gradient(local, whole, policy, local_targets, inside, options)
+        dist.all_reduce(unit_gradient, group=group)
+        unit_gradient.masked_fill_((logps.isnan() & counted)[:, None], torch.nan)
     ref_logps = None
-    if ref is not None:
-        no_entropy = replace(own_options, entropy=False)
-        local = backend.forward(*ref, own_targets, None, no_entropy, False)
+    if reference is not None:
+        scores_alone = replace(local_options, entropy=False, route="none")
+        local = backend.forward(reference, None, local_targets, scores_alone)
         ref_logps, _, _ = _combine(local, inside, group)
-    return HeadForward(logps, lse, entropy if options.entropy else None, direction, ref_logps)
+    return HeadForward(logps, lse, entropy if options.entropy else None, unit_gradient, ref_logps)
 
 
 def backward(
-    backend: ModuleType,
-    grad_logps: Tensor,  # [N]
-    grad_entropy: Tensor | None,  # [N]
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [own V, H]
-    bias: Tensor | None,  # [own V]
-    targets: Tensor,  # [N], in the whole vocabulary
-    logps: Tensor,  # [N], of the whole vocabulary
-    lse: Tensor,  # [N], likewise
-    entropy: Tensor | None,  # [N], likewise
+    backend: Backend,
+    head: Head,  # as in `forward`
+    upstream: Upstream,  # of the whole vocabulary
     options: HeadOptions,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """As a back end's `backward`; the gradient of hidden is summed over the ranks."""
-    own_targets, inside, counted = _own_targets(targets, weight, options)
-    own_targets = own_targets.where(inside, len(weight)).where(counted, IGNORED)
-    head = (hidden, weight, bias, own_targets, logps, lse, entropy)
-    grads = backend.backward(grad_logps, grad_entropy, *head, _own_options(options), needs)
-    if grads[0] is not None:  # float32 still
-        dist.all_reduce(grads[0], group=_group(options))
+    local_targets, inside, counted = _local_targets(upstream.targets, head.weight, options)
+    local_targets = local_targets.where(inside, len(head.weight)).where(counted, IGNORED)
+    local = upstream._replace(targets=local_targets)
+    grads = backend.backward(head, local, _local_options(options), needs)
+    if grads.hidden is not None:  # float32 still
+        dist.all_reduce(grads.hidden, group=_group(options))
     return grads
 
 
 def slice_sizes(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks] int64 vocabulary of each rank's slice."""
-    own = torch.full((1,), weight.shape[0], dtype=torch.int64, device=weight.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, own, group=group)
+    local = torch.full((1,), weight.shape[0], dtype=torch.int64, device=weight.device)
+    sizes = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, local, group=group)
     return torch.cat(sizes)
 
 
@@ -125,49 +115,49 @@ def _group(options: HeadOptions) -> dist.ProcessGroup:
     return resolve_group(options.group_name)
 
 
-def _own_options(options: HeadOptions) -> HeadOptions:
+def _local_options(options: HeadOptions) -> HeadOptions:
     """Of a slice, whose targets are relative; always exact."""
     return replace(options, ignore_index=IGNORED, grad_tolerance=0.0)
 
 
-def _own_targets(
+def _local_targets(
     targets: Tensor, weight: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Targets relative to this rank's slice, which of them lie in it, and which of them count."""
     group = _group(options)
-    own = targets - slice_sizes(weight, group)[: dist.get_rank(group)].sum()
+    local = targets - slice_sizes(weight, group)[: dist.get_rank(group)].sum()
     counted = targets != options.ignore_index
-    return own, counted & (own >= 0) & (own < len(weight)), counted
+    return local, counted & (local >= 0) & (local < len(weight)), counted
 
 
-def _own_direction(
-    local: HeadForward,  # its direction is overwritten
-    weight: Tensor,  # [own V, H]
-    own_targets: Tensor,  # [N]
+def _local_unit_gradient(
+    local: HeadForward,  # its unit gradient is overwritten
+    whole: HeadForward,  # logps and lse over the whole vocabulary
+    policy: Head,
+    local_targets: Tensor,  # [N]
     inside: Tensor,  # [N] bool
-    logps: Tensor,  # [N], of the whole vocabulary
-    lse: Tensor,  # [N], likewise
     options: HeadOptions,
-    hidden_dtype: torch.dtype,
 ) -> Tensor:  # [N, H]
-    """What this slice adds to the direction over the whole vocabulary.
+    """What this slice adds to the unit gradient over the whole vocabulary.
 
     That of the slice alone is scale * ((1 - q_y) J_y W[y] - sum over v != y of q_v J_v W_v), with
     q = p / share and share the slice's part of the mass. Here q becomes p, and y stays only where
     it is the target; in other slices it was any column, which then counts like the rest.
     """
-    share = (local.lse - lse).exp()
-    own = torch.where(inside, -logps.expm1(), 0.0)
-    own -= (share * torch.where(inside, -local.logps.expm1(), 1.0)).where(share > 0, 0.0)
+    share = (local.lse - whole.lse).exp()
+    at_target = torch.where(inside, -whole.logps.expm1(), 0.0)
+    added = share * torch.where(inside, -local.logps.expm1(), 1.0)
+    at_target -= added.where(share > 0, 0.0)
     if options.softcap is not None:
-        own *= softcap_slope(local.logps + local.lse, options)
-    direction = local.direction
-    for r in torch.arange(len(own), device=own.device).split(ROWS):
-        rows = weight[own_targets[r].clamp_min(0)].to(hidden_dtype).to(direction.dtype)
-        # Where the slice has no mass its own direction is no number.
-        scaled = (direction[r] * share[r, None]).where(share[r, None] > 0, 0.0)
-        direction[r] = scaled + rows * (options.scale * own[r, None])
-    return direction
+        at_target *= softcap_slope(local.logps + local.lse, options)
+    unit_gradient = local.unit_gradient
+    for r in torch.arange(len(at_target), device=at_target.device).split(ROWS):
+        rows = policy.weight[local_targets[r].clamp_min(0)].to(policy.hidden.dtype)
+        # Where the slice has no mass its own gradient is no number.
+        scaled = (unit_gradient[r] * share[r, None]).where(share[r, None] > 0, 0.0)
+        at_rows = rows.to(unit_gradient.dtype) * (options.scale * at_target[r, None])
+        unit_gradient[r] = scaled + at_rows
+    return unit_gradient
 
 
 def _combine(

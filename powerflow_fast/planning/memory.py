@@ -12,10 +12,10 @@ import reprlib
 from dataclasses import dataclass, replace
 
 from powerflow_fast.kernels.config import (
+    CACHE_TILE,
     DLOGITS_BYTES,
-    SOFT_BYTES,
+    EXP_LOGITS_BYTES,
     STATISTICS_BYTES,
-    numerators_layout,
 )
 from powerflow_fast.logprobs.softmax_cache import LARGEST_BYTES
 from powerflow_fast.models.shapes import FAMILIES, LARGEST_SIZE, ModelShape
@@ -188,10 +188,10 @@ def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
         return packed + n * h * width + n * v * (width + 4 + 4)
     statistics = CPU_TILES if on_cpu else STATISTICS_BYTES
     if run.lora_rank > 0:
-        buffers = min(statistics + (0 if on_cpu else SOFT_BYTES), n * v * (4 + width))
+        buffers = min(statistics + (0 if on_cpu else EXP_LOGITS_BYTES), n * v * (4 + width))
         return packed + n * h * 4 + max(buffers, n * h * width)
     values = min(LARGEST_BYTES, 4 * v * h, n * v * width)
-    kept = values + values / width / numerators_layout().piece * 4  # a float32 factor a piece
+    kept = values + values / width / CACHE_TILE * 4  # a float32 factor a tile
     chunk = CPU_TILES if on_cpu else DLOGITS_BYTES
     products = max(n * h * 4, min(chunk, 4 * v * h))
     backward = n * h * (width + 4) + min(chunk, n * v * width) + products

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels import operands
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import EPS32, logps_error_bound
@@ -20,6 +21,9 @@ class Head:
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
+
+    def operands(self) -> operands.Head:
+        return operands.Head(self.hidden, self.weight, self.bias)
 
     def logits(self, options: HeadOptions) -> Tensor:  # [N, V]
         """float64 and differentiable in inputs that were made so with `double`."""
@@ -59,7 +63,7 @@ def statistics(head: Head, targets: Tensor, options: HeadOptions) -> tuple[Tenso
     return logps, z.logsumexp(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-def direction(head: Head, targets: Tensor, options: HeadOptions) -> Tensor:  # [N, H]
+def unit_gradient(head: Head, targets: Tensor, options: HeadOptions) -> Tensor:  # [N, H]
     leaves = head.double()
     logps, _, _ = statistics(leaves, targets, options)
     return torch.autograd.grad(logps.sum(), leaves.hidden)[0]

@@ -9,7 +9,6 @@ from powerflow_fast.kernels import active_blocks, dlogits
 from powerflow_fast.kernels import statistics as statistics_kernel
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.kernels.statistics import Heads, logit_statistics
-from powerflow_fast.kernels.tiles import Operands
 from powerflow_fast.logprobs import triton_backend, triton_sparse
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import EPS32
@@ -96,16 +95,15 @@ def test_ignored_blocks_change_no_bit_of_other_log_probs(dtype, persistent, devi
     config = replace(config, statistics=replace(config.statistics, persistent=persistent))
     results = []
     for policy, reference, targets in (dense, sparse):
-        pair = (reference.hidden, reference.weight, None)
-        out = triton_backend.forward(
-            policy.hidden, policy.weight, None, targets, pair, OPTIONS, True, config=config
-        )
+        pair = (policy.operands(), reference.operands())
+        options = replace(OPTIONS, route="unit_gradient")
+        out = triton_backend.forward(*pair, targets, options, config=config)
         results.append(out)
     ignored = sparse[2] == -100
-    for name in ("logps", "lse", "entropy", "direction", "ref_logps"):
+    for name in ("logps", "lse", "entropy", "unit_gradient", "ref_logps"):
         alone, among = (getattr(out, name) for out in results)
         # The vendor's library may sum in another order where the product has more rows.
-        if name == "direction":
+        if name == "unit_gradient":
             close(alone, among[rows].double(), 64 * EPS32 * alone.abs().max().item())
         else:
             assert torch.equal(alone, among[rows]), name
@@ -126,17 +124,13 @@ def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, 
         ones = torch.ones(n, device=device)
         out = torch.full((n, v), float("nan"), dtype=dtype, device=device)
         dlogits.write_dlogits_chunk(
-            Operands(policy.hidden, policy.weight, None),
-            targets,
+            Heads(policy.operands(), None, targets, HeadOptions(), config),
             dlogits.UpstreamRows(
                 ones, None, -4 * ones, -torch.expm1(-4 * ones), 6 * ones, None, targets != -100
             ),
             active_blocks.active_blocks(targets, -100, config.dlogits.rows),
             ones[:1],
             out,
-            HeadOptions(),
-            config.dlogits,
-            config.tma,
         )
         written.append(out)
     alone, among = written
@@ -148,13 +142,12 @@ def test_dlogits_of_idle_blocks_are_zeros_and_the_others_keep_their_bits(dtype, 
 def test_no_product_is_formed_for_an_ignored_block(persistent, device):
     _, (policy, _, targets), rows = case(torch.float32, device)
     config = config_for(device, torch.float32)
-    tile = replace(config.statistics, persistent=persistent)
-    operands = Operands(policy.hidden, policy.weight, None)
-    heads = Heads(operands, None, targets, OPTIONS, tile, config.tma)
+    config = replace(config, statistics=replace(config.statistics, persistent=persistent))
+    heads = Heads(policy.operands(), None, targets, OPTIONS, config)
     out = logit_statistics(heads, heads.active_blocks())
     written = torch.zeros_like(targets, dtype=torch.bool)
     written[rows] = True
-    for values in (out.tile_shift, out.tile_total, out.tile_spread):
+    for values in (out.tile_shift, out.tile_total, out.tile_weighted_sum):
         assert torch.equal(~values.isnan(), written.expand_as(values))
 
 
@@ -162,9 +155,8 @@ def test_peaks_of_an_ignored_block_are_lower_than_any(device):
     """The certified route keeps none of its columns, and does not take it for a flat one."""
     _, (policy, _, targets), _ = case(torch.float32, device)
     config, plain = config_for(device, torch.float32), HeadOptions()
-    operands = Operands(policy.hidden, policy.weight, None)
-    search = triton_sparse._search(operands, targets, plain, config)
-    heads = Heads(operands, None, targets, plain, config.statistics, config.tma)
+    heads = Heads(policy.operands(), None, targets, plain, config)
+    search = triton_sparse._search(heads)
     logit_statistics(heads, heads.active_blocks(), search=search)
-    assert (search.peaks[1::2] == float("-inf")).all()
-    assert search.peaks[::2].isfinite().all()
+    assert (search.column_max[1::2] == float("-inf")).all()
+    assert search.column_max[::2].isfinite().all()

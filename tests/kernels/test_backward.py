@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import gradient_tolerance, relative_error
 from tests.helpers.truth import DTYPES, Head, make_head, poison, statistics, tile_sizes
@@ -33,19 +34,9 @@ def expected_gradients(head: Head, targets, grad_logps, grad_entropy, options):
 
 def run(head: Head, targets, grad_logps, grad_entropy=None, options=HeadOptions(), needs=ALL):  # noqa: B008
     logps, lse, entropy = statistics(head, targets.clamp(0, len(head.weight) - 1), options)
-    return triton_backend.backward(
-        grad_logps,
-        grad_entropy,
-        head.hidden,
-        head.weight,
-        head.bias,
-        targets,
-        logps.float(),
-        lse.float(),
-        None if grad_entropy is None else entropy.float(),
-        options,
-        needs,
-    )
+    entropy = None if grad_entropy is None else entropy.float()
+    upstream = Upstream(grad_logps, grad_entropy, targets, logps.float(), lse.float(), entropy)
+    return triton_backend.backward(head.operands(), upstream, options, needs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,7 +181,7 @@ def test_float16_hidden_gradient_of_small_coefficients(device):
 
     class Spy(buffers):
         def results(self):
-            seen.append(self.grad_hidden * self.unscale)
+            seen.append(self.hidden / self.out_scale)
             return super().results()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -233,18 +224,7 @@ def test_target_of_another_slice_of_the_vocabulary(device):
     grad_logps = torch.randn(4, device=device)
     expected = expected_gradients(whole, targets, grad_logps, None, HeadOptions())[1][:35]
     logps, lse, _ = (x.float() for x in statistics(whole, targets, HeadOptions()))
-    local = targets.where(targets < 35, 35)
-    _, got, _ = triton_backend.backward(
-        grad_logps,
-        None,
-        whole.hidden,
-        whole.weight[:35],
-        None,
-        local,
-        logps,
-        lse,
-        None,
-        HeadOptions(),
-        ALL,
-    )
+    local = Upstream(grad_logps, None, targets.where(targets < 35, 35), logps, lse, None)
+    head = Head(whole.hidden, whole.weight[:35], None).operands()
+    _, got, _ = triton_backend.backward(head, local, HeadOptions(), ALL)
     assert relative_error(got, expected) < gradient_tolerance(torch.float32)

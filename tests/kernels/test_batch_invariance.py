@@ -1,5 +1,7 @@
 """A row has the same bits whatever else is in the batch, and whatever else is asked for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -8,7 +10,7 @@ import triton.language as tl
 from powerflow_fast.kernels import config, statistics
 from powerflow_fast.kernels.config import config_for
 from powerflow_fast.kernels.statistics import padded_columns
-from powerflow_fast.kernels.tiles import Operands, sum_rows
+from powerflow_fast.kernels.tiles import sum_rows
 from powerflow_fast.logprobs import triton_backend, triton_tuning
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.truth import DTYPES, make_head, poison, tile_sizes
@@ -31,11 +33,10 @@ def case(dtype, device):
     return head, torch.randint(len(head.weight), (len(head.hidden),), device=device)
 
 
-def run(head, targets, options, *, pair=False, direction=False, rows=slice(None)):
-    reference = (head.hidden[rows], head.weight, head.bias) if pair else None
-    return triton_backend.forward(
-        head.hidden[rows], head.weight, head.bias, targets[rows], reference, options, direction
-    )
+def run(head, targets, options, *, pair=False, unit_gradient=False, rows=slice(None)):
+    policy = head.operands()._replace(hidden=head.hidden[rows])
+    options = replace(options, route="unit_gradient" if unit_gradient else "none")
+    return triton_backend.forward(policy, policy if pair else None, targets[rows], options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,9 +51,9 @@ def test_log_probs_and_entropy(dtype, device):
     for given, rows, asked in (
         (targets, slice(3, 4), {}),
         (targets, last, {"pair": True}),
-        (ignored, slice(None), {"direction": True}),
+        (ignored, slice(None), {"unit_gradient": True}),
         # A multiple of 16 alone is known to the compiler, which may lay out threads by it.
-        (targets, slice(2, 18), {"pair": True, "direction": True}),
+        (targets, slice(2, 18), {"pair": True, "unit_gradient": True}),
     ):
         out = run(head, given, options, rows=rows, **asked)
         counted = given[rows] != -100
@@ -71,19 +72,22 @@ def test_directions_where_asked_for(dtype, device, monkeypatch):
     tile = config_for(device, dtype).statistics
     block, columns = tile.rows, padded_columns(len(head.weight), tile)
     chunk = 3 * block * columns * head.hidden.element_size()
-    monkeypatch.setattr(config, "SOFT_BYTES", chunk)
-    monkeypatch.setattr(statistics, "GROUP", 4)  # row blocks of both models: two of each
+    monkeypatch.setattr(config, "EXP_LOGITS_BYTES", chunk)
+    for module in (config, statistics):
+        monkeypatch.setattr(module, "GROUP", 4)  # row blocks of both models: two of each
     sizes = []
-    product = triton_backend.product
+    matmul = triton_backend.matmul
 
     def watch(left, right, out=None):
         sizes.append(len(left))
-        return product(left, right, out=out)
+        return matmul(left, right, out=out)
 
-    monkeypatch.setattr(triton_backend, "product", watch)
-    whole = run(head, targets, HeadOptions(), direction=True).direction
+    monkeypatch.setattr(triton_backend, "matmul", watch)
+    whole = run(head, targets, HeadOptions(), unit_gradient=True).unit_gradient
     for rows, pair in ((slice(0, 3), True), (slice(block, None), False), (slice(7, 30), False)):
-        out = run(head, targets, HeadOptions(), direction=True, rows=rows, pair=pair).direction
+        out = run(
+            head, targets, HeadOptions(), unit_gradient=True, rows=rows, pair=pair
+        ).unit_gradient
         assert torch.equal(out, whole[rows])
     # float16's product is a kernel, which sums in one order.
     assert set(sizes) == (set() if dtype == torch.float16 else {2 * block})
@@ -94,9 +98,8 @@ def test_tiles_are_not_tuned_for_the_batch(device, monkeypatch):
     monkeypatch.setenv("POWERFLOW_BATCH_INVARIANT", "1")
     monkeypatch.setattr(triton_tuning, "_tune_and_store", None)
     head, targets = case(torch.bfloat16, device)
-    operands = Operands(head.hidden, head.weight, head.bias)
-    table = config_for(device, torch.bfloat16)
-    assert triton_tuning.tile_config(operands, targets, HeadOptions()) == table
+    call = head.operands(), targets, HeadOptions(), triton_backend.tuned_calls
+    assert triton_tuning.tile_config(*call) == config_for(device, torch.bfloat16)
 
 
 @triton.jit

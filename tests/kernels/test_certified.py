@@ -1,15 +1,17 @@
 """The certified route on the Triton kernels: within its tolerance, proven, or exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from powerflow_fast import linear_logprobs, reference
-from powerflow_fast.kernels import config, dlogits
-from powerflow_fast.kernels.columns import LOWEST, STEPS, choose_columns
+from powerflow_fast.kernels import config
+from powerflow_fast.kernels.choose_columns import LOWEST, STEPS, choose_columns
 from powerflow_fast.logprobs import triton_backend, triton_sparse
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import gradient_tolerance, relative_error
-from tests.helpers.truth import DTYPES, Head, close, direction, logps_bound, poison, statistics
+from tests.helpers.truth import DTYPES, Head, close, logps_bound, poison, statistics, unit_gradient
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -31,23 +33,22 @@ def sharp_head(n, h, v, dtype, device, *, sharpness=14.0, bias=False):
 
 
 def run(head, targets, options):
-    return triton_backend.forward(
-        head.hidden, head.weight, head.bias, targets, None, options, want_direction=True
-    )
+    options = replace(options, route="unit_gradient")
+    return triton_backend.forward(head.operands(), None, targets, options)
 
 
 def check_rows(out, head, targets, options):
     """Each row within tolerance * max |W_v| of float64, and rounding of the kept columns."""
-    expected = direction(head, targets.clamp(min=0), options)
+    expected = unit_gradient(head, targets.clamp(min=0), options)
     counted = targets != options.ignore_index
     norms = head.weight.double().norm(dim=1)
     scale = options.logit_scale / options.temperature
     p = head.logits(options).softmax(-1)
     rounding = 4 * gradient_tolerance(head.hidden.dtype) * (p @ norms) + 1e-5
     bound = scale * (options.grad_tolerance * norms.max() + rounding)
-    errors = (out.direction.double() - expected).norm(dim=1)
+    errors = (out.unit_gradient.double() - expected).norm(dim=1)
     assert (errors <= bound)[counted].all(), (errors / bound).max()
-    assert (out.direction[~counted] == 0).all()
+    assert (out.unit_gradient[~counted] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,14 +60,14 @@ def test_within_the_tolerance_and_sparse(dtype, transform, device):
     options = HeadOptions(grad_tolerance=1e-2, **transform)
     out = run(head, targets, options)
     check_rows(out, head, targets, options)
-    columns, skipped, _ = out.certificate.tolist()
+    columns, skipped, _ = out.sparsity.tolist()
     assert 0 < columns < 0.9 and 0 < skipped <= 1e-2
     exact = run(head, targets, HeadOptions(**transform))
     expected, _, _ = statistics(head, targets.clamp(min=0), options)
     close(out.logps, expected.where(targets != -100, 0.0), logps_bound(head, options))
     # Half the memory where the range allows it; without a tolerance the gradient is cast once.
     kept_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    assert out.direction.dtype == kept_dtype and exact.direction.dtype == torch.float32
+    assert out.unit_gradient.dtype == kept_dtype and exact.unit_gradient.dtype == torch.float32
 
 
 def test_blocks_that_fail_are_done_exactly(device):
@@ -77,10 +78,10 @@ def test_blocks_that_fail_are_done_exactly(device):
     options = HeadOptions(grad_tolerance=1e-3)
     out = run(head, targets, options)
     check_rows(out, head, targets, options)
-    columns, skipped, dense = out.certificate.tolist()
+    columns, skipped, dense = out.sparsity.tolist()
     assert skipped <= 1e-3 and dense == 1 and columns < 0.6
-    expected = direction(head, targets, options)[block : 2 * block]
-    error = relative_error(out.direction[block : 2 * block], expected)
+    expected = unit_gradient(head, targets, options)[block : 2 * block]
+    error = relative_error(out.unit_gradient[block : 2 * block], expected)
     assert error <= gradient_tolerance(torch.float32)
 
 
@@ -91,21 +92,23 @@ def rows_of_a_block(device):
 def test_a_flat_policy_takes_the_exact_route(device, monkeypatch):
     block = rows_of_a_block(device)
     head, targets = sharp_head(4 * block, 16, 130, torch.float32, device, sharpness=0.3)
-    monkeypatch.setattr(triton_sparse, "sparse_direction", None)  # would fail if called
+    monkeypatch.setattr(triton_sparse, "sparse_unit_gradient", None)  # would fail if called
     out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
-    assert out.certificate.tolist() == [1.0, 0.0, 4.0]
+    assert out.sparsity.tolist() == [1.0, 0.0, 4.0]
     exact = run(head, targets, HeadOptions())
-    assert torch.equal(out.direction, exact.direction)
+    assert torch.equal(out.unit_gradient, exact.unit_gradient)
 
 
 def test_hidden_states_in_columns(device):
-    """Their strides are not the direction's."""
+    """Their strides are not the unit gradient's."""
     head, targets = sharp_head(24, 16, 200, torch.bfloat16, device, sharpness=40.0)
     options = HeadOptions(grad_tolerance=1e-2)
     expected = run(head, targets, options)
     head.hidden = head.hidden.T.contiguous().T
     out = run(head, targets, options)
-    assert out.direction.is_contiguous() and torch.equal(out.direction, expected.direction)
+    assert out.unit_gradient.is_contiguous() and torch.equal(
+        out.unit_gradient, expected.unit_gradient
+    )
 
 
 @pytest.mark.parametrize("kept", [0.05, 0.2], ids=["pays", "does not"])
@@ -116,16 +119,16 @@ def test_the_route_is_taken_where_it_pays(kept, device, monkeypatch):
     head.hidden[:, 1:], head.weight[:, 1:] = 0, 0
     likely = torch.arange(1000, device=device) < kept * 1000
     head.hidden[:, 0], head.weight[:, 0] = 1, torch.where(likely, 0.0, -30.0)
-    certificate = run(head, targets.clamp(max=9), HeadOptions(grad_tolerance=1e-3)).certificate
-    assert certificate[0] == pytest.approx(kept if kept < triton_sparse.PAYS else 1.0, rel=0.05)
+    sparsity = run(head, targets.clamp(max=9), HeadOptions(grad_tolerance=1e-3)).sparsity
+    assert sparsity[0] == pytest.approx(kept if kept < triton_sparse.PAYS else 1.0, rel=0.05)
 
 
 def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
-    peaks = (torch.rand(3, 5000, device=device) * -30).half()
-    peaks[1] = -50.0  # everything may go
-    peaks[2, :10] = float("nan")
-    columns, counts, lowest = choose_columns(peaks, budget=0.05, most=4000)
-    assert torch.equal(counts.long(), (~(peaks < lowest[:, None])).sum(1))
+    column_max = (torch.rand(3, 5000, device=device) * -30).half()
+    column_max[1] = -50.0  # everything may go
+    column_max[2, :10] = float("nan")
+    columns, counts, threshold = choose_columns(column_max, budget=0.05, most=4000)
+    assert torch.equal(counts.long(), (~(column_max < threshold[:, None])).sum(1))
     step = (1 - LOWEST) / 2**STEPS
     for block, count in enumerate(counts.tolist()):
         chosen = columns[block, : min(count, 4000)].long()
@@ -135,23 +138,23 @@ def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
         if count > 4000:
             continue
         # Sums of 5000 numbers in another order, of powers of two that a GPU knows to 2^-22.
-        assert peaks[block, left].float().exp2().sum() <= 0.05 * (1 + 1e-4)
+        assert column_max[block, left].float().exp2().sum() <= 0.05 * (1 + 1e-4)
         # One step of the threshold further, it would have left out too much.
-        more = peaks[block].float() < peaks[block, left].float().max() + 2 * step
-        assert count == 0 or peaks[block, more].float().exp2().sum() > 0.05
+        more = column_max[block].float() < column_max[block, left].float().max() + 2 * step
+        assert count == 0 or column_max[block, more].float().exp2().sum() > 0.05
     assert counts[1] == 0 and set(range(10)) <= set(columns[2, : counts[2]].tolist())
 
 
 def test_the_count_of_a_cut_list_is_right(device):
-    peaks = torch.zeros(2, 300, dtype=torch.float16, device=device)
-    columns, counts, _ = choose_columns(peaks, budget=0.5, most=7)
+    column_max = torch.zeros(2, 300, dtype=torch.float16, device=device)
+    columns, counts, _ = choose_columns(column_max, budget=0.5, most=7)
     assert counts.tolist() == [300, 300] and columns.tolist() == [list(range(7))] * 2
 
 
 def test_every_row_ignored(device):
     head, targets = sharp_head(20, 16, 100, torch.float32, device)
     out = run(head, torch.full_like(targets, -100), HeadOptions(grad_tolerance=1e-3))
-    assert (out.direction == 0).all() and out.certificate[1:].tolist() == [0.0, 0.0]
+    assert (out.unit_gradient == 0).all() and out.sparsity[1:].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -162,13 +165,14 @@ def test_every_row_ignored(device):
 def test_a_trained_head_takes_the_kept_columns_alone(dtype, transform, device, monkeypatch):
     """|dW_v - exact| <= sum over rows of |g_n| skipped_n |h_n|; likewise for the bias."""
     formed = []
-    write = dlogits.write_dlogits_chunk
+    write = triton_sparse.write_dlogits_chunk
 
-    def counting(policy, *rest):
-        formed.append(len(policy.hidden) * len(policy.weight))
-        write(policy, *rest)
+    def counting(chunk, *rest):
+        formed.append(len(chunk.policy.hidden) * len(chunk.policy.weight))
+        write(chunk, *rest)
 
-    monkeypatch.setattr(dlogits, "write_dlogits_chunk", counting)
+    for module in (triton_backend, triton_sparse):
+        monkeypatch.setattr(module, "write_dlogits_chunk", counting)
     monkeypatch.setattr(triton_sparse, "CHUNK", 64)  # three chunks of rows
     monkeypatch.setattr(config, "DLOGITS_BYTES", 4 * 16 * 150)  # two slices of the vocabulary
     head, _ = sharp_head(140, 16, 200, dtype, device, sharpness=60.0, bias=True)
@@ -230,7 +234,6 @@ def test_opcheck(device):
 
     head, targets = sharp_head(40, 16, 200, torch.bfloat16, device, sharpness=40.0)
     head.hidden.requires_grad_()
-    options = HeadOptions(backend="triton", grad_tolerance=1e-2).encode()
+    options = HeadOptions(backend="triton", grad_tolerance=1e-2, route="unit_gradient").encode()
     absent = (None, None, None)
-    args = (head.hidden, head.weight, None, targets, *absent, options, True, False, False)
-    torch.library.opcheck(head_forward, args)
+    torch.library.opcheck(head_forward, (head.hidden, head.weight, None, targets, *absent, options))

@@ -1,5 +1,7 @@
 """Log-probs, log-sum-exp and entropy of the Triton back end against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,12 +12,12 @@ from tests.helpers.truth import (
     DTYPES,
     Head,
     close,
-    direction,
     logps_bound,
     make_head,
     poison,
     statistics,
     tile_sizes,
+    unit_gradient,
 )
 
 pytestmark = pytest.mark.usefixtures("tiles")
@@ -28,11 +30,10 @@ def _poisoned(monkeypatch):
     poison(monkeypatch)
 
 
-def run(head: Head, targets, ref: Head | None = None, options=PLAIN, want_direction=False):
-    ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
-    return triton_backend.forward(
-        head.hidden, head.weight, head.bias, targets, ref, options, want_direction
-    )
+def run(head: Head, targets, ref: Head | None = None, options=PLAIN, want_unit_gradient=False):
+    reference = None if ref is None else ref.operands()
+    options = replace(options, route="unit_gradient" if want_unit_gradient else "none")
+    return triton_backend.forward(head.operands(), reference, targets, options)
 
 
 def bound(head: Head, options: HeadOptions = PLAIN) -> float:
@@ -64,7 +65,7 @@ def test_two_models(dtype, shape, device):
     close(out.entropy, entropy, 4 * bound(policy))  # a sum of p * (log p), |log p| up to 4 here
     close(out.ref_logps, statistics(reference, targets, options)[0], bound(reference))
     assert out.logps.dtype == out.ref_logps.dtype == torch.float32
-    assert out.direction is None
+    assert out.unit_gradient is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,13 +135,13 @@ def test_masked_vocabulary(device):
     head.bias[:130] = float("-inf")
     options = HeadOptions(entropy=True)
     targets = torch.tensor([130, 150, 199], device=device)
-    out = run(head, targets, options=options, want_direction=True)
+    out = run(head, targets, options=options, want_unit_gradient=True)
     kept = Head(head.hidden, head.weight[130:], None)
     logps, lse, entropy = statistics(kept, targets - 130, options)
     close(out.logps, logps, bound(kept))
     close(out.lse, lse, bound(kept))
     close(out.entropy, entropy, 8 * bound(kept))
-    assert out.direction.isfinite().all()
+    assert out.unit_gradient.isfinite().all()
 
 
 def test_ignored_rows(device):
@@ -152,14 +153,14 @@ def test_ignored_rows(device):
     targets[block : 2 * block] = -100  # a whole block of rows
     head.hidden[targets == -100] = float("nan")
     options = HeadOptions(entropy=True)
-    out = run(head, targets, head, options, want_direction=True)
+    out = run(head, targets, head, options, want_unit_gradient=True)
     counted = targets != -100
     kept = Head(head.hidden[counted], head.weight, None)
     expected = statistics(kept, targets[counted], options)[0]
     close(out.logps[counted], expected, bound(kept))
     close(out.ref_logps[counted], expected, bound(kept))
-    assert (out.direction[~counted] == 0).all()
-    assert out.direction.isfinite().all()
+    assert (out.unit_gradient[~counted] == 0).all()
+    assert out.unit_gradient.isfinite().all()
     for values in (out.logps, out.ref_logps, out.entropy):
         assert (values[~counted] == 0).all()
 
@@ -174,25 +175,25 @@ def test_another_ignore_index(device):
 
 def test_all_rows_ignored(device):
     head = make_head(3, 16, 70, torch.float16, device)
-    out = run(head, torch.full((3,), -100, device=device), head, want_direction=True)
-    assert (out.logps == 0).all() and (out.ref_logps == 0).all() and (out.direction == 0).all()
+    out = run(head, torch.full((3,), -100, device=device), head, want_unit_gradient=True)
+    assert (out.logps == 0).all() and (out.ref_logps == 0).all() and (out.unit_gradient == 0).all()
 
 
 def test_no_rows(device):
     head = make_head(0, 16, 70, torch.float32, device)
     targets = torch.empty(0, dtype=torch.int64, device=device)
-    out = run(head, targets, head, HeadOptions(entropy=True), want_direction=True)
+    out = run(head, targets, head, HeadOptions(entropy=True), want_unit_gradient=True)
     assert out.logps.shape == out.lse.shape == out.entropy.shape == out.ref_logps.shape == (0,)
-    assert out.direction.shape == (0, 16)
+    assert out.unit_gradient.shape == (0, 16)
 
 
 @pytest.mark.parametrize("target", [-1, 70, 100, 2**40])  # 100 lies in the last tile's padding
 def test_target_outside_the_vocabulary_gives_nan(target, device):
     head = make_head(3, 16, 70, torch.float32, device)
     targets = torch.tensor([1, target, 2], device=device)
-    out = run(head, targets, head, want_direction=True)
+    out = run(head, targets, head, want_unit_gradient=True)
     assert out.logps.isnan().tolist() == out.ref_logps.isnan().tolist() == [False, True, False]
-    assert out.direction.isnan().all(1).tolist() == [False, True, False]
+    assert out.unit_gradient.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -200,7 +201,7 @@ def test_strides(dtype, device):
     head = make_head(6, 24, 70, dtype, device)
     targets = torch.randint(70, (6,), device=device)
     expected = statistics(head, targets, PLAIN)[0]
-    expected_direction = direction(head, targets, PLAIN)
+    expected_direction = unit_gradient(head, targets, PLAIN)
     unaligned = torch.empty(70 * 24 + 1, dtype=dtype, device=device)[1:].view(70, 24)
     for weight in (
         unaligned.copy_(head.weight),  # base not on 16 bytes: no descriptor
@@ -210,9 +211,11 @@ def test_strides(dtype, device):
         wide = torch.cat([head.hidden, head.hidden], 1)
         twice = targets.repeat_interleave(2)[::2]
         for hidden in (wide[:, :24], head.hidden.T.contiguous().T):
-            out = run(Head(hidden, weight, None), twice, want_direction=True)
+            out = run(Head(hidden, weight, None), twice, want_unit_gradient=True)
             close(out.logps, expected, bound(head))
-            assert relative_error(out.direction, expected_direction) < torch.finfo(dtype).eps * 4
+            assert (
+                relative_error(out.unit_gradient, expected_direction) < torch.finfo(dtype).eps * 4
+            )
     one = Head(head.hidden[:1].expand(6, 24), head.weight, None)  # stride 0
     close(run(one, targets).logps, statistics(one, targets, PLAIN)[0], bound(head))
 
@@ -237,11 +240,11 @@ def test_row_chunks_do_not_change_results(device, monkeypatch):
     n = 2 * block + 22
     head, reference = (make_head(n, 16, 40, torch.float16, device) for _ in range(2))
     targets = torch.randint(40, (n,), device=device)
-    whole = run(head, targets, reference, want_direction=True)
-    monkeypatch.setattr(config, "SOFT_BYTES", 1)
+    whole = run(head, targets, reference, want_unit_gradient=True)
+    monkeypatch.setattr(config, "EXP_LOGITS_BYTES", 1)
     monkeypatch.setattr(config, "STATISTICS_BYTES", 1)
-    chunked = run(head, targets, reference, want_direction=True)
-    for name in ("logps", "lse", "direction", "ref_logps"):
+    chunked = run(head, targets, reference, want_unit_gradient=True)
+    for name in ("logps", "lse", "unit_gradient", "ref_logps"):
         assert torch.equal(getattr(whole, name), getattr(chunked, name))
 
 
@@ -250,7 +253,7 @@ def test_two_runs_are_equal_bit_by_bit(device):
     targets = torch.randint(130, (20,), device=device)
     options = HeadOptions(entropy=True)
     first, second = (run(head, targets, reference, options, True) for _ in range(2))
-    assert first.certificate is None and first.kept is None  # of the certified route alone
+    assert first.sparsity is None and first.kept_columns is None  # of the certified route alone
     assert all(torch.equal(a, b) for a, b in zip(first[:-2], second[:-2], strict=True))
 
 
@@ -267,10 +270,10 @@ def test_offsets_past_two_to_the_31(shift, device):
     hidden = storage.as_strided((4, 16), (stride, 1), shift).copy_(head.hidden)
     weight = storage.as_strided((4, 16), (stride, 1), 32 + shift).copy_(head.weight)
     targets = torch.arange(4, device=device)
-    out = run(Head(hidden, weight, None), targets, want_direction=True)
+    out = run(Head(hidden, weight, None), targets, want_unit_gradient=True)
     close(out.logps, statistics(head, targets, PLAIN)[0], bound(head))
-    expected = direction(head, targets, PLAIN)
-    assert relative_error(out.direction, expected) < gradient_tolerance(torch.float16)
+    expected = unit_gradient(head, targets, PLAIN)
+    assert relative_error(out.unit_gradient, expected) < gradient_tolerance(torch.float16)
 
 
 def test_float64_is_refused_by_name(device):

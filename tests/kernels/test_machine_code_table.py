@@ -10,7 +10,7 @@ from benchmarks.kernels.table import Facts
 FACTS = Facts(
     chip="sm_90",
     kernel="statistics",
-    flags=("soft", "models=2"),
+    flags=("exp_logits", "models=2"),
     case="step",
     registers=64,
     spill_stores=0,
@@ -92,7 +92,7 @@ def test_the_verdict_comes_from_the_rows():
     ]
     assert "matrix unit" not in table.verdict(rows[1:])
     rows += [
-        replace(FACTS, kernel="direction", flags=(), spill_loads=2),
+        replace(FACTS, kernel="unit_gradient", flags=(), spill_loads=2),
         replace(FACTS, chip="sm_80", flags=(), matrix=0, shared=CHIPS["sm_80"].shared + 1),
     ]
     verdict = table.verdict(rows)

@@ -10,21 +10,22 @@ from torch.utils._pytree import tree_leaves
 
 from powerflow_fast.kernels import (
     active_blocks,
-    columns,
+    cached_dlogits,
+    choose_columns,
     combine,
     config,
-    direction,
     dlogits,
-    kept,
-    kept_dlogits,
-    mean_direction,
+    kept_probabilities,
+    mean_unit_gradient,
     row_shift,
     statistics,
+    unit_gradient,
 )
-from powerflow_fast.kernels.tiles import Operands
-from powerflow_fast.logprobs import triton_backend, triton_gradients, triton_sparse
+from powerflow_fast.kernels.operands import Head
+from powerflow_fast.logprobs import gradients, triton_backend, triton_sparse
+from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import new_numerators
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 from powerflow_fast.models.shapes import ModelShape
 from powerflow_fast.planning.memory import Run, head_bytes
 from tests.conftest import DEVICE
@@ -77,14 +78,14 @@ def float32_product(left, right, out=None):
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """No kernel is launched, and products make what they make on a GPU."""
-    for module in (triton_gradients, triton_backend):
-        monkeypatch.setattr(module, "product", float32_product)
-    monkeypatch.setattr(triton_gradients, "add_product", lambda total, left, right: None)
-    modules = (active_blocks, columns, combine, direction, dlogits, kept, kept_dlogits)
-    for module in (*modules, mean_direction, row_shift, statistics):
+    for module in (gradients, triton_backend):
+        monkeypatch.setattr(module, "matmul", float32_product)
+    monkeypatch.setattr(gradients, "add_product_", lambda sums, left, right: None)
+    modules = (active_blocks, cached_dlogits, choose_columns, combine, dlogits, kept_probabilities)
+    for module in (*modules, mean_unit_gradient, row_shift, statistics, unit_gradient):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
-    for module in (direction, dlogits, statistics):
+    for module in (unit_gradient, dlogits, statistics):
         monkeypatch.setattr(module, "can_describe", lambda matrix: False)
     for module in (config, statistics):
         monkeypatch.setattr(module, "num_processors", lambda device: PROCESSORS)
@@ -110,33 +111,31 @@ def inputs(n):
     return hidden, weight, torch.empty(n, dtype=torch.int64, device=DEVICE), ref_hidden
 
 
-def forward(hidden, weight, targets, ref_hidden, options, want_direction, numerators=None):
-    arguments = (hidden, weight, None, targets, (ref_hidden, weight, None), options)
-    return triton_backend.forward(*arguments, want_direction, numerators, config=TILES)
+def forward(hidden, weight, targets, ref_hidden, options, cache=None):
+    policy, reference = (Head(x, weight, None) for x in (hidden, ref_hidden))
+    return triton_backend.forward(policy, reference, targets, options, cache, config=TILES)
 
 
-def backward(hidden, weight, targets, lse, numerators=None):
+def backward(hidden, weight, targets, lse, cache=None):
     """Gradients of hidden and weight."""
-    arguments = (torch.ones_like(lse), None, hidden, weight, None, targets, lse, lse, None)
-    needs = (True, True, False)
-    return triton_backend.backward(
-        *arguments, HeadOptions(), needs, None, numerators, config=TILES
-    )[:2]
+    upstream = Upstream(torch.ones_like(lse), None, targets, lse, lse, None)
+    arguments = (Head(hidden, weight, None), upstream, HeadOptions(), (True, True, False))
+    return triton_backend.backward(*arguments, None, cache, config=TILES)[:2]
 
 
 @pytest.mark.parametrize(("grad_tolerance", "most"), [(0.0, 450e6), (1e-3, 135e6)])
 def test_a_frozen_head_at_a_large_shape(grad_tolerance, most):
     """Beside inputs and gradient, of a forward and backward pass for policy and reference."""
-    options = HeadOptions(grad_tolerance=grad_tolerance)
+    options = HeadOptions(grad_tolerance=grad_tolerance, route="unit_gradient")
     with FakeTensorMode():
         arguments = inputs(N)
         hidden = arguments[0]
         with Allocations(*arguments) as memory:
-            out = forward(*arguments, options, True)
+            out = forward(*arguments, options)
             peak = memory.peak - hidden.nbytes  # the gradient is not there yet
-            assert out.direction.nbytes < memory.now < out.direction.nbytes + 1e6
+            assert out.unit_gradient.nbytes < memory.now < out.unit_gradient.nbytes + 1e6
     assert N * H < peak <= most
-    assert out.direction.nbytes <= most  # backward needs it beside the gradient
+    assert out.unit_gradient.nbytes <= most  # backward needs it beside the gradient
 
 
 @pytest.mark.parametrize("n", [256, 1024])
@@ -152,10 +151,11 @@ def test_few_rows_of_a_trained_head_need_no_copy_of_the_weight(n):
 
 def test_rows_that_are_scored_alone_go_by_whole_groups():
     with FakeTensorMode():
-        hidden, weight, _, _ = inputs(N)
-        policy = Operands(hidden, weight, None)
-        for models in (1, 2):
-            rows = triton_backend.forward_rows(policy, models, False, TILES)
+        hidden, weight, targets, ref_hidden = inputs(N)
+        policy, reference = (Head(x, weight, None) for x in (hidden, ref_hidden))
+        for models, second in ((1, None), (2, reference)):
+            heads = statistics.Heads(policy, second, targets, HeadOptions(), TILES)
+            rows = triton_backend.forward_rows(heads, store_exp_logits=False)
             units, rest = divmod(rows * models, TILES.statistics.rows)
             assert rest == 0 and units > 0 and units % statistics.GROUP == 0
 
@@ -167,14 +167,15 @@ def test_plan_counts_the_head_at_a_large_shape(trained):
         arguments = inputs(N)
         hidden, weight, targets, ref_hidden = arguments
         with Allocations(*arguments) as memory:
-            layout = triton_backend.numerators_layout(hidden.device)
-            numerators = new_numerators(hidden, weight, layout, True) if trained else None
-            out = forward(*arguments, HeadOptions(), not trained, numerators)
+            tiling = triton_backend.vocab_tiling(hidden.device)
+            cache = new_softmax_cache(hidden, weight, tiling) if trained else None
+            options = HeadOptions(route="cache" if trained else "unit_gradient")
+            out = forward(*arguments, options, cache)
             if trained:
-                gradients = backward(hidden, weight, targets, out.lse, numerators)
+                gradients = backward(hidden, weight, targets, out.lse, cache)
                 gradients[0].to(hidden.dtype)
             else:
-                out.direction.to(hidden.dtype)
+                out.unit_gradient.to(hidden.dtype)
     weights_gradient = weight.nbytes if trained else 0  # not the head's, in a plan
     counted = memory.peak - weights_gradient + hidden.nbytes + ref_hidden.nbytes
     shape = ModelShape("llama", H, V, 1, 32, 8, 128, 14336)

@@ -17,7 +17,7 @@ def params(*constants: bool):
 
 def test_what_is_given_and_what_is_on():
     signature = {
-        "soft_ptr": "*bf16",
+        "exp_logits_ptr": "*bf16",
         "bias_ptr": "constexpr",  # None
         "num_n": "constexpr",  # 1, which Triton made constant
         "USE_TMA": "constexpr",
@@ -27,7 +27,7 @@ def test_what_is_given_and_what_is_on():
     }
     constants = {(1,): None, (2,): 1, (3,): True, (4,): False, (5,): 2, (6,): None}
     found = switches(params(*[False] * 3, *[True] * 4), signature, constants)
-    assert list(found) == ["soft", "num_n", "use_tma", "models=2"]
+    assert list(found) == ["exp_logits", "num_n", "use_tma", "models=2"]
 
 
 def test_named_tuples_are_taken_apart():
@@ -40,9 +40,9 @@ def test_named_tuples_are_taken_apart():
 
 
 def test_a_flag_is_what_differs():
-    a = Launch("k", "", "a", ("hidden", "soft", "soft_tma", "models=2"))
+    a = Launch("k", "", "a", ("hidden", "exp_logits", "store_tma", "models=2"))
     b = Launch("k", "", "b", ("hidden", "models=2"))
     c = Launch("k", "odd", "c", ("hidden", "models=1"))
-    assert flags(a, [a, b]) == ("soft",) and flags(b, [a, b]) == ()
-    assert flags(a, [a, b, c]) == ("soft", "models=2")
+    assert flags(a, [a, b]) == ("exp_logits",) and flags(b, [a, b]) == ()
+    assert flags(a, [a, b, c]) == ("exp_logits", "models=2")
     assert flags(c, [a, b, c]) == ("models=1", "odd")

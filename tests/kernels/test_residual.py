@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from powerflow_fast.kernels import residual
-from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.kernels.operands import BALANCES
 from tests.helpers.numerics import EPS32
 from tests.helpers.truth import poison
-
-BALANCES = ("length", "trajectory", "token")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,7 @@ def check(starts, ends, n, mask, balance, device):
         logps[~mask] = float("nan")  # whatever uncounted tokens hold
     starts, ends = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, ends))
     arguments = (logps, ref_logps, starts, ends, mask, alpha, psi, balance)
-    delta, l_pi, l_ref, lengths = triton_backend.sequence_residual_forward(*arguments)
+    delta, l_pi, l_ref, lengths = residual.residual_forward(*arguments)
     *expected, counts, jacobian = eager(*arguments)
     assert lengths.dtype == torch.int32 and lengths.tolist() == counts.tolist()
     # A lane's sum of every BLOCK-th token, a tree over the lanes, a division and the residual.
@@ -53,13 +51,13 @@ def check(starts, ends, n, mask, balance, device):
     for got, want in zip((delta, l_pi, l_ref), expected, strict=True):
         assert (got.cpu().double() - want).abs().max() < steps * EPS32 * largest
     back = (grad, lengths, starts, ends, mask, n, balance)
-    got = triton_backend.sequence_residual_backward(*back)
+    got = residual.residual_backward(*back)
     want = grad.cpu().double() @ jacobian
     # A GPU's quick division is off by up to two units in the last place.
     assert ((got.cpu().double() - want).abs() <= 4 * EPS32 * want.abs()).all()
     assert (got.cpu()[jacobian.sum(0) == 0] == 0).all()
-    assert torch.equal(delta, triton_backend.sequence_residual_forward(*arguments)[0])
-    assert torch.equal(got, triton_backend.sequence_residual_backward(*back))
+    assert torch.equal(delta, residual.residual_forward(*arguments)[0])
+    assert torch.equal(got, residual.residual_backward(*back))
 
 
 @pytest.mark.parametrize("balance", BALANCES)
@@ -92,11 +90,9 @@ def test_one_long_sequence(device):
 def test_no_sequences(device):
     none = torch.zeros(0, device=device)
     bounds = torch.zeros(0, dtype=torch.int32, device=device)
-    delta, _, _, lengths = triton_backend.sequence_residual_forward(
+    delta, _, _, lengths = residual.residual_forward(
         none, none, bounds, bounds, None, none, none, "length"
     )
     assert delta.shape == lengths.shape == (0,)
-    grad = triton_backend.sequence_residual_backward(
-        none, lengths, bounds, bounds, None, 4, "length"
-    )
+    grad = residual.residual_backward(none, lengths, bounds, bounds, None, 4, "length")
     assert grad.tolist() == [0.0] * 4

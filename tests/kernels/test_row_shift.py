@@ -1,5 +1,7 @@
 """One shift a row: rows that the pilot columns mislead, and digits where it is far off."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,15 @@ from powerflow_fast.kernels.config import config_for
 from powerflow_fast.logprobs import triton_backend
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import EPS32, gradient_tolerance, relative_error
-from tests.helpers.truth import Head, close, direction, logps_bound, make_head, poison, statistics
+from tests.helpers.truth import (
+    Head,
+    close,
+    logps_bound,
+    make_head,
+    poison,
+    statistics,
+    unit_gradient,
+)
 
 pytestmark = pytest.mark.usefixtures("tiles")
 
@@ -23,10 +33,8 @@ def _poisoned(monkeypatch):
 
 
 def run(head: Head, targets, options=HeadOptions(), ref: Head | None = None):  # noqa: B008
-    ref = None if ref is None else (ref.hidden, ref.weight, ref.bias)
-    return triton_backend.forward(
-        head.hidden, head.weight, head.bias, targets, ref, options, want_direction=True
-    )
+    reference, options = ref and ref.operands(), replace(options, route="unit_gradient")
+    return triton_backend.forward(head.operands(), reference, targets, options)
 
 
 def above_pilot(dtype, device, bits: float, rows=(0,)) -> tuple[Head, torch.Tensor]:
@@ -51,7 +59,7 @@ def test_any_distance_from_the_pilot(dtype, bits, device):
     close(out.ref_logps, logps, bound)
     close(out.lse, lse, bound)
     close(out.entropy, entropy, 8 * bound)
-    assert relative_error(out.direction, direction(head, targets, options)) < max(
+    assert relative_error(out.unit_gradient, unit_gradient(head, targets, options)) < max(
         torch.finfo(dtype).eps, gradient_tolerance(torch.float32)
     )
 
@@ -113,9 +121,9 @@ def test_a_nan_row_stays_alone(device):
     head.hidden[1] = float("nan")
     out = run(head, targets)
     others = torch.arange(len(targets), device=device) != 1
-    assert out.logps[1].isnan() and out.direction[1].isnan().all()
+    assert out.logps[1].isnan() and out.unit_gradient[1].isnan().all()
     close(out.logps[others], clean.logps[others].double(), 8 * EPS32)
-    assert out.direction[others].isfinite().all()
+    assert out.unit_gradient[others].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,9 +139,9 @@ def test_confident_rows_keep_the_digits_of_log_p_and_of_1_minus_p(dtype, device)
     logps, _, _ = statistics(head, targets, HeadOptions())
     assert ((out.logps.double() - logps) / logps).abs().max() < 1e-5
     for row in range(n):  # one norm of them all would show the largest alone
-        expected = direction(head, targets, HeadOptions())[row]
+        expected = unit_gradient(head, targets, HeadOptions())[row]
         tolerance = max(torch.finfo(dtype).eps, 1e-5)
-        assert relative_error(out.direction[row], expected) < tolerance
+        assert relative_error(out.unit_gradient[row], expected) < tolerance
 
 
 def test_bounds_leave_room_for_the_sum():
@@ -141,13 +149,13 @@ def test_bounds_leave_room_for_the_sum():
     assert 2.0 ** (combine.HIGHEST.value + 7) < torch.finfo(torch.float32).max
 
 
-def test_the_exact_route_of_a_tolerance_writes_the_same_direction_in_bfloat16(device):
-    """Where a policy is too flat for few columns, its direction is formed over all of them."""
+def test_the_exact_route_of_a_tolerance_writes_the_same_gradient_in_bfloat16(device):
+    """Where a policy is too flat for few columns, its unit gradient is formed over all of them."""
     head = make_head(
         4 * config_for(device, torch.bfloat16).statistics.rows, 16, V, torch.bfloat16, device
     )
     targets = torch.randint(V, (len(head.hidden),), device=device)
-    exact = run(head, targets).direction
+    exact = run(head, targets).unit_gradient
     out = run(head, targets, HeadOptions(grad_tolerance=1e-3))
-    assert out.certificate[0] == 1.0 and out.direction.dtype == torch.bfloat16
-    assert torch.equal(out.direction, exact.bfloat16())
+    assert out.sparsity[0] == 1.0 and out.unit_gradient.dtype == torch.bfloat16
+    assert torch.equal(out.unit_gradient, exact.bfloat16())

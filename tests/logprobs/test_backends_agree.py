@@ -102,11 +102,12 @@ def test_triton_without_a_gpu_is_refused_by_name():
 def test_without_a_gpu_or_the_interpreter_the_error_names_backend():
     code = """if True:
         import torch
+        from powerflow_fast.kernels.operands import Head
         from powerflow_fast.logprobs import triton_backend
         from powerflow_fast.logprobs.options import HeadOptions
         x = torch.zeros(2, 8)
         try:
-            triton_backend.forward(x, x, None, torch.zeros(2).long(), None, HeadOptions(), False)
+            triton_backend.forward(Head(x, x, None), None, torch.zeros(2).long(), HeadOptions())
         except ValueError as error:
             assert "backend" in str(error) and "cpu" in str(error)
         else:
@@ -127,7 +128,7 @@ def test_without_a_gpu_or_the_interpreter_the_error_names_backend():
     ],
 )
 def test_auto_on_a_gpu(capability, dtype, expected, compiled, monkeypatch):
-    from powerflow_fast.logprobs.ops import choose_backend
+    from powerflow_fast.logprobs.choice import choose_backend
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
@@ -147,7 +148,7 @@ def test_auto_on_a_gpu(capability, dtype, expected, compiled, monkeypatch):
 )
 def test_auto_on_amd(chip, expected, monkeypatch):
     from powerflow_fast.kernels import config
-    from powerflow_fast.logprobs.ops import choose_backend
+    from powerflow_fast.logprobs.choice import choose_backend
 
     properties = SimpleNamespace(gcnArchName=chip)
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -164,7 +165,7 @@ def test_auto_on_amd(chip, expected, monkeypatch):
 
 
 def test_auto_is_torch_without_a_gpu():
-    from powerflow_fast.logprobs.ops import choose_backend
+    from powerflow_fast.logprobs.choice import choose_backend
 
     assert choose_backend("auto", torch.device("cpu"))[0] == "torch"
     hidden, weight, targets, _, _ = inputs("cpu")

@@ -258,10 +258,10 @@ def kept_bytes(**options) -> int:
 
 @pytest.mark.parametrize("options", [{}, {"autocast": True}, {"dtype": torch.bfloat16}])
 def test_a_frozen_head_keeps_its_direction_alone(options):
-    direction, rows = 1500 * 64 * 4, 1500 * 8
+    unit_gradient, rows = 1500 * 64 * 4, 1500 * 8
     for entropy in (False, "detached"):
         kept = kept_bytes(**options, return_entropy=entropy)
-        assert kept <= direction + 2 * rows, (entropy, kept, direction)
+        assert kept <= unit_gradient + 2 * rows, (entropy, kept, unit_gradient)
 
 
 @pytest.mark.skipif(not has_bf16_units(torch.device("cpu")), reason="no bf16 units")

@@ -28,10 +28,10 @@ def test_compiles_without_graph_break():
 def test_opcheck(trained_head):
     hidden, weight, targets, bias = draw(bias=True)
     hidden.requires_grad_(), weight.requires_grad_(trained_head)
-    options = HeadOptions(entropy=trained_head).encode()
+    route = "recompute" if trained_head else "unit_gradient"
+    options = HeadOptions(entropy=trained_head, route=route).encode()
     reference = (hidden.detach(), None, bias)
-    args = (hidden, weight, bias, targets, *reference, options, not trained_head, False, False)
-    torch.library.opcheck(head_forward, args)
+    torch.library.opcheck(head_forward, (hidden, weight, bias, targets, *reference, options))
 
 
 @pytest.mark.parametrize("dynamic", [True, None])

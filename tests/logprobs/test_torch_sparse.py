@@ -45,7 +45,7 @@ def test_gradient_is_within_the_tolerance_for_every_row(tolerance, transform):
     assert (hidden.grad[targets == -100] == 0).all()
 
 
-def certificate(hidden, weight, targets, tolerance):
+def sparsity(hidden, weight, targets, tolerance):
     out = fused_linear_tb_loss(
         hidden[None],
         weight,
@@ -63,30 +63,30 @@ def certificate(hidden, weight, targets, tolerance):
 def test_certificate_says_what_happened():
     hidden, weight, targets = sharp_inputs()
     hidden.requires_grad_()
-    loose = certificate(hidden, weight, targets, 1e-2)
-    tight = certificate(hidden, weight, targets, 1e-5)
+    loose = sparsity(hidden, weight, targets, 1e-2)
+    tight = sparsity(hidden, weight, targets, 1e-5)
     assert 0 < loose["columns_kept"] < tight["columns_kept"] <= 1
     assert 0 < loose["skipped_mass"] <= 1e-2 and tight["skipped_mass"] <= 1e-5
     assert loose["dense_blocks"] == 0
-    assert certificate(hidden, weight, targets, 1e-9)["dense_blocks"] > 0
+    assert sparsity(hidden, weight, targets, 1e-9)["dense_blocks"] > 0
 
 
 def test_skipped_mass_is_the_true_one(monkeypatch):
     """The mass that is checked is that of the columns really left out, in float64."""
     hidden, weight, targets = sharp_inputs(n=60)
     chosen = []
-    sparse = torch_sparse.sparse_direction
+    sparse = torch_sparse.sparse_unit_gradient
 
     def remember(head):
         chosen.append(sparse(head))
         return chosen[-1]
 
-    monkeypatch.setattr(torch_backend, "sparse_direction", remember)
+    monkeypatch.setattr(torch_backend, "sparse_unit_gradient", remember)
     hidden.requires_grad_()
-    reported = certificate(hidden, weight, targets, 3e-2)
+    reported = sparsity(hidden, weight, targets, 3e-2)
     p = reference.logits(hidden.detach(), weight).softmax(-1)[targets != -100]
     p.scatter_(1, targets[targets != -100][:, None], 0.0)
-    left_out = ~chosen[-1].kept[0]
+    left_out = ~chosen[-1].kept_columns[0]
     assert reported["skipped_mass"] == pytest.approx(p[:, left_out].sum(1).max().item(), rel=1e-3)
     assert reported["columns_kept"] <= (~left_out).double().mean().item()
 
@@ -102,7 +102,7 @@ def test_more_columns_are_added_until_the_check_passes(monkeypatch):
         return multiply(head, r, columns, *rest)
 
     monkeypatch.setattr(torch_sparse, "_multiply", remember)
-    monkeypatch.setattr(torch_sparse, "SLACKS", (50.0, 1.0))
+    monkeypatch.setattr(torch_sparse, "OVERSHOOTS", (50.0, 1.0))
     monkeypatch.setattr(torch_sparse, "LARGEST_SHARE", 1.0)
     hidden.requires_grad_()
     linear_logprobs(hidden, weight, targets, grad_tolerance=1e-2).sum().backward()
@@ -116,7 +116,7 @@ def test_more_columns_are_added_until_the_check_passes(monkeypatch):
 def test_a_flat_policy_falls_back_and_is_exact():
     hidden, weight, targets = sharp_inputs(sharpness=0.3)
     hidden.requires_grad_()
-    assert certificate(hidden, weight, targets, 1e-3)["dense_blocks"] == 5
+    assert sparsity(hidden, weight, targets, 1e-3)["dense_blocks"] == 5
     hidden.grad = None
     linear_logprobs(hidden, weight, targets, grad_tolerance=1e-3).sum().backward()
     assert relative_error(hidden.grad, exact_direction(hidden, weight, targets)) <= 2e-5
@@ -125,8 +125,8 @@ def test_a_flat_policy_falls_back_and_is_exact():
 def test_a_flat_policy_is_recognised_before_it_costs_anything(monkeypatch):
     hidden, weight, targets = sharp_inputs(n=600, sharpness=0.3)
     hidden.requires_grad_()
-    monkeypatch.setattr(torch_backend, "sparse_direction", None)  # would fail if it were called
-    assert certificate(hidden, weight, targets, 1e-3) == {
+    monkeypatch.setattr(torch_backend, "sparse_unit_gradient", None)  # would fail if it were called
+    assert sparsity(hidden, weight, targets, 1e-3) == {
         "columns_kept": 1.0,
         "skipped_mass": 0.0,
         "dense_blocks": 10.0,  # of 597 counted rows
@@ -139,7 +139,7 @@ def test_one_flat_row_in_every_block_is_seen_beforehand(monkeypatch):
     hidden[torch_sparse.BLOCK // 2 :: torch_sparse.BLOCK] *= 0.01
     targets = targets.clamp(min=0)
     hidden.requires_grad_()
-    monkeypatch.setattr(torch_backend, "sparse_direction", None)  # would fail if it were called
+    monkeypatch.setattr(torch_backend, "sparse_unit_gradient", None)  # would fail if it were called
     linear_logprobs(hidden, weight, targets, grad_tolerance=1e-3).sum().backward()
 
 

@@ -1,14 +1,16 @@
-"""A trained head: gradients from kept numerators, what is kept, and the products that it saves."""
+"""A trained head: gradients from kept exp-logits, what is kept, and the products that it saves."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from powerflow_fast import linear_logprobs, paired_linear_logprobs, reference
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import softmax_cache, torch_backend, torch_tiles
 from powerflow_fast.logprobs.ops import head_forward
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import Layout, new_numerators
+from powerflow_fast.logprobs.products import uses_onednn
+from powerflow_fast.logprobs.softmax_cache import VocabTiling, new_softmax_cache
 from tests.conftest import TILES, use_tiles
 from tests.helpers.numerics import EPS32, gradient_tolerance, logps_error_bound, relative_error
 from tests.test_head import TRANSFORMS, draw, reference_gradients
@@ -29,7 +31,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def keep_rows(monkeypatch):
-    """Sets the budget to the numerators of so many rows."""
+    """Sets the budget to the exp-logits of so many rows."""
 
     def set_budget(rows: int, itemsize: int, vocab: int = V, backend: str = "torch") -> None:
         columns = vocab if backend == "torch" else -(-vocab // 256) * 256
@@ -75,7 +77,7 @@ def test_any_part_of_the_head_may_be_trained(backend, keep_rows, device, trained
 
 @pytest.mark.parametrize("kind", ["random", "expanded", "zero"])
 def test_any_upstream_gradient_as_often_as_asked(backend, keep_rows, device, kind):
-    """Backward reads the numerators and leaves them as they are: a second one gives the same."""
+    """Backward reads the exp-logits and leaves them as they are: a second one gives the same."""
     hidden, weight, targets, _ = draw(device=device)
     hidden.requires_grad_(), weight.requires_grad_()
     keep_rows(7, 4, backend=backend)
@@ -149,13 +151,14 @@ def test_flat_rows_below_a_peak_in_float16(backend, device):
 def test_stored_numbers_are_large_enough_for_a_fast_product():
     """CPUs multiply subnormal numbers many times slower: none may come of a numerator."""
     hidden, weight, targets, _ = draw(n=32, h=24, v=2500)
-    out = new_numerators(hidden, weight, torch_backend.numerators_layout(hidden.device), True)
-    torch_backend.forward(12 * hidden, weight, None, targets, None, HeadOptions(), False, out)
+    out = new_softmax_cache(hidden, weight, torch_backend.vocab_tiling(hidden.device))
+    policy = Head(12 * hidden, weight, None)
+    torch_backend.forward(policy, None, targets, HeadOptions(), out)
     logits = 12 * hidden @ weight.T
     assert (logits.amax(1) - logits.amin(1)).max() > 90  # e^-90 is subnormal
     counted = (targets != -100).sum()
-    values = out.values[:counted]
-    assert values[values != 0].min() >= torch_tiles._SMALLEST_NUMERATOR and (values == 0).any()
+    values = out.exp_logits[:counted]
+    assert values[values != 0].min() >= torch_tiles._SMALLEST_EXP and (values == 0).any()
     factors = out.factors[:, :counted]
     assert factors[factors != 0].min() >= torch_tiles._SMALLEST_FACTOR
 
@@ -174,7 +177,7 @@ def products(monkeypatch):
                 return 2 * a_shape[0] * a_shape[1] * b_shape[0]
 
             more = {torch.ops.aten.addmm_: in_place}
-            if torch_tiles._ONEDNN:
+            if uses_onednn(torch.empty(0)):
                 more[torch.ops.mkldnn._linear_pointwise] = linear
             with FlopCounterMode(display=False, custom_mapping=more) as counter:
                 result = function(*args, **kwargs)
@@ -262,7 +265,7 @@ def test_memory_kept_stays_within_the_weights_gradient(device, dtype, backend, n
     weight = torch.randn(v, h, device=device).to(dtype).requires_grad_()
     targets = torch.randint(0, v, (n,), device=device)
     gradient = 4 * v * h
-    small = gradient // 4  # direction, statistics and the numerators' factors together
+    small = gradient // 4  # unit gradient, statistics and the exp-logits' factors together
     trained = saved_bytes(hidden, weight, targets, backend)
     assert gradient / 2 < trained <= gradient + small
     assert saved_bytes(hidden, weight, targets, backend, return_entropy=True) <= small
@@ -270,7 +273,7 @@ def test_memory_kept_stays_within_the_weights_gradient(device, dtype, backend, n
     assert saved_bytes(hidden, weight, targets, backend) <= small
 
 
-@pytest.mark.parametrize("layout", [Layout(1024, 1), Layout(64, 256)], ids=str)
+@pytest.mark.parametrize("tiling", [VocabTiling(1024, 1), VocabTiling(64, 256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "n,h,v",
@@ -282,18 +285,16 @@ def test_memory_kept_stays_within_the_weights_gradient(device, dtype, backend, n
         (0, 8, 50),
     ],
 )
-def test_budget_of_any_shape(layout, dtype, n, h, v):
+def test_budget_of_any_shape(tiling, dtype, n, h, v):
     hidden = torch.empty(n, h, dtype=dtype, device="meta")
     weight = torch.empty(v, h, dtype=dtype, device="meta")
     budget = min(4 * v * h, 2 << 30)
-    out = new_numerators(hidden, weight, layout, wanted=True)
-    row_bytes = out.values.shape[1] * dtype.itemsize
-    assert out.values.nbytes <= budget
-    assert out.rows == n or out.values.nbytes + row_bytes > budget
-    assert out.values.shape[1] >= v and len(out.factors) * layout.piece >= v
-    assert out.factors.nbytes <= out.values.nbytes // 16 + 8 * n
-    unwanted = new_numerators(hidden, weight, layout, wanted=False)
-    assert sum(x.numel() for x in unwanted) == 0
+    out = new_softmax_cache(hidden, weight, tiling)
+    row_bytes = out.exp_logits.shape[1] * dtype.itemsize
+    assert out.exp_logits.nbytes <= budget
+    assert out.rows == n or out.exp_logits.nbytes + row_bytes > budget
+    assert out.exp_logits.shape[1] >= v and len(out.factors) * tiling.tile_columns >= v
+    assert out.factors.nbytes <= out.exp_logits.nbytes // 16 + 8 * n
 
 
 def test_opcheck(backend, keep_rows, device):
@@ -301,10 +302,9 @@ def test_opcheck(backend, keep_rows, device):
     hidden, weight, targets, bias = draw(v=256, device=device, bias=True)
     hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
     keep_rows(5, 4, vocab=256)
-    options = HeadOptions(backend=backend).encode()
+    options = HeadOptions(backend=backend, route="cache").encode()
     absent = (None, None, None)
-    args = (hidden, weight, bias, targets, *absent, options, False, False, True)
-    torch.library.opcheck(head_forward, args)
+    torch.library.opcheck(head_forward, (hidden, weight, bias, targets, *absent, options))
 
 
 def test_compiles_without_graph_break_for_any_number_of_rows(keep_rows):

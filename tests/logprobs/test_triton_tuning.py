@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from powerflow_fast.kernels import config as table
-from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import triton_tuning
 from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.triton_backend import tuned_calls
 from tests.helpers.numerics import logps_error_bound
 
 PLAIN = HeadOptions()
@@ -23,8 +24,8 @@ def operands(device, tiles, monkeypatch):
         replace(tile, depth=tile.depth // 2),
         replace(tile, depth=tile.depth // 2, columns=tile.columns // 2, parts=1, num_stages=2),
     )
-    monkeypatch.setattr(table, "CANDIDATES", others)
-    policy = Operands(
+    monkeypatch.setattr(triton_tuning, "CANDIDATES", others)
+    policy = Head(
         torch.randn(20, 32, device=device).half(), torch.randn(70, 32, device=device).half(), None
     )
     return policy, torch.randint(70, (20,), device=device)
@@ -41,9 +42,10 @@ def test_the_fastest_tile_of_each_product_is_kept(operands):
     before = [x.clone() for x in operands[0][:2]]
     policy, _ = operands
     base = table.config_for(policy.hidden.device, policy.hidden.dtype)
-    best = triton_tuning.tune(*operands, PLAIN, base, seconds)
+    calls = tuned_calls(*operands, PLAIN, base)
+    best = triton_tuning.tune(calls, base, seconds)
     assert len(tried) == 9  # the table's and two others, three times
-    other = table.CANDIDATES[1]
+    other = triton_tuning.CANDIDATES[1]
     assert best == replace(base, statistics=other, dlogits=other)
     assert all(torch.equal(a, b) for a, b in zip(before, operands[0][:2], strict=True))
     for out in tried[:6]:  # other tiles, same log-probs
@@ -66,18 +68,21 @@ def test_off_by_default_and_remembered_when_on(operands, monkeypatch, tmp_path):
     monkeypatch.delenv("POWERFLOW_TUNE", raising=False)
     monkeypatch.setenv("POWERFLOW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(triton_tuning, "_known", {})
-    assert triton_tuning.tile_config(policy, targets, PLAIN) is plain
+    assert triton_tuning.tile_config(policy, targets, PLAIN, tuned_calls) is plain
     monkeypatch.setenv("POWERFLOW_TUNE", "1")
     tuned = replace(plain, tma=not plain.tma)
     calls = []
     monkeypatch.setattr(triton_tuning, "tune", lambda *args: calls.append(args) or tuned)
-    assert triton_tuning.tile_config(policy, targets, PLAIN) == tuned
+    assert triton_tuning.tile_config(policy, targets, PLAIN, tuned_calls) == tuned
     monkeypatch.setattr(triton_tuning, "_known", {})  # as in another process
     shorter = policy._replace(hidden=policy.hidden[:17])  # of the same power of two
-    assert triton_tuning.tile_config(shorter, targets[:17], PLAIN) == tuned and len(calls) == 1
+    assert (
+        triton_tuning.tile_config(shorter, targets[:17], PLAIN, tuned_calls) == tuned
+        and len(calls) == 1
+    )
     assert os.listdir(tmp_path / "cache") == ["tiles.json"]
     longer = policy._replace(hidden=policy.hidden.repeat(2, 1))
-    triton_tuning.tile_config(longer, targets.repeat(2), PLAIN)
+    triton_tuning.tile_config(longer, targets.repeat(2), PLAIN, tuned_calls)
     assert len(calls) == 2 and len(json.loads(triton_tuning.cache_file().read_text())) == 2
 
 
@@ -90,7 +95,7 @@ def test_an_unreadable_cache_is_tuned_anew(tmp_path):
 def test_tiles_that_do_not_belong_together_are_refused():
     base = table.TABLE["sm_90"]
     with pytest.raises(AssertionError):
-        replace(base, direction=replace(base.direction, depth=128))
+        replace(base, unit_gradient=replace(base.unit_gradient, depth=128))
     with pytest.raises(AssertionError):
         replace(base, statistics=replace(base.statistics, rows=64))
 
@@ -99,8 +104,8 @@ def test_tiles_of_another_version_are_tuned_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("POWERFLOW_CACHE", str(tmp_path))
     tile = asdict(table.TABLE["sm_90"].statistics)
     for stored in (
-        {"statistics": tile | {"parts": 3}, "direction": tile, "dlogits": tile, "tma": True},
-        {"statistics": tile | {"unknown": 1}, "direction": tile, "dlogits": tile, "tma": True},
+        {"statistics": tile | {"parts": 3}, "unit_gradient": tile, "dlogits": tile, "tma": True},
+        {"statistics": tile | {"unknown": 1}, "unit_gradient": tile, "dlogits": tile, "tma": True},
         {"statistics": tile, "tma": True},
         {},
     ):

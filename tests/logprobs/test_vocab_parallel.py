@@ -11,7 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from powerflow_fast import linear_logprobs, paired_linear_logprobs, reference
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import torch_backend, triton_backend
+from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
 
 WORLD = 2
@@ -98,7 +100,7 @@ FROZEN = {
 
 
 def frozen_worker(rank, port, results):
-    """The exact route: the forward pass knows the direction, the backward forms no logits."""
+    """The exact route: the forward pass knows the unit gradient, the backward forms no logits."""
     start(rank, port)
     torch_backend.backward = triton_backend.backward = None
     own = slice(0, 11) if rank == 0 else slice(11, 23)
@@ -205,7 +207,7 @@ def test_what_is_summed_over_ranks_has_not_been_rounded_yet(backend, device):
     logits = hidden.float() @ weight.float().T
     lse = logits.logsumexp(1)
     logps = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0] - lse
-    head = (hidden, weight, None, targets, logps, lse, None)
-    ones = (targets >= 0).float()
-    grad, _, _ = backend.backward(ones, None, *head, HeadOptions(), (True, False, False))
+    upstream = Upstream((targets >= 0).float(), None, targets, logps, lse, None)
+    head = Head(hidden, weight, None)
+    grad, _, _ = backend.backward(head, upstream, HeadOptions(), (True, False, False))
     assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())

@@ -30,9 +30,10 @@ from benchmarks.gpu.pack import unpack
 from benchmarks.gpu.shapes import ODD, SHAPES
 from benchmarks.inputs import Inputs, Shape
 from powerflow_fast.kernels import config
-from powerflow_fast.kernels.tiles import Operands
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import triton_tuning
 from powerflow_fast.logprobs.options import HeadOptions
+from powerflow_fast.logprobs.triton_backend import tuned_calls
 from powerflow_fast.models.shapes import model_shape
 from tests.helpers.truth import DTYPES
 from tests.kernels.test_exp2 import test_exp2_of_integers_is_exact
@@ -94,9 +95,10 @@ def timed() -> None:
 def candidates() -> None:
     for shape in SHAPES.values():
         inputs = without_storage(shape)
-        policy = Operands(inputs.hidden, inputs.weight, None)
+        policy = Head(inputs.hidden, inputs.weight, None)
         table = config.config_for(None, BF16)
-        triton_tuning.tune(policy, inputs.targets, HeadOptions(), table, launch_once)
+        calls = tuned_calls(policy, inputs.targets, HeadOptions(), table)
+        triton_tuning.tune(calls, table, launch_once)
 
 
 def launch_once(call: Callable[[], object]) -> float:

@@ -1,11 +1,11 @@
-"""The direction d logps / d hidden from the vendor's product of softmax numerators and weight.
+"""The unit gradient d logps / d hidden from the vendor's product of exp-logits and weight.
 
 The eager code it replaces, with J_y the softcap's slope at the target's logit:
 
-    direction = derivative * (J_y * others * weight[y] - factor * mean)       # [N, H], 0 if ignored
+    unit_gradient = dlogit_dproduct * (J_y * one_minus_p * weight[y] - factor * mean)    # [N, H]
 
-`mean` is soft @ weight, in float32; the target's column is absent from `soft`, so that weight[y]
-enters once, with 1 - p_y in float32.
+`mean` is exp_logits @ weight, in float32. The target's column is absent from exp_logits, so
+weight[y] enters once, with 1 - p_y in float32. Rows that are ignored are 0.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.config import LAUNCH, ceil_div
-from powerflow_fast.kernels.direction import TargetRows, at_targets, write_direction
+from powerflow_fast.kernels.statistics import Heads
 from powerflow_fast.kernels.tiles import logit_form
+from powerflow_fast.kernels.unit_gradient import TargetRows, at_targets, write_unit_gradient
 
 BLOCKS = {"BLOCK_N": 16, "WIDTH": 256}
 
 
 @triton.jit
-def mean_direction_kernel(
+def mean_unit_gradient_kernel(
     mean_ptr,  # [N, H] rows of stride_mn
     stride_mn,
     weight_ptr,  # [V, H]
@@ -30,7 +31,7 @@ def mean_direction_kernel(
     stride_wh,
     rows,  # TargetRows
     factor_ptr,  # [N] p of a numerator of 1
-    direction_ptr,  # [N, H] rows of stride_dn
+    unit_gradient_ptr,  # [N, H] rows of stride_dn
     stride_dn,
     num_n,
     num_v,
@@ -51,12 +52,12 @@ def mean_direction_kernel(
     rows_mean = mean_ptr + offs_n.to(tl.int64) * stride_mn
     mask = mask_n[:, None] & (offs_h < num_h)[None, :]
     mean = tl.load(rows_mean[:, None] + offs_h[None, :], mask=mask, other=0.0)
-    write_direction(
+    write_unit_gradient(
         mean,
         rows_y,
-        direction_ptr + offs_n.to(tl.int64) * stride_dn,
-        slope * form.derivative,
-        factor * form.derivative,
+        unit_gradient_ptr + offs_n.to(tl.int64) * stride_dn,
+        slope * form.dlogit_dproduct,
+        factor * form.dlogit_dproduct,
         target != ignore_index,
         inside,
         mask_n,
@@ -67,18 +68,18 @@ def mean_direction_kernel(
     )
 
 
-def write_mean_directions(
+def write_mean_unit_gradients(
     mean: torch.Tensor,  # [N, H] float32, unit stride along H
-    weight: torch.Tensor,  # [V, H]
+    heads: Heads,  # of which the policy
     rows: TargetRows,
     factor: torch.Tensor,  # [N] p of a numerator of 1
-    direction: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`
-    options,
+    unit_gradient: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`
 ) -> None:
+    weight, options = heads.policy.weight, heads.options
     num_n, num_h = mean.shape
     grid = (ceil_div(num_n, BLOCKS["BLOCK_N"]), ceil_div(num_h, BLOCKS["WIDTH"]))
     with torch.cuda.device_of(mean):
-        mean_direction_kernel[grid](
+        mean_unit_gradient_kernel[grid](
             mean_ptr=mean,
             stride_mn=mean.stride(0),
             weight_ptr=weight,
@@ -86,8 +87,8 @@ def write_mean_directions(
             stride_wh=weight.stride(1),
             rows=rows,
             factor_ptr=factor,
-            direction_ptr=direction,
-            stride_dn=direction.stride(0),
+            unit_gradient_ptr=unit_gradient,
+            stride_dn=unit_gradient.stride(0),
             num_n=num_n,
             num_v=len(weight),
             num_h=num_h,

@@ -5,7 +5,7 @@ The eager code it replaces, for one block of rows with its `columns`:
     z = logits(hidden, weight[columns])
     p = softmax of the row at these columns, 0 at the target
     mass = p.sum(1)                                                           # float32
-    soft = (p * softcap_slope).to(hidden.dtype)
+    exp_logits = (p * softcap_slope).to(hidden.dtype)
 
 The rows of the weight are gathered as they are multiplied; no copy of them is made.
 """
@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from powerflow_fast.kernels.config import Tile, ceil_div, soft_exponent
-from powerflow_fast.kernels.direction import Kept
+from powerflow_fast.kernels.config import ceil_div, stored_exponent
+from powerflow_fast.kernels.statistics import Heads
 from powerflow_fast.kernels.tiles import (
-    Operands,
     above_shift,
     form_logits,
     logit_form,
@@ -29,6 +28,7 @@ from powerflow_fast.kernels.tiles import (
     split_columns,
     strides_of,
 )
+from powerflow_fast.kernels.unit_gradient import KeptColumns
 
 
 @triton.jit
@@ -40,26 +40,26 @@ def write_probabilities(
     target,  # [BLOCK_N]
     shift,  # [BLOCK_N] in units of log 2
     total,  # [BLOCK_N] sum of exp2(z - shift) over the whole vocabulary
-    rows_soft,  # [BLOCK_N] pointers to the rows of soft
+    rows_exp,  # [BLOCK_N] pointers to the rows of exp_logits
     start_k,
     mask_n,
     form,
     ROUND_TO: tl.constexpr,
-    SOFT_EXPONENT: tl.constexpr,
+    STORED_EXPONENT: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Stores the part's numerators and returns its mass, [BLOCK_N]."""
+    """Stores the part's exp-logits and returns its mass, [BLOCK_N]."""
     offs_k = start_k + tl.arange(0, PART)
     mask_k = offs_k < count
     offs_v = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
     logits, slope = form_logits(product, bias_ptr, offs_v, mask_k, form, ROUND_TO)
     p = tl.exp2(above_shift(logits, shift[:, None])) / total[:, None]
     p = tl.where(offs_v[None, :] == target[:, None], 0.0, p)
-    soft = p * slope
-    if SOFT_EXPONENT != 0:
-        soft *= 2.0**SOFT_EXPONENT
-    soft = round_to(soft, rows_soft.dtype.element_ty)
-    tl.store(rows_soft[:, None] + offs_k[None, :], soft, mask=mask_n[:, None])
+    exp_logits = p * slope
+    if STORED_EXPONENT != 0:
+        exp_logits *= 2.0**STORED_EXPONENT
+    exp_logits = round_to(exp_logits, rows_exp.dtype.element_ty)
+    tl.store(rows_exp[:, None] + offs_k[None, :], exp_logits, mask=mask_n[:, None])
     return tl.sum(p, 1)
 
 
@@ -75,13 +75,13 @@ def kept_probabilities_kernel(
     kept,  # Kept
     most,  # columns of a row of kept.columns
     mass_ptr,  # [tiles, N] zeros: a block that keeps fewer columns leaves some
-    soft_ptr,  # [N, padded columns]
-    stride_sn,
+    exp_logits_ptr,  # [N, padded columns]
+    stride_en,
     num_n,
     num_h,
     form,
     ROUND_TO: tl.constexpr,
-    SOFT_EXPONENT: tl.constexpr,
+    STORED_EXPONENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -119,7 +119,7 @@ def kept_probabilities_kernel(
     shift = tl.load(row_shift_ptr + offs_n, mask=mask_n, other=0.0)
     total = tl.load(row_total_ptr + offs_n, mask=mask_n, other=1.0)
     mass = tl.zeros([BLOCK_N], tl.float32)
-    rows_soft = soft_ptr + offs_n.to(tl.int64) * stride_sn
+    rows_exp = exp_logits_ptr + offs_n.to(tl.int64) * stride_en
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
         mass += write_probabilities(
@@ -130,32 +130,29 @@ def kept_probabilities_kernel(
             target,
             shift,
             total,
-            rows_soft,
+            rows_exp,
             start_k + index * PART,
             mask_n,
             form,
             ROUND_TO,
-            SOFT_EXPONENT,
+            STORED_EXPONENT,
             PART,
         )
     tl.store(mass_ptr + tl.program_id(0).to(tl.int64) * num_n + offs_n, mass, mask=mask_n)
 
 
 def kept_probabilities(
-    policy: Operands,
-    targets: torch.Tensor,  # [N] contiguous
+    heads: Heads,  # of which the policy
     row_shift: torch.Tensor,  # [N] as `combine` left it
     row_total: torch.Tensor,  # [N] likewise
-    kept: Kept,
+    kept: KeptColumns,
     most: int,  # the largest count
-    options,
-    tile: Tile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> soft [N, most padded to whole tiles] in the dtype of hidden, mass [N] float32."""
-    hidden, weight, bias = policy
+    """-> exp_logits [N, most padded to whole tiles] in the dtype of hidden, mass [N] float32."""
+    (hidden, weight, bias), options, tile = heads.policy, heads.options, heads.tile
     num_n, num_h = hidden.shape
     tiles = ceil_div(most, tile.columns)
-    soft = hidden.new_empty((num_n, tiles * tile.columns))
+    exp_logits = hidden.new_empty((num_n, tiles * tile.columns))
     mass = torch.zeros((tiles, num_n), dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         kept_probabilities_kernel[(tiles, ceil_div(num_n, tile.rows))](
@@ -163,20 +160,20 @@ def kept_probabilities(
             weight=weight,
             bias_ptr=bias,
             strides=strides_of(hidden, weight),
-            targets_ptr=targets,
+            targets_ptr=heads.targets,
             row_shift_ptr=row_shift,
             row_total_ptr=row_total,
             kept=kept,
             most=kept.columns.stride(0),
             mass_ptr=mass,
-            soft_ptr=soft,
-            stride_sn=soft.stride(0),
+            exp_logits_ptr=exp_logits,
+            stride_en=exp_logits.stride(0),
             num_n=num_n,
             num_h=num_h,
             form=logit_form(options),
             ROUND_TO=rounding(options, hidden.dtype),
-            SOFT_EXPONENT=soft_exponent(hidden.dtype),
+            STORED_EXPONENT=stored_exponent(hidden.dtype),
             **tile.constants,
             **tile.launch_options,
         )
-    return soft, mass.sum(0)
+    return exp_logits, mass.sum(0)

@@ -1,16 +1,16 @@
-"""The direction d logps / d hidden where the vendor's product does not serve.
+"""The unit gradient d logps / d hidden where the vendor's product does not serve.
 
 The eager code it replaces, with p the softmax and J the softcap's slope:
 
-    direction = derivative * (J_y * weight[y] - (p * J) @ weight)             # [N, H]
+    unit_gradient = dlogit_dproduct * (J_y * weight[y] - (p * J) @ weight)    # [N, H]
 
-Of float16 `soft` holds the numerators of p * J relative to their own part's shift. They are brought
-to the row's shift, a multiplication by a power of two, on their way into the matrix unit. (On
-Hopper, Triton waits for that unit at every such step.) The target's column is absent from `soft`,
-so that weight[y] enters once, with J_y * (1 - p_y) in float32.
+`exp_logits` holds p * J but for a factor. In float16 each part of a row is relative to that part's
+shift. A multiplication by a power of two brings it to the row's shift on its way into the matrix
+unit. (On Hopper, Triton waits for that unit at every such step.) The target's column is absent, so
+weight[y] enters once, with J_y * (1 - p_y) in float32.
 
-On the certified route `soft` holds p * J of the columns that each block of rows keeps, and the rows
-of the weight are gathered.
+On the certified route `exp_logits` holds p * J of the columns that each block of rows keeps, and
+the kernel gathers those rows of the weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from powerflow_fast.kernels.active_blocks import ActiveBlocks, active_blocks
-from powerflow_fast.kernels.config import Config, ceil_div, soft_exponent
+from powerflow_fast.kernels.config import GROUP, ceil_div, stored_exponent
+from powerflow_fast.kernels.statistics import Heads
 from powerflow_fast.kernels.tiles import (
     as_factor,
     can_describe,
@@ -33,8 +34,6 @@ from powerflow_fast.kernels.tiles import (
     walk_in_groups,
     write_idle_zeros,
 )
-
-GROUP = 16
 
 
 @triton.jit
@@ -50,10 +49,10 @@ def at_targets(
 ):
     """-> of each row: target, (1 - p) J, pointer to weight[target], whether there is such a row.
 
-    Of a target outside the vocabulary 1 - p is NaN, hence its direction: nothing is read for it.
+    Where a target is outside the vocabulary 1 - p is NaN, so the gradient is: nothing is read.
     """
     target = tl.load(rows.targets + offs_n, mask=mask_n, other=ignore_index)
-    slope = tl.load(rows.others + offs_n, mask=mask_n, other=0.0)
+    slope = tl.load(rows.one_minus_p + offs_n, mask=mask_n, other=0.0)
     if form.cap is not None:
         capped = tl.load(rows.target_logit + offs_n, mask=mask_n, other=0.0) / form.cap
         slope *= 1.0 - capped * capped
@@ -62,10 +61,10 @@ def at_targets(
 
 
 @triton.jit
-def write_direction(
-    mean,  # [BLOCK_N, WIDTH] tile of soft @ weight
+def write_unit_gradient(
+    mean,  # [BLOCK_N, WIDTH] tile of exp_logits @ weight
     rows_y,  # [BLOCK_N] pointers to the rows weight[target]
-    rows_out,  # [BLOCK_N] pointers to the rows of direction
+    rows_out,  # [BLOCK_N] pointers to the rows of unit gradient
     factor_y,  # [BLOCK_N]
     factor_mean,  # [BLOCK_N]
     counted,  # [BLOCK_N]
@@ -90,25 +89,25 @@ def write_direction(
 
 
 @triton.jit
-def direction_kernel(
-    soft,  # [N, columns] pointer, or tensor descriptor if USE_TMA
-    stride_sn,
+def unit_gradient_kernel(
+    exp_logits,  # [N, columns] pointer, or tensor descriptor if USE_TMA
+    stride_en,
     weight,  # [V, H] likewise
     weight_ptr,  # [V, H] the rows of the targets are gathered from here
     stride_wv,
     stride_wh,
     rows,  # TargetRows
     active,  # ActiveBlocks
-    shifts,  # Shifts, or None: `soft` is relative to the row's total already
-    kept,  # Kept columns, for which alone `soft` stands, or None: all
+    shifts,  # Shifts, or None: `exp_logits` is relative to the row's total already
+    kept,  # Kept columns, for which alone `exp_logits` stands, or None: all
     most,  # columns of a row of kept.columns
-    direction_ptr,  # [N, H] contiguous
+    unit_gradient_ptr,  # [N, H] contiguous
     num_n,
     num_v,
     num_h,
     num_rows,  # of the shifts
     form,
-    soft_scale,
+    stored_scale,
     ignore_index,
     USE_TMA: tl.constexpr,
     PART: tl.constexpr,  # columns that share a shift
@@ -125,7 +124,15 @@ def direction_kernel(
     idle = program - num_blocks * num_columns
     if idle >= 0:
         write_idle_zeros(
-            direction_ptr, num_h, active.blocks, num_blocks, idle, num_n, num_h, BLOCK_N, BLOCK_H
+            unit_gradient_ptr,
+            num_h,
+            active.blocks,
+            num_blocks,
+            idle,
+            num_n,
+            num_h,
+            BLOCK_N,
+            BLOCK_H,
         )
         return
     position, column = walk_in_groups(program, num_blocks, num_columns, GROUP)
@@ -145,49 +152,49 @@ def direction_kernel(
     num_kept = num_v
     if kept is not None:
         num_kept = tl.load(kept.counts + start_n // BLOCK_N)
-        own_columns = kept.columns + (start_n // BLOCK_N).to(tl.int64) * most
+        block_columns = kept.columns + (start_n // BLOCK_N).to(tl.int64) * most
 
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for step in range(tl.cdiv(num_kept, BLOCK_V)):
         start_v = step * BLOCK_V
         if USE_TMA:
-            tile_s = soft.load([start_n, start_v])
+            tile_e = exp_logits.load([start_n, start_v])
             tile_w = weight.load([start_v, start_h])
         else:
             offs = start_v + offs_v
             mask_v = offs < num_kept
-            rows_s = soft + offs_n.to(tl.int64)[:, None] * stride_sn
-            tile_s = tl.load(rows_s + offs[None, :], mask=mask_n[:, None], other=0.0)
+            rows_e = exp_logits + offs_n.to(tl.int64)[:, None] * stride_en
+            tile_e = tl.load(rows_e + offs[None, :], mask=mask_n[:, None], other=0.0)
             if kept is not None:
-                offs = tl.load(own_columns + offs, mask=mask_v, other=0)
+                offs = tl.load(block_columns + offs, mask=mask_v, other=0)
             rows_w = weight + offs.to(tl.int64)[:, None] * stride_wv
             tile_w = tl.load(
                 rows_w + offs_h.to(tl.int64)[None, :] * stride_wh,
                 mask=mask_v[:, None] & mask_h[None, :],
                 other=0.0,
             )
-        tile_s = as_factor(tile_s)
+        tile_e = as_factor(tile_e)
         if shifts is not None:
             part = (start_v // PART).to(tl.int64)
             shift = tl.load(shifts.tile_shift + part * num_rows + offs_n, mask=mask_n, other=0.0)
             # In float32: the factor itself may be below float16's smallest number.
-            scaled = tile_s.to(tl.float32) * tl.exp2(shift - row_shift)[:, None]
-            tile_s = round_to(scaled, tile_s.dtype)
-        acc = tl.dot(tile_s, as_factor(tile_w), acc, input_precision="ieee")
+            scaled = tile_e.to(tl.float32) * tl.exp2(shift - row_shift)[:, None]
+            tile_e = round_to(scaled, tile_e.dtype)
+        acc = tl.dot(tile_e, as_factor(tile_w), acc, input_precision="ieee")
 
     target, slope, rows_y, inside = at_targets(
         weight_ptr, rows, offs_n, mask_n, num_v, stride_wv, form, ignore_index
     )
-    rows_out = direction_ptr + offs_n.to(tl.int64) * num_h
+    rows_out = unit_gradient_ptr + offs_n.to(tl.int64) * num_h
     WIDTH: tl.constexpr = BLOCK_H // PARTS
     parts = split_columns(acc, PARTS)
     for index in tl.static_range(PARTS):
-        write_direction(
+        write_unit_gradient(
             parts[index],
             rows_y,
             rows_out,
-            slope * form.derivative,
-            soft_scale * form.derivative / total,
+            slope * form.dlogit_dproduct,
+            stored_scale * form.dlogit_dproduct / total,
             target != ignore_index,
             inside,
             mask_n,
@@ -199,7 +206,7 @@ def direction_kernel(
 
 
 class Shifts(NamedTuple):
-    """What numerators that are relative to their own tile's shift are to be brought to."""
+    """Shifts of exp-logits that are relative to their own part's, and what to bring them to."""
 
     tile_shift: torch.Tensor  # [parts, rows]
     row_shift: torch.Tensor  # [rows]
@@ -207,43 +214,40 @@ class Shifts(NamedTuple):
 
 
 class TargetRows(NamedTuple):
-    """What the direction takes of each row's target."""
+    """What the unit gradient takes of each row's target."""
 
     targets: torch.Tensor  # [N] contiguous
-    others: torch.Tensor  # [N] 1 - p of the target, NaN where it is outside the vocabulary
+    one_minus_p: torch.Tensor  # [N] 1 - p of the target, NaN where it is outside the vocabulary
     target_logit: torch.Tensor  # [N]
 
 
-class Kept(NamedTuple):
+class KeptColumns(NamedTuple):
     """Columns of the vocabulary that each block of rows keeps."""
 
     columns: torch.Tensor  # [row blocks, most] int32, ascending
     counts: torch.Tensor  # [row blocks] int32, at most `most`
-    lowest: torch.Tensor  # [row blocks] float32: they are those whose peak is not below this
+    threshold: torch.Tensor  # [row blocks] float32: those whose maximum is not below this
 
 
-def write_directions(
-    soft: torch.Tensor,  # [N, padded columns]
-    weight: torch.Tensor,  # [V, H]
+def write_unit_gradients(
+    exp_logits: torch.Tensor,  # [N, padded columns]
+    heads: Heads,  # of which the policy
     rows: TargetRows,
-    direction: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
-    options,
-    config: Config,
-    shifts: Shifts | None = None,  # None: `soft` is relative to its row's total
-    kept: Kept | None = None,  # None: `soft` covers the whole vocabulary
+    unit_gradient: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
+    shifts: Shifts | None = None,  # None: `exp_logits` is relative to its row's total
+    kept: KeptColumns | None = None,  # None: `exp_logits` covers the whole vocabulary
     active: ActiveBlocks | None = None,  # None: blocks with a row that counts
 ) -> None:
     """Rows past N in the shifts are the reference's and are not read."""
-    (num_v, num_h), num_n = weight.shape, len(rows.targets)
-    tile = config.direction
-    assert kept is None or tile.rows == config.statistics.rows
-    use_tma = config.tma and kept is None and can_describe(soft) and can_describe(weight)
+    weight, options, config = heads.policy.weight, heads.options, heads.config
+    (num_v, num_h), num_n, tile = weight.shape, len(rows.targets), config.unit_gradient
+    use_tma = config.tma and kept is None and can_describe(exp_logits) and can_describe(weight)
     active = active or active_blocks(rows.targets, options.ignore_index, tile.rows)
     grid = (ceil_div(num_n, tile.rows) * ceil_div(num_h, tile.columns),)
-    with torch.cuda.device_of(soft):
-        direction_kernel[grid](
-            soft=describe(soft, tile.rows, tile.depth, use_tma),
-            stride_sn=soft.stride(0),
+    with torch.cuda.device_of(exp_logits):
+        unit_gradient_kernel[grid](
+            exp_logits=describe(exp_logits, tile.rows, tile.depth, use_tma),
+            stride_en=exp_logits.stride(0),
             weight=describe(weight, tile.depth, tile.columns, use_tma),
             weight_ptr=weight,
             stride_wv=weight.stride(0),
@@ -253,13 +257,13 @@ def write_directions(
             shifts=shifts,
             kept=kept,
             most=kept.columns.stride(0) if kept else 0,
-            direction_ptr=direction,
+            unit_gradient_ptr=unit_gradient,
             num_n=num_n,
             num_v=num_v,
             num_h=num_h,
             num_rows=shifts.tile_shift.shape[1] if shifts else 0,
             form=logit_form(options),
-            soft_scale=2.0 ** -soft_exponent(soft.dtype),
+            stored_scale=2.0 ** -stored_exponent(exp_logits.dtype),
             ignore_index=options.ignore_index,
             USE_TMA=use_tma,
             PART=config.statistics.part,

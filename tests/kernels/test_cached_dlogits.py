@@ -1,12 +1,13 @@
-"""Gradients of a trained head from kept numerators, against float64 autograd."""
+"""Gradients of a trained head from its softmax cache, against float64 autograd."""
 
 import pytest
 import torch
 
-from powerflow_fast.kernels import config, dlogits
+from powerflow_fast.kernels import config
 from powerflow_fast.logprobs import triton_backend
+from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.softmax_cache import new_numerators
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 from tests.helpers.numerics import gradient_tolerance, relative_error
 from tests.helpers.truth import DTYPES, Head, make_head, poison, tile_sizes
 from tests.kernels.test_backward import ALL, expected_gradients
@@ -20,16 +21,14 @@ def _poisoned(monkeypatch):
 
 
 def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # noqa: B008 (frozen)
-    """Forward and backward with numerators of the first rows."""
-    layout = triton_backend.numerators_layout(head.hidden.device)
+    """Forward and backward with the softmax of the first rows cached."""
+    tiling = triton_backend.vocab_tiling(head.hidden.device)
     wide = head.hidden.new_empty(rows, 10_000)  # a head for which the budget is no limit
-    kept = new_numerators(wide, head.weight, layout, True)
-    assert kept.rows == rows
-    inputs = (head.hidden, head.weight, head.bias, targets)
-    out = triton_backend.forward(*inputs, None, options, False, kept)
-    return triton_backend.backward(
-        grad_logps, None, *inputs, out.logps, out.lse, None, options, ALL, None, kept
-    )
+    cache = new_softmax_cache(wide, head.weight, tiling)
+    assert cache.rows == rows
+    out = triton_backend.forward(head.operands(), None, targets, options, cache)
+    upstream = Upstream(grad_logps, None, targets, out.logps, out.lse, None)
+    return triton_backend.backward(head.operands(), upstream, options, ALL, cache=cache)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +38,7 @@ def run(head: Head, targets, grad_logps, rows: int, options=HeadOptions()):  # n
         lambda block, columns: (1, 1, 8, 2),
         # odd H: pointer loads; one row in the second block
         lambda block, columns: (block + 1, block + 1, 33, 2 * columns + 2),
-        # kept rows end within a block; one column in the last tile
+        # cached rows end within a block; one column in the last tile
         lambda block, columns: (block + 5, block // 2 + 2, 40, columns + 1),
         lambda block, columns: (5, 0, 40, 70),
     ],
@@ -71,15 +70,15 @@ def test_chunks_of_rows_and_columns(device, monkeypatch):
         assert relative_error(got, want) < gradient_tolerance(torch.float32)
 
 
-def test_kept_rows_are_not_recomputed(device, monkeypatch):
+def test_cached_rows_are_not_recomputed(device, monkeypatch):
     recomputed = set()
-    write = dlogits.write_dlogits_chunk
+    write = triton_backend.write_dlogits_chunk
 
-    def spy(policy, *arguments):
-        recomputed.add(len(policy.hidden))
-        write(policy, *arguments)
+    def spy(chunk, *arguments):
+        recomputed.add(len(chunk.policy.hidden))
+        write(chunk, *arguments)
 
-    monkeypatch.setattr(dlogits, "write_dlogits_chunk", spy)
+    monkeypatch.setattr(triton_backend, "write_dlogits_chunk", spy)
     head = make_head(20, 16, 70, torch.float32, device)
     targets = torch.randint(70, (20,), device=device)
     for rows, others in ((20, set()), (17, {3}), (0, {20})):
@@ -119,11 +118,11 @@ def test_float16_does_not_underflow_inside(device):
     assert relative_error(grad_hidden, expected) < gradient_tolerance(torch.float16)
 
 
-def test_every_tile_fits_the_layout():
-    """The sizes of what is kept must not depend on the tiles that a device gets."""
-    piece, multiple = config.numerators_layout()
+def test_every_tile_fits_the_cache():
+    """The sizes of the cache must not depend on the tiles that a device gets."""
+    tile_columns, padded_to = config.CACHE_TILE, config.CACHE_MULTIPLE
     table = config.TABLE.values()
     for tile in (*config.CANDIDATES, *(row.statistics for row in table)):
-        assert tile.part % piece == 0 and multiple % tile.columns == 0
+        assert tile.part % tile_columns == 0 and padded_to % tile.columns == 0
     for tile in (*config.CANDIDATES, *(row.dlogits for row in table)):
-        assert tile.columns % piece == 0  # a chunk of the backward pass begins with a tile
+        assert tile.columns % tile_columns == 0  # a chunk of the backward pass begins with a tile

@@ -1,0 +1,25 @@
+"""What goes to the kernels. No Triton here: the PyTorch back end computes with the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+
+Rows = TypeVar("Rows", bound=tuple)
+
+# Of the objective: whether policy and reference log-probs of a sequence are averaged, not summed.
+BALANCES = {"length": (True, True), "trajectory": (False, False), "token": (False, True)}
+
+
+class Head(NamedTuple):
+    """One model's language-model head and its input: policy and reference are two of them."""
+
+    hidden: torch.Tensor  # [N, H]; [..., H] at the public edge
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+
+
+def of_rows(values: Rows, rows: slice | torch.Tensor) -> Rows:
+    """A NamedTuple of tensors [..., N] (or None) for some of their N rows."""
+    return type(values)(*(None if x is None else x[..., rows] for x in values))
