@@ -60,15 +60,15 @@ def floors(n: int, h: int, v: int, kept: float, itemsize: int = 2) -> list[Floor
     pair = Floor("statistics, two models", 2 * product, 2 * states + head + 2 * statistics)
     return [
         pair,
-        pair._replace(kernel="  and numerators", bytes=pair.bytes + exp_logits),
+        pair._replace(kernel="  and exp-logits", bytes=pair.bytes + exp_logits),
         pair._replace(kernel="  and candidate columns", bytes=pair.bytes + column_max),
         Floor("combine, two models", 0.0, 2 * statistics),
-        Floor("direction", product, exp_logits + head + unit_gradient),
+        Floor("unit gradient", product, exp_logits + head + unit_gradient),
         Floor("choose columns", 0.0, column_max),
         Floor("kept probabilities", kept * product, states + head + kept * exp_logits),
-        Floor("direction of kept", kept * product, kept * exp_logits + head + unit_gradient),
+        Floor("unit gradient of kept", kept * product, kept * exp_logits + head + unit_gradient),
         Floor("d logits (trained head)", product, states + head + exp_logits),
-        Floor("d logits of kept numerators", 0.0, 2 * exp_logits),
+        Floor("d logits of the softmax cache", 0.0, 2 * exp_logits),
     ]
 
 

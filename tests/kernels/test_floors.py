@@ -13,10 +13,10 @@ N, H, V = 1024, 512, 32000
 def test_certified_route_needs_two_products_and_the_kept_share():
     product = 2 * N * H * V
     by_name = {floor.kernel.strip(): floor for floor in floors(N, H, V, kept=0.1)}
-    exact = by_name["statistics, two models"].flops + by_name["unit_gradient"].flops
+    exact = by_name["statistics, two models"].flops + by_name["unit gradient"].flops
     sparse = sum(
         by_name[name].flops
-        for name in ("statistics, two models", "kept probabilities", "direction of kept")
+        for name in ("statistics, two models", "kept probabilities", "unit gradient of kept")
     )
     assert exact == 3 * product and sparse == pytest.approx(2.2 * product)
 

@@ -59,7 +59,7 @@ def test_every_chip_has_a_title_and_a_line_is_shown_before_the_next_is_compiled(
     for index, (name, chip) in enumerate(CHIPS.items()):
         title = f"\n{name} ({chip.devices}), matrix unit: {chip.matrix_name}\n"
         assert title in shown[2 * index] and "  combine" not in shown[2 * index + 1]
-        assert "  statistics soft models=2  " in shown[2 * index + 1]
+        assert "  statistics exp_logits models=2  " in shown[2 * index + 1]
     assert max(map(len, "".join(shown).splitlines())) <= 125
     assert "none in 14 kernels" in capsys.readouterr().out
 
@@ -71,7 +71,7 @@ def test_the_legend_explains_every_column():
 
 def test_a_line_under_its_head():
     assert table.line(FACTS).split() == (
-        "statistics soft models=2 64 0/0 1024 4 6 1 71 796/1797 - 1.5".split()
+        "statistics exp_logits models=2 64 0/0 1024 4 6 1 71 796/1797 - 1.5".split()
     )
     assert table.line(PLAIN).split() == "combine 64 0/0 1024 - - - - - - 1.5".split()
     flat = replace(FACTS, flattened=True, step=97.5, epilogue_marked=None)
@@ -96,6 +96,6 @@ def test_the_verdict_comes_from_the_rows():
         replace(FACTS, chip="sm_80", flags=(), matrix=0, shared=CHIPS["sm_80"].shared + 1),
     ]
     verdict = table.verdict(rows)
-    assert "spills: sm_90 direction\n" in verdict
+    assert "spills: sm_90 unit_gradient\n" in verdict
     assert "shared memory: too much in sm_80 statistics\n" in verdict
     assert verdict.endswith("matrix unit: not used by sm_80 statistics")
