@@ -110,13 +110,13 @@ class RowReader:
     def _ended(self, completion: list[int]) -> list[int]:
         if completion and completion[-1] in self.ends:
             return completion
-        own = self.tokenizer.eos_token_id
-        if own is None and not self.ends:
+        of_tokenizer = self.tokenizer.eos_token_id
+        if of_tokenizer is None and not self.ends:
             raise ValueError(
                 "processing_class: expected an end-of-sequence token, got none, and the model "
                 "names none either; set tokenizer.eos_token"
             )
-        return [*completion, self.ends[0] if own is None else own]
+        return [*completion, self.ends[0] if of_tokenizer is None else of_tokenizer]
 
 
 def _plain(value: Any) -> Any:

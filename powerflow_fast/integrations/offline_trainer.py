@@ -1,4 +1,7 @@
-"""`LATBTrainer`: LA-TB on completions that exist already, on transformers' Trainer."""
+"""`LATBTrainer`: LA-TB on completions that exist already, on transformers' Trainer.
+
+Both models are patched with `patch_head`; no completion is drawn and nothing else is changed.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,15 @@ from powerflow_fast.integrations.patch_head import patch_head
 from powerflow_fast.logprobs.validation import check_number, is_finite
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.models.context import Context
-from powerflow_fast.models.lm_head import base_model, disable_dropout, keep_gradient
+from powerflow_fast.models.lm_head import base_model, trial_ids
+from powerflow_fast.models.parameters import disable_dropout, keep_gradient, trained_parameters
 from powerflow_fast.models.sampling import end_tokens
-from powerflow_fast.training.checks import (
-    check_adapter,
-    check_arguments,
-    check_pair,
-    given_back,
-    trial_ids,
-)
+from powerflow_fast.training.checks import check_adapter, check_arguments
+from powerflow_fast.training.given_back import given_back
 from powerflow_fast.training.health import SoundSteps
 from powerflow_fast.training.metrics import LossFigures
 from powerflow_fast.training.progress import show_lines
+from powerflow_fast.training.trials import check_pair
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -46,11 +46,19 @@ def _check_options(alpha: float, log_z: float | str, clip_eps: float) -> None:
         raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
 
 
-def _check_reference(model: PreTrainedModel, ref_model: PreTrainedModel) -> None:
-    """ValueError where training `model` would change `ref_model`, or their tokens differ."""
+def _check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None) -> None:
+    """ValueError where `model` cannot be trained, or its reference would not stay what it is."""
+    if ref_model is None and not hasattr(model, "disable_adapter"):
+        raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
+    trained = trained_parameters(model)
+    if not trained:
+        raise ValueError("model: nothing to train, every parameter is frozen")
+    for adapter in getattr(model, "peft_config", {}).values():
+        check_adapter(adapter)
+    if ref_model is None:
+        return
     fixed = {id(p) for p in ref_model.parameters()}
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    shared = next((name for name, p in trained if id(p) in fixed), None)
+    shared = next((name for name, p in trained.items() if id(p) in fixed), None)
     if shared is not None:
         raise ValueError(
             f"ref_model: it shares {shared} with the model that is trained, so it would move with "
@@ -64,8 +72,9 @@ def _check_reference(model: PreTrainedModel, ref_model: PreTrainedModel) -> None
 class LATBTrainer(LossFigures, Trainer):
     """Trains on (prompt, completion) rows that some sampler wrote, without sampling any.
 
-    Rows of one prompt are kept together: a batch size counts prompts, not completions. The loss is
-    the mean over all completions of an optimizer step, whatever the micro-batches and ranks.
+    Rows of one prompt stay together: a batch size counts prompts, not completions. The loss (LA-TB,
+    arXiv 2603.18363, eq. 10) is the mean over all completions of an optimizer step, whatever the
+    micro-batches and ranks.
 
     Args:
         model: a causal language model with `ref_model`, or a PeftModel, whose base without its
@@ -76,17 +85,19 @@ class LATBTrainer(LossFigures, Trainer):
             policy that sampled; they give clipped importance weights) and `psi` (format term,
             nats/token). A completion given as text or messages gets the tokenizer's
             end-of-sequence token, unless it ends with one of the model's already. `eval_dataset`
-            may be a dict of such, whose names the figures of each then carry.
+            may be a dict of data sets; figures in the logs then carry their names.
         processing_class: the tokenizer.
         ref_model: the frozen reference where it is not the base of `model`.
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
-        temperature: at which the completions were sampled.
-        head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Those
-            that the model was patched with before stay.
+        temperature: the one the completions were sampled at, > 0.
+        head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Options
+            of an earlier `patch_head` of the model stay.
         **kwargs: every other argument of Trainer.
 
     Raises:
         ValueError: for rows it cannot use, a missing reference, or a head `patch_head` refuses.
+        TrainingStopped: from `train()`, where loss, gradient or a parameter is not finite, or the
+            gradient stays 0.
     """
 
     def __init__(
@@ -105,34 +116,22 @@ class LATBTrainer(LossFigures, Trainer):
         head: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if ref_model is None and not hasattr(model, "disable_adapter"):
-            raise ValueError("ref_model: expected a model, or a PeftModel as `model`, got neither")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("model: nothing to train, every parameter is frozen")
-        for adapter in getattr(model, "peft_config", {}).values():
-            check_adapter(adapter)
+        _check_models(model, ref_model)
         _check_options(alpha, log_z, clip_eps)
-        if ref_model is not None:
-            _check_reference(model, ref_model)
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
         check_arguments(args)
-        config = base_model(model).config
+        config, ends = base_model(model).config, end_tokens(model, processing_class)
         vocabulary = config.get_text_config().vocab_size
-        ends = end_tokens(model, processing_class)
         self._reader = RowReader(processing_class, ends, vocabulary, Context(config))
         train_items = self._read("train_dataset", train_dataset)
-        eval_items: Any = None
-        if isinstance(eval_dataset, Mapping):
-            eval_items = {k: self._read(f"eval_dataset[{k!r}]", x) for k, x in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_items = self._read("eval_dataset", eval_dataset)
+        eval_items = self._read_all("eval_dataset", eval_dataset)
         args.remove_unused_columns = False
+        parts = [model] if ref_model is None else [model, ref_model]
         with given_back(model), given_back(ref_model):
-            for part in (model, ref_model):
-                if part is not None:
-                    patch_head(part, temperature, **(head or {}))
-                    disable_dropout(part)
-                    keep_gradient(part)
+            for part in parts:
+                patch_head(part, temperature, **(head or {}))
+                disable_dropout(part)
+                keep_gradient(part)
             super().__init__(
                 model,
                 args,
@@ -142,17 +141,19 @@ class LATBTrainer(LossFigures, Trainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-            for part in (model, ref_model):
-                if part is not None:
-                    check_pair(part, trial=partial(_scores, part))
+            for part in parts:
+                check_pair(part, trial=partial(_scores, part))
         sound = SoundSteps(self.accelerator)
         sound.alpha = alpha
         self.add_callback(sound)
         show_lines(self)
         self.loss_is_scaled_for_ga = True
-        # SoundSteps stops on all ranks together where log-probs are not finite.
-        self.loss_options = {"alpha": alpha, "log_z": log_z, "clip_eps": clip_eps}
-        self.loss_options["check_finite"] = False
+        self.loss_options: dict[str, Any] = dict(
+            alpha=alpha,
+            log_z=log_z,
+            clip_eps=clip_eps,
+            check_finite=False,  # SoundSteps stops on all ranks together
+        )
         self.ref_model = None
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(
@@ -160,7 +161,13 @@ class LATBTrainer(LossFigures, Trainer):
             )
         self.start_figures()
 
-    def _read(self, name: str, rows: Iterable[Mapping[str, Any]]) -> list[list[Item]]:
+    def _read_all(self, name: str, rows: Rows | Mapping[str, Rows] | None) -> Any:
+        """A data set, or each of a dict."""
+        if isinstance(rows, Mapping):
+            return {key: self._read(f"{name}[{key!r}]", part) for key, part in rows.items()}
+        return None if rows is None else self._read(name, rows)
+
+    def _read(self, name: str, rows: Rows) -> list[list[Item]]:
         groups = self._reader.groups(name, rows)
         alone = next((group[0] for group in groups if len(group) < 2), None)
         if self._grouped and alone is not None:
@@ -226,9 +233,8 @@ class LATBTrainer(LossFigures, Trainer):
         return (out.loss, scored) if return_outputs else out.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss's metrics since the last log, over all ranks, by PowerFlowTrainer's names.
-
-        Those of an evaluation begin with `eval_`.
+        """Adds the loss's metrics since the last log, over all ranks, by PowerFlowTrainer's names;
+        names of an evaluation begin with `eval_`.
         """
         logs.update(self.loss_figures())  # in place: what `evaluate` returns
         super().log(logs, start_time)

@@ -1,6 +1,7 @@
 """`patch_head`: a causal language model of transformers whose forward returns log-probs.
 
-`unpatch_head` undoes it, and `FusedHeadOutput` is what such a forward returns.
+`unpatch_head` undoes it, and `FusedHeadOutput` is what such a forward returns. Only the forward of
+the given model is replaced, on the instance; classes and weights stay as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import inspect
 import math
 import sys
 import types
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ from powerflow_fast.models.lm_head import (
 )
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+LABELS = ("labels", "shift_labels", "num_items_in_batch")
 ROWS = 256  # of full logits at a time, for the one statistic that needs them
 
 
@@ -114,31 +117,21 @@ def patch_head(
     model = _patchable(model)
     head = getattr(model, "_fused_head_options", {}) | head
     options = HeadOptions(temperature=temperature, **head)
+    statistics = functools.partial(_statistics, options=options, outputs=outputs)
     check_head(model)
     patches = getattr(model, "_fused_head_patches", ())
 
     # The signature stays, at which generate() and Trainer look, not by `__wrapped__`: what takes
     # wrappers off, as unwrap_model of accelerate does, would take the patch off too.
     @functools.wraps(type(model).forward)
-    def forward(
-        self,
-        *args,
-        fused_lm_head=None,
-        labels=None,
-        shift_labels=None,
-        num_items_in_batch=None,
-        **rest,
-    ):
-        given = dict(
-            labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-        )
-        given = {name: value for name, value in given.items() if value is not None}
-        has_labels = labels is not None or shift_labels is not None
+    def forward(self, *args, fused_lm_head=None, **inputs):
+        inputs = {k: v for k, v in inputs.items() if v is not None or k not in LABELS}
+        has_labels = "labels" in inputs or "shift_labels" in inputs
         if not (with_labels and has_labels if fused_lm_head is None else fused_lm_head):
-            return _forward_before(self, len(patches), *args, **rest, **given)
+            return _forward_before(self, len(patches), *args, **inputs)
         if not has_labels or len(args) > 1:
             raise ValueError("fused_lm_head: expected labels, and by keyword all but input_ids")
-        return score(self, options, outputs, cast_lm_head_to_fp32, *args, **rest, **given)
+        return _score(self, statistics, cast_lm_head_to_fp32, *args, **inputs)
 
     vars(forward)["__signature__"] = inspect.signature(forward)
     del vars(forward)["__wrapped__"]
@@ -189,27 +182,28 @@ def _patchable(model: Any) -> PreTrainedModel:
 
 
 def _forward_before(model: PreTrainedModel, patch: int, *args: Any, **kwargs: Any) -> Any:
-    """The forward that patch number `patch` covers. It is kept on the model, not in a closure, so
-    that a copy of the model runs its own."""
+    """Run the forward that patch number `patch` covers: the model's instance holds it, no closure,
+    so that a copy of the model runs the copy's."""
     patches: Any = model._fused_head_patches
-    _, before = patches[patch]
-    return (
-        type(model).forward(model, *args, **kwargs) if before is None else before(*args, **kwargs)
-    )
+    before = patches[patch][1] or functools.partial(type(model).forward, model)
+    return before(*args, **kwargs)
 
 
-def score(
+def _score(
     model: PreTrainedModel,
-    options: HeadOptions,
-    outputs: tuple[str, ...],
+    statistics: Callable[[Tensor, Tensor, ModelHead], dict[str, Tensor]],
     in_fp32: bool,
     *args: Tensor,
-    labels: Tensor | None = None,  # [B, T]
-    shift_labels: Tensor | None = None,  # [B, T]
     num_items_in_batch: Tensor | int | None = None,
     **inputs: Any,
 ) -> FusedHeadOutput | tuple[Tensor, ...]:
-    """The forward pass of a patched model."""
+    """The forward pass of a patched model.
+
+    `inputs` are those of its own forward, with `labels` or `shift_labels` [B, T].
+    """
+    name = "shift_labels" if "shift_labels" in inputs else "labels"
+    labels = inputs.pop(name)
+    inputs.pop("labels", None)
     config = model.config.get_text_config()
     inputs["use_cache"] = False
     as_tuple = inputs.pop("return_dict", None) is False
@@ -218,24 +212,20 @@ def score(
     inner = backbone(model)
     out = inner(*args, **with_positions(inner, inputs))
     hidden = out.last_hidden_state
-    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-    if given.shape != hidden.shape[:-1]:
+    if labels.shape != hidden.shape[:-1]:
         expected = tuple(hidden.shape[:-1])
-        raise ValueError(f"{name}: expected [B, T] = {expected}, got {tuple(given.shape)}")
-    if shift_labels is None:
-        hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        raise ValueError(f"{name}: expected [B, T] = {expected}, got {tuple(labels.shape)}")
+    if name == "labels":
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
     # A model split over devices (`device_map`) may end on another one than its head.
     head = read_head(model)
-    device = head.weight.device
-    hidden, shift_labels = (x.to(device) for x in (hidden, shift_labels))
-    mask = shift_labels != -100
+    hidden, labels = (x.to(head.weight.device) for x in (hidden, labels))
+    mask = labels != -100
     context = torch.autocast(hidden.device.type, enabled=False) if in_fp32 else nullcontext()
     with context:
         rows = hidden[mask].float() if in_fp32 else hidden[mask]
-        targets = shift_labels[mask]
-        fields = through_head(
-            model, head, lambda rows, head: _statistics(rows, targets, head, options, outputs), rows
-        )
+        targets = labels[mask]
+        fields = through_head(model, head, lambda rows, head: statistics(rows, targets, head), rows)
     # Scattered with a graph, so that a batch with nothing to score gives a connected zero.
     fields = {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in fields.items()}
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

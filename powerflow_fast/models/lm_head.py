@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from powerflow_fast.logprobs.vocab_parallel import plain_tensor
+from powerflow_fast.models.parameters import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ REFUSED_MODELS = (
     "prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl "
     "xmod"
 ).split()
+TOKENS = 8  # of a trial
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_TYPES = (Tensor, nn.Parameter, DTensor)  # quantised tensors claim a plain dtype
 
@@ -101,14 +103,14 @@ def through_head(
     if not hasattr(head.weight, "ds_id"):
         return compute(hidden, _whole(head))
     layer = model.get_output_embeddings()
-    own = vars(layer).get("forward")
+    before = vars(layer).get("forward")
     layer.forward = lambda hidden: compute(hidden, _whole(read_head(model)))
     try:
         return layer(hidden)
     finally:
         del layer.forward
-        if own is not None:
-            layer.forward = own
+        if before is not None:
+            layer.forward = before
 
 
 def logit_transform(config) -> dict[str, Any]:
@@ -132,8 +134,8 @@ def logit_transform(config) -> dict[str, Any]:
     return {"logit_scale": scale, "softcap": caps[0] if caps else None}
 
 
-def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
-    """Compare the head as read with the model's own logits on `tokens` tokens, in two passes.
+def check_head(model: PreTrainedModel) -> None:
+    """Compare the head as read with the model's own logits on a few tokens, in two passes.
 
     Where parameters are sharded (ZeRO-3) or on the meta device the head is only read.
 
@@ -141,9 +143,9 @@ def check_head(model: PreTrainedModel, tokens: int = 4) -> None:
         ValueError: where they differ by more than the rounding of the model's dtype.
     """
     head = read_head(model)
-    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+    if is_sharded(model):
         return
-    ids = torch.arange(1, tokens + 1, device=model.device)[None] % head.weight.shape[0]
+    ids = trial_ids(model)
     with modes_kept(model), torch.no_grad():
         model.eval()
         logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -198,45 +200,6 @@ def base_model(policy):
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
-def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """Module, attribute and value of every dropout: layers, and numbers that modules keep.
-
-    A model that reads its configuration in the forward pass (Falcon) has more of them.
-    """
-    from torch.nn.modules.dropout import _DropoutNd
-
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            is_rate = "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
-            if is_rate and isinstance(value, float):
-                yield module, name, value
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set all of `dropouts` to 0."""
-    for module, name, _ in dropouts(model):
-        setattr(module, name, 0.0)
-
-
-def keep_gradient(model) -> None:
-    """Have bitsandbytes' 4-bit layers stay as they are in evaluation.
-
-    On CPUs with bf16 units they repack themselves in the first forward pass without a gradient
-    (0.50), and from then on give bf16 products through which no gradient comes.
-
-    Raises:
-        ValueError: where that has happened.
-    """
-    for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError(
-                    f"model: {name} was repacked for inference by a forward pass in evaluation, "
-                    "and no gradient comes through it; load the model anew"
-                )
-
-
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that ends in the hidden states which its head reads.
 
@@ -278,3 +241,9 @@ def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask:
     inner = backbone(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     return inner(**with_positions(inner, inputs)).last_hidden_state
+
+
+def trial_ids(model: PreTrainedModel, rows: int = 1) -> Tensor:
+    """[rows, TOKENS] a few tokens, all different where the vocabulary has enough."""
+    ids = torch.arange(1, rows * TOKENS + 1, device=model.device).view(rows, TOKENS)
+    return ids % model.config.get_text_config().vocab_size

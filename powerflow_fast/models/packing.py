@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from powerflow_fast.models.lm_head import backbone, modes_kept, positions
+from powerflow_fast.models.lm_head import backbone, modes_kept, positions, trial_ids
+from powerflow_fast.models.parameters import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +41,9 @@ def check_packing(model: PreTrainedModel) -> None:
 
     A model whose parameters are sharded already (ZeRO-3) is not tried: that would need a gather.
     """
-    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+    if is_sharded(model):
         return
-    ids = (
-        torch.arange(1, 17, device=model.device).view(2, 8)
-        % model.config.get_text_config().vocab_size
-    )
+    ids = trial_ids(model, rows=2)
     mask = torch.ones_like(ids)
     with modes_kept(model), torch.no_grad():
         model.eval()

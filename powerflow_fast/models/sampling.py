@@ -1,7 +1,7 @@
 """Completions drawn from a model: every one of them a sample of the distribution that is trained.
 
 A model's own `generation_config` sets temperatures, cuts and penalties for chatting. LA-TB scores
-the plain distribution, so none of them may act here.
+the plain distribution, so none of them may act here. The model is as before afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from powerflow_fast.logprobs.validation import check_number
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model, check_acts, modes_kept, positions
 
@@ -27,10 +28,10 @@ class Sample(NamedTuple):
     fused_lm_head=True)` scores them with a model that `patch_head` has patched.
     """
 
-    input_ids: Tensor
+    input_ids: Tensor  # int64
     attention_mask: Tensor  # int64: 1 on prompts, and on completions up to their end token
-    position_ids: Tensor
-    labels: Tensor  # the completions' counted tokens, their end token included; -100 elsewhere
+    position_ids: Tensor  # int64: place among the real tokens of the row
+    labels: Tensor  # int64: ids of counted completion tokens, end token included; -100 elsewhere
 
     def completion(self, prompt_width: int) -> tuple[Tensor, Tensor]:
         """ids [B, T] of the completions, and mask [B, T] bool of their counted tokens."""
@@ -60,27 +61,29 @@ def sample(
     greedy: bool = False,
     end_token_ids: Iterable[int] | None = None,
 ) -> Sample:
-    """Draw completions of `model` itself, at `temperature` and with nothing else in between.
+    """Draw completions from the distribution of `model` itself, at `temperature`.
 
-    Whatever the model's `generation_config` says of top_p, penalties and the like has no part. A
-    completion ends with the first of the model's end tokens, of which there may be several.
+    The model's `generation_config` (top_p, penalties and the like) has no effect. A completion ends
+    with the first end token; a model may have several.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one, unwrapped.
         input_ids: prompts [B, P] int64, padded on the left.
         attention_mask: [B, P], 0 on padding.
-        max_new_tokens: at most so many tokens of a completion.
-        num_return_sequences: completions of each prompt, consecutive in what is returned.
-        temperature: > 0, what logits are divided by.
+        max_new_tokens: the longest completion, in tokens.
+        num_return_sequences: completions of each prompt, in consecutive rows of the result.
+        temperature: > 0; logits are divided by it.
         greedy: the likeliest token at every step instead of a sample.
         end_token_ids: instead of `end_tokens(model)`; empty: no completion ends early.
 
     Returns:
-        `Sample` of B * num_return_sequences rows. Its random numbers are torch's global ones.
+        `Sample` of B * num_return_sequences rows. Random numbers come from torch's global
+        generator.
 
     Raises:
-        ValueError: for a temperature or sizes out of range, a row that is padded on the right,
-            masks that do not fit, and adapters that act in PeftModel's own forward alone.
+        ValueError: for a temperature or sizes out of range, a prompt too long for the model, a row
+            that is padded on the right, masks that do not fit, and adapters that act in PeftModel's
+            own forward alone.
     """
     _check(input_ids, attention_mask, max_new_tokens, num_return_sequences, temperature)
     base = base_model(model)
@@ -106,9 +109,9 @@ def sample(
         ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
     width = input_ids.shape[1]
     ended = torch.isin(ids[:, width:], torch.tensor(ends, device=ids.device))
-    kept = (ended.cumsum(1) - ended.long()) == 0
+    up_to_end = (ended.cumsum(1) - ended.long()) == 0
     prompts = attention_mask.bool().repeat_interleave(num_return_sequences, 0)
-    mask = torch.cat([prompts, kept], 1)
+    mask = torch.cat([prompts, up_to_end], 1)
     labels = ids.masked_fill(~mask, -100)
     labels[:, :width] = -100
     return Sample(ids, mask.long(), positions(mask), labels)
@@ -118,16 +121,16 @@ def sample(
 def generation_config(base: PreTrainedModel, **options: Any) -> Iterator[None]:
     """The model's `generation_config` is `options` and nothing else, for the time inside.
 
-    What is unset in a configuration that `generate` is passed is taken from the model's own.
+    Passing `options` to `generate` is not enough: it fills gaps from the model's configuration.
     """
     from transformers import GenerationConfig
 
-    own = base.generation_config
+    before = base.generation_config
     base.generation_config = GenerationConfig(**options)
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config = before
 
 
 def _check(ids: Tensor, mask: Tensor, tokens: int, completions: int, temperature: float) -> None:
@@ -146,5 +149,4 @@ def _check(ids: Tensor, mask: Tensor, tokens: int, completions: int, temperature
             "max_new_tokens, num_return_sequences: expected at least 1, "
             f"got {tokens} and {completions}"
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    check_number("temperature", temperature, positive=True)

@@ -124,7 +124,8 @@ class ModelShape:
         """
         config = config.get_text_config()
         sizes = {name: getattr(config, name, None) for name in (*SIZES, *DERIVED, *EXPERTS)}
-        if any(type(sizes[name]) is int and sizes[name] > 1 for name in EXPERTS):
+        experts = (sizes[name] for name in EXPERTS)
+        if any(isinstance(count, int) and count > 1 for count in experts):
             raise ValueError(f"config: {config.model_type} {NO_EXPERTS}")
         if config.model_type not in FAMILIES:
             raise ValueError(

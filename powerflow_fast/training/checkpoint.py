@@ -131,8 +131,8 @@ class WholeCheckpoints(GRPOTrainer):
         if problems:
             if self.accelerator.is_main_process:
                 shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
-            kept = last_checkpoint(run)
-            rest = f"the last whole checkpoint is {kept}" if kept else "there is none before it"
+            last = last_checkpoint(run)
+            rest = f"the last whole checkpoint is {last}" if last else "there is none before it"
             raise CheckpointError(f"could not write {final}: {problems[0]}; {rest}") from problem
 
     def _save_state(self, staged: str, final: str) -> None:
@@ -169,8 +169,8 @@ class WholeCheckpoints(GRPOTrainer):
         self.sums["train"].load_state_dict(state["sums"])
         self._logged_step = state["logged_step"]
         self.health.load_state_dict(state["health"])
-        shape, own = state["shape"], self._shape()
-        if shape == own:
+        saved_shape, shape = state["shape"], self._shape()
+        if saved_shape == shape:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             return
@@ -179,7 +179,9 @@ class WholeCheckpoints(GRPOTrainer):
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         self._step = -(-taken // cycle) * cycle
         changed = ", ".join(
-            f"{name} {shape[name]} -> {own[name]}" for name in own if shape[name] != own[name]
+            f"{name} {saved_shape[name]} -> {size}"
+            for name, size in shape.items()
+            if saved_shape[name] != size
         )
         warnings.warn(
             f"resumed in another shape ({changed}): random numbers differ, and rollouts that were "
@@ -266,13 +268,13 @@ def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
 
 
 def _sizes(checkpoint: str) -> dict[str, int]:
-    """Bytes of the files in which a run's state is, not those for readers."""
+    """Bytes of each file that holds state of the run; files for readers are left out."""
     folder = Path(checkpoint)
-    kept = (".pt", ".pth", ".bin", ".safetensors", ".distcp")
+    of_state = (".pt", ".pth", ".bin", ".safetensors", ".distcp")
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.suffix in kept or path.name == "trainer_state.json"
+        if path.suffix in of_state or path.name == "trainer_state.json"
     }
 
 

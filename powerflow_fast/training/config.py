@@ -227,13 +227,13 @@ class PowerFlowConfig(GRPOConfig):
 
     def for_run(self, adapted: bool) -> PowerFlowConfig:
         """A copy for one trainer, its learning rate resolved; `adapted`: an adapter is trained."""
-        own = copy.copy(self)
-        if own.learning_rate is None:
-            own.learning_rate = LORA_RATE if adapted else FULL_RATE
-        return own
+        resolved = copy.copy(self)
+        if resolved.learning_rate is None:
+            resolved.learning_rate = LORA_RATE if adapted else FULL_RATE
+        return resolved
 
     def alpha_at(self, step: int) -> float:
-        """alpha of a rollout that is drawn at `step`; it stays that rollout's own."""
+        """alpha of a rollout drawn at `step`; every update on that rollout uses it."""
         if step >= self.alpha_warmup_steps:
             return self.alpha
         return self.alpha_start + (self.alpha - self.alpha_start) * step / self.alpha_warmup_steps

@@ -28,7 +28,7 @@ PATIENCE = 3  # bad rollouts, or steps of no gradient, in a row
 EMPTY = 0.5  # share of completions that hold nothing but an end token, above which they are empty
 SHORT = 2  # tokens on average, up to which a warning asks whether that is meant
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
-NEAR_KL = 1e-3  # likewise, above which it warns
+NEAR_KL = 1e-3  # nats/token between the two above which a run warns
 SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ, as rounding lets them
 NOT_FINITE = (
     "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
@@ -76,7 +76,10 @@ def check_gradients(step: int, named: Named, gather) -> float:
 
 
 def check_parameters(step: int, named: Named, gather) -> None:
-    """Likewise, where a parameter that is trained is not finite: an update has overflowed."""
+    """TrainingStopped, on all ranks, where a trained parameter is not finite: an update overflowed.
+
+    `gather` as in `check_gradients`.
+    """
     _, found = _largest(((name, p) for name, p in named if p.requires_grad), gather)
     if found is not None:
         raise TrainingStopped(
@@ -94,16 +97,17 @@ def _largest(tensors: Iterable[tuple[str, Any]], gather) -> tuple[float, str | N
     device = next(iter(plain.values())).device
     # A rank may have no part of a small parameter, but takes part in the answer.
     parts = [x.abs().amax().float().to(device) for x in plain.values() if x.numel()]
-    own = torch.stack([*parts, torch.zeros((), device=device)]).max()
-    largest = gather(own[None]).max().item()  # NaN is the largest
+    of_this_rank = torch.stack([*parts, torch.zeros((), device=device)]).max()
+    largest = gather(of_this_rank[None]).max().item()  # NaN is the largest
     if math.isfinite(largest):
         return largest, None
     return largest, next((f" of {name}" for name, x in plain.items() if not x.isfinite().all()), "")
 
 
 def _plain(tensor: Any) -> torch.Tensor:
+    """Without its graph; of a DTensor, this rank's part."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def check_sampler(gap: float) -> None:
@@ -163,8 +167,8 @@ class SoundSteps(TrainerCallback):
         check_parameters(state.global_step, model.named_parameters(), self.accelerator.gather)
 
 
-class Rollout(NamedTuple):
-    """What is watched of a rollout, over all ranks."""
+class RolloutFigures(NamedTuple):
+    """The figures of a rollout that show a collapse, over all ranks."""
 
     length: float  # mean, tokens
     distinct_ngrams: float  # share of different n-grams within completions
@@ -183,7 +187,7 @@ class Health(TrainerCallback):
         self._running: list[str] = []
         self._mark = self._logged = time.perf_counter()
 
-    def check_rollout(self, step: int, seen: Rollout) -> None:
+    def check_rollout(self, step: int, seen: RolloutFigures) -> None:
         """Raise where completions have collapsed, in PATIENCE rollouts in a row."""
         if not self.start_length and seen.length <= SHORT:
             warnings.warn(
@@ -280,7 +284,7 @@ class Health(TrainerCallback):
 
         `ends` are the tokens that end a text.
         """
-        distinct = torch.tensor([distinct_ngrams(sequences)], device=accelerator.device)
+        distinct = torch.tensor([distinct_token_ngrams(sequences)], device=accelerator.device)
         empty = torch.tensor([set(ids) <= set(ends) for ids in sequences])
         empty = empty.to(accelerator.device).float()
         hashes = torch.tensor([hash(tuple(ids)) for ids in sequences], device=accelerator.device)
@@ -311,7 +315,7 @@ class Health(TrainerCallback):
         self.start_length, self.bad = state["start_length"], dict(state["bad"])
 
 
-def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = NGRAM) -> float:
+def distinct_token_ngrams(sequences: Sequence[Sequence[int]], n: int = NGRAM) -> float:
     """Mean over sequences of different token n-grams / all; 1 where none has n tokens."""
     shares = []
     for ids in sequences:

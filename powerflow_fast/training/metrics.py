@@ -75,8 +75,8 @@ class MetricSums:
             return {}
         names = sorted(self.sums)
         device = self.sums["tokens"].device
-        own = torch.stack([_wide(self.sums[name].to(device)) for name in names])
-        ranks = gather(own[None])
+        of_this_rank = torch.stack([_wide(self.sums[name].to(device)) for name in names])
+        ranks = gather(of_this_rank[None])
         total = dict(zip(names, ranks.sum(0).tolist(), strict=True))
         largest = dict(zip(names, ranks.amax(0).tolist(), strict=True))
         self.sums = {}

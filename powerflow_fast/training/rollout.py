@@ -1,4 +1,8 @@
-"""What is read off a rollout: TRL's dictionary of prompts and completions, padded to [B, T]."""
+"""The rollouts of `PowerFlowTrainer`: prompts in, scored completions and their figures out.
+
+TRL draws the completions and keeps them in a dictionary, padded to [B, T]. Added here are psi,
+alpha, the log-probs that an update needs but can no longer compute, and the watch for collapse.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,182 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import split_tensor_dict
 
 from powerflow_fast.loss import tb_loss
-from powerflow_fast.models.lm_head import ModelHead
+from powerflow_fast.models.context import Context
+from powerflow_fast.models.lm_head import base_model
+from powerflow_fast.models.sampling import generation_config
+from powerflow_fast.rewards import no_psi
+from powerflow_fast.training.completion_table import CompletionTable
+from powerflow_fast.training.data_checks import LONG, check_prompt
+from powerflow_fast.training.forward import LossInForward, counted_mask
+from powerflow_fast.training.health import RolloutFigures, SoundSteps, check_sampler
+from powerflow_fast.training.metrics import SIZES
 
 SAMPLER_GAP = "sampling/sampling_logp_difference"  # in the logs, as TRL's
 
 
-def counted_mask(inputs) -> Tensor:  # [B, T] bool
-    mask = inputs["completion_mask"].bool()
-    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+class ScoredRollouts(LossInForward):
+    """TRL's trainer whose rollouts carry what the LA-TB loss needs of each completion."""
 
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
+    eos_token_ids: list[int]
+    sound: SoundSteps
+    table: CompletionTable
+    _context: Context
 
-def counted(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
-    """[N, H]: the states that predict the counted completion tokens, where the head's weight is."""
-    hidden = hidden[:, -mask.shape[1] - 1 : -1]
-    return hidden[mask.to(hidden.device)].to(head.weight.device)
+    def _prepare_inputs(self, generation_batch):
+        """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""
+        if not (self.model.training and self._groups_are_whole()):
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _groups_are_whole(self) -> bool:
+        """Whether every micro-batch holds all completions of its prompts, for the group log Z'."""
+        mode = "train" if self.model.training else "eval"
+        size = getattr(self.args, f"per_device_{mode}_batch_size")
+        return self.args.log_z == "group" and size % self._group_size() == 0
+
+    def _tokenize_prompts(self, prompts: list):
+        """As TRL's; here a stream's prompts are seen first."""
+        for prompt in prompts:
+            check_prompt("prompt", prompt)
+        ids, *others = super()._tokenize_prompts(prompts)
+        for row in ids:
+            self._context.check("prompt", len(row), self.max_completion_length, LONG)
+        return ids, *others
+
+    def _calculate_rewards(self, *args, **kwargs):
+        values = super()._calculate_rewards(*args, **kwargs)  # [B of all ranks, functions]
+        for function, name, column in zip(
+            self.reward_funcs, self.reward_func_names, values.T, strict=True
+        ):
+            if isinstance(function, torch.nn.Module) and not column.isfinite().all():
+                raise ValueError(f"psi_funcs: {name} gave {column.tolist()}; expected finite ones")
+        self._psi = (values * self.reward_weights.to(values.device)).nansum(1)
+        return values
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
+
+        Always: psi, alpha, group and row [B], and num_sequences (not empty, over all ranks).
+        Where micro-batches split a prompt's completions, or a rollout serves several updates:
+        group_log_z [B], so that the split does not matter. Where a rollout serves several updates,
+        or the reference is on the device only now: old_ and ref_per_token_logps [B, T].
+        """
+        self._ref_logps = None
+        base = base_model(self._policy())
+        ends = {"eos_token_id": self.eos_token_ids, "pad_token_id": self._tokenizer.pad_token_id}
+        with self.health.phase("rollout"), generation_config(base, **ends):
+            output = super()._generate_and_score_completions(inputs)
+        count, rank = len(inputs), self.accelerator.process_index
+        rows = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
+        output["row"] = rows  # this rank's, of the whole rollout's
+        output["psi"], output["group"] = self._psi[rows], rows // self._group_size()
+        output["alpha"] = torch.full_like(output["psi"], self.args.alpha_at(self.state.global_step))
+        sequences = counted_mask(output).any(1).sum()
+        output["num_sequences"] = self.accelerator.gather(sequences).sum()
+        several = self.model.training and (
+            self.args.steps_per_generation * self.num_iterations
+            > self.args.gradient_accumulation_steps
+        )
+        noted = self.log_z is None and (several or not self._groups_are_whole())
+        fresh = self.log_z is not None and not self.log_z.started
+        if self._ref_logps is not None:  # TRL has asked for the old policy's
+            output["ref_per_token_logps"] = self._ref_logps
+        elif several or noted or fresh or "sampling_per_token_logps" in output:
+            scores = self._score(output)
+            output["old_per_token_logps"], output["ref_per_token_logps"] = scores
+        elif self.args.offload_reference:
+            output["ref_per_token_logps"] = self._offloaded_reference(output)
+        if noted or fresh:
+            size = self._group_size()
+            output["group_log_z"] = group_log_z(output, size, self.args, self.accelerator)
+        if fresh:
+            self.log_z.start(output["group_log_z"])
+        self._watch(output)
+        return output
+
+    def _watch(self, output: dict[str, Any]) -> None:
+        """Metrics of a rollout; raises TrainingStopped where it has collapsed."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        if self.reward_funcs == [no_psi]:  # TRL's reward figures would be those of no_psi
+            for name in [key for key in metrics if "reward" in key]:
+                del metrics[name]
+        # Completions that are masked because they were cut off were sampled all the same.
+        drawn = output["completion_mask"].bool()
+        padding = output["completion_ids"] == self._tokenizer.pad_token_id
+        drawn = drawn.where(drawn.any(1, keepdim=True), ~padding)
+        rows = zip(output["completion_ids"], drawn, strict=True)
+        ids = [row[mask].tolist() for row, mask in rows]
+        group = self._group_size()
+        figures = self.health.rollout_figures(ids, self.eos_token_ids, group, self.accelerator)
+        if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
+            figures |= sampler_gap(output, self.accelerator)
+        figures["alpha"] = output["alpha"][0].item()
+        figures[SIZES] = float(len(ids) * self.accelerator.num_processes)
+        for name, value in figures.items():
+            metrics[name].append(value)
+        if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):
+            check_sampler(gaps[-1])
+        if mode == "train":
+            self.table.clear()
+            self.sound.alpha = figures["alpha"]
+            names = ("mean_length", "distinct_ngrams", "distinct_per_prompt", "empty")
+            seen = RolloutFigures(*(metrics[f"completions/{name}"][-1] for name in names))
+            self.health.check_rollout(self.state.global_step, seen)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_: Any
+    ):
+        """TRL asks for the sampling policy's log-probs; the reference's come along with them."""
+        tensors = {}
+        for kind, values in (("ids", input_ids), ("mask", attention_mask)):
+            tensors[f"prompt_{kind}"] = values[:, :-logits_to_keep]
+            tensors[f"completion_{kind}"] = values[:, -logits_to_keep:]
+        logps, self._ref_logps = self._score(tensors)
+        return logps, None, None
+
+    def _score(self, rollout: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs of policy and reference, 0 where not counted."""
+        if self.args.offload_reference:
+            rollout = rollout | {"ref_per_token_logps": self._offloaded_reference(rollout)}
+        return self._logps(self.model, rollout)
+
+    def _offloaded_reference(self, rollout: dict[str, Any]) -> Tensor:
+        """[B, T] log-probs of the reference, which is on the device for this pass alone."""
+        none = torch.zeros(rollout["completion_ids"].shape, device=self.accelerator.device)
+        self.ref_model.to(self.accelerator.device)
+        try:
+            with self.health.phase("reference"):  # scored as a policy, which has no reference
+                return self._logps(self.ref_model, rollout | {"ref_per_token_logps": none})[0]
+        finally:
+            self.ref_model.to("cpu")
+
+    @torch.no_grad()
+    def _logps(self, model, rollout: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs of `model` and of its reference, computed in micro-batches."""
+        size = self.args.per_device_train_batch_size
+        count, parts = len(rollout["completion_ids"]), []
+        for start in range(0, count, size):
+            part = {k: v[start : start + size] if v.ndim else v for k, v in rollout.items()}
+            parts.append(self._run(model, part, log_z=0.0))
+        mask = counted_mask(rollout)
+        policy, reference = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
+        policy[mask] = torch.cat([out.logps for out in parts]).to(mask.device)
+        reference[mask] = torch.cat([out.ref_logps for out in parts]).to(mask.device)
+        return policy, reference
 
 
 @torch.no_grad()

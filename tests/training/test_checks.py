@@ -20,9 +20,9 @@ from peft import (  # noqa: E402
 )
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from powerflow_fast.models.lm_head import disable_dropout  # noqa: E402
+from powerflow_fast.models.parameters import disable_dropout  # noqa: E402
 from powerflow_fast.training import checks  # noqa: E402
-from powerflow_fast.training.checks import check_pair, hidden_trial  # noqa: E402
+from powerflow_fast.training.trials import check_pair, hidden_trial  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 from tests.integrations.test_transformers import offline  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402

@@ -12,7 +12,7 @@ from powerflow_fast.training.health import (  # noqa: E402
     PATIENCE,
     TrainingStopped,
     check_gradients,
-    distinct_ngrams,
+    distinct_token_ngrams,
 )
 from tests.helpers import tiny  # noqa: E402
 from tests.integrations.test_transformers import spoil  # noqa: E402
@@ -31,11 +31,11 @@ def rollout_of(completion):
     return rollout
 
 
-def test_distinct_ngrams_by_hand():
-    assert distinct_ngrams([[1, 2, 3, 4, 5]]) == 1.0
-    assert distinct_ngrams([[7] * 13]) == pytest.approx(1 / 10)
-    assert distinct_ngrams([[1, 2, 1, 2, 1], [3, 4]], n=2) == pytest.approx((2 / 4 + 1) / 2)
-    assert distinct_ngrams([[1], []]) == 1.0
+def test_distinct_token_ngrams_by_hand():
+    assert distinct_token_ngrams([[1, 2, 3, 4, 5]]) == 1.0
+    assert distinct_token_ngrams([[7] * 13]) == pytest.approx(1 / 10)
+    assert distinct_token_ngrams([[1, 2, 1, 2, 1], [3, 4]], n=2) == pytest.approx((2 / 4 + 1) / 2)
+    assert distinct_token_ngrams([[1], []]) == 1.0
 
 
 def test_metrics_of_a_run(tmp_path):

@@ -12,7 +12,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer  # noqa: E402
 from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
 from powerflow_fast.models.packing import check_packing, packed_hidden_state  # noqa: E402
-from powerflow_fast.training import trainer as trainer_module  # noqa: E402
+from powerflow_fast.training import forward as forward_module  # noqa: E402
 from powerflow_fast.training.checks import check_policy  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 from tests.training.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
@@ -66,13 +66,13 @@ def test_a_log_prob_the_sampler_does_not_know_is_the_policys_own(tmp_path):
 
 def test_the_reference_is_computed_once_for_several_updates(tmp_path, monkeypatch):
     calls = []
-    forward = trainer_module.last_hidden_state
+    forward = forward_module.last_hidden_state
 
     def counting(model, *args):
         calls.append(torch.is_grad_enabled())
         return forward(model, *args)
 
-    monkeypatch.setattr(trainer_module, "last_hidden_state", counting)
+    monkeypatch.setattr(forward_module, "last_hidden_state", counting)
     trainer, seen = make(tmp_path, num_iterations=3, max_steps=3)
     trainer.train()
     assert calls == [False, False, True, True, True]  # reference and policy once; three updates
@@ -141,15 +141,15 @@ def test_alpha_grows_and_a_rollout_keeps_the_alpha_it_was_drawn_with(tmp_path):
         tmp_path, alpha=3.0, alpha_start=2.0, alpha_warmup_steps=4, num_iterations=2, max_steps=4
     )
     given = []
-    loss = trainer_module.fused_linear_tb_loss
-    trainer_module.fused_linear_tb_loss = lambda *a, alpha, **k: (
+    loss = forward_module.fused_linear_tb_loss
+    forward_module.fused_linear_tb_loss = lambda *a, alpha, **k: (
         given.append(float(torch.as_tensor(alpha).reshape(-1)[0])),
         loss(*a, alpha=alpha, **k),
     )[1]
     try:
         twice.train()
     finally:
-        trainer_module.fused_linear_tb_loss = loss
+        forward_module.fused_linear_tb_loss = loss
     updates = [given[i] for i in (1, 2, 4, 5)]  # 0 and 3 score the rollout
     assert updates == pytest.approx([2.0, 2.0, 2.5, 2.5])
 

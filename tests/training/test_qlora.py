@@ -9,7 +9,7 @@ pytest.importorskip("trl")
 from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
-from powerflow_fast.models.lm_head import keep_gradient  # noqa: E402
+from powerflow_fast.models.parameters import keep_gradient  # noqa: E402
 from powerflow_fast.training.exact_merge import keep_base_exact  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 from tests.training.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
