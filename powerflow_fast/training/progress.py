@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 SHOWN = {  # name in the logs -> what the line calls it, and its format
     "loss": ("loss", ".3g"),
@@ -46,8 +46,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class _Lines:
-    """For a callback that prints logs: `text` of one."""
+class _Lines(TrainerCallback):
+    """For a callback that prints logs: their text, a line each, in place of dictionaries."""
 
     began: tuple[float, int] | None = None  # time and step
 
@@ -68,9 +68,8 @@ class _Lines:
             text += f"  {duration(left)} left" if left > 0 else ""
         return text
 
-
-class LineProgress(_Lines, ProgressCallback):
-    """The bar of transformers, and above it a line a log."""
+    def write(self, text: str) -> None:
+        print(text, flush=True)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start(state)
@@ -78,20 +77,20 @@ class LineProgress(_Lines, ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         text = self.text(args, state, logs)
-        if text and state.is_world_process_zero and self.training_bar is not None:
+        if text and state.is_world_process_zero:
+            self.write(text)
+
+
+class LineProgress(_Lines, ProgressCallback):
+    """The bar of transformers, and above it a line a log."""
+
+    def write(self, text: str) -> None:
+        if self.training_bar is not None:
             self.training_bar.write(text)
 
 
 class LinePrinter(_Lines, PrinterCallback):
     """A line a log, without a bar."""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.start(state)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        text = self.text(args, state, logs)
-        if text and state.is_world_process_zero:
-            print(text, flush=True)
 
 
 def show_lines(trainer: Any) -> None:
