@@ -38,7 +38,7 @@ def __getattr__(name: str) -> type:
     from axolotl.integrations.base import BasePlugin
 
     class PowerFlowPlugin(BasePlugin):
-        """Axolotl's hooks, of which two are used."""
+        """The two of Axolotl's hooks that the head needs."""
 
         def get_input_args(self):
             return f"{__name__}.PowerFlowArgs"

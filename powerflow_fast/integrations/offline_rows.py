@@ -17,10 +17,10 @@ class RowReader:
 
     Args:
         tokenizer: of text and messages.
-        ends: token ids that end a completion; one given as text or messages gets the tokenizer's,
-            or the first of these, if it ends with none of them.
+        ends: token ids that end a completion. A completion given as text or messages that ends with
+            none of them gets the tokenizer's end token, or else the first of these.
         vocabulary: token ids are below it.
-        context: what the model's positions reach.
+        context: the length that the model's positions allow.
     """
 
     def __init__(self, tokenizer: Any, ends: list[int], vocabulary: int, context: Context) -> None:
@@ -82,7 +82,7 @@ class RowReader:
         )
 
     def _token_ids(self, at: str, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-        """Of text, of messages, or as they are."""
+        """Token ids of text or messages; ids that are given stay as they are."""
         if _is_messages(completion) and not _is_messages(prompt):
             raise ValueError(f"{at}: prompt: expected messages, as the completion is")
         if _is_messages(prompt):

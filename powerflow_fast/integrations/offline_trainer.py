@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from powerflow_fast.integrations.offline_rows import Item, RowReader
 from powerflow_fast.integrations.patch_head import patch_head
@@ -69,7 +69,7 @@ def _check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None) -> 
         raise ValueError(f"ref_model: expected a vocabulary of {sizes[0]}, got one of {sizes[1]}")
 
 
-class LATBTrainer(LossFigures, Trainer):
+class LATBTrainer(LossFigures):
     """Trains on (prompt, completion) rows that some sampler wrote, without sampling any.
 
     Rows of one prompt stay together: a batch size counts prompts, not completions. The loss (LA-TB,

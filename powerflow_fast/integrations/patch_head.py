@@ -49,17 +49,17 @@ class FusedHeadOutput(ModelOutput):
     """What a patched model returns: per token [B, T - 1] ([B, T] with `shift_labels`), 0 where the
     label is -100, None where not asked for. Names and meanings are those of TRL.
 
-    There are no `logits`. What transformers' Trainer calls so, in `compute_metrics` (as
-    `predictions`) and `preprocess_logits_for_metrics`, is the tuple of what is here but `loss`, in
-    this order. The accuracy of the next token, say, with `outputs=("is_top1",)`::
+    There are no `logits`. In their place transformers' Trainer gives `compute_metrics` (as
+    `predictions`) and `preprocess_logits_for_metrics` the tuple of all fields that are not None but
+    `loss`, in this order. The accuracy of the next token, say, with `outputs=("is_top1",)`::
 
         def compute_metrics(prediction):
             log_probs, is_top1, label_mask = prediction.predictions
             counted = prediction.label_ids[:, 1:] != -100
             return {"accuracy": is_top1[counted].mean()}
 
-    It counts by the labels: where rows differ in length, Trainer fills up those with -100, but
-    `label_mask` and `is_top1` with True.
+    The labels say what counts: where batches differ in length, Trainer pads every tensor with -100,
+    which `label_mask` and `is_top1` turn into True.
     """
 
     loss: Tensor | None = None  # mean of -log_probs over scored tokens, + weighted aux_loss
@@ -98,12 +98,12 @@ def patch_head(
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one.
-        temperature: what logits are divided by.
+        temperature: > 0; logits are divided by it.
         cast_lm_head_to_fp32: score in float32, outside autocast.
         outputs: the fields of `FusedHeadOutput` to compute, of `FIELDS`.
         with_labels: make every call with labels such a call, so that a trainer which reads
             `outputs.loss` (transformers' own, for one) needs no other change.
-        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`. Those given to an
+        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`. Options from an
             earlier call for this model stay, unless they are given anew.
 
     Raises:

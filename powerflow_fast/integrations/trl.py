@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from powerflow_fast.integrations.host import check_version, replace_function
+
+INSTALL = "install 'trl>=1.16,<1.17'"
 TESTED = ("1.16",)
 HOOK = "add_fused_lm_head"
 
@@ -15,27 +16,23 @@ HOOK = "add_fused_lm_head"
 def install_head(**head: Any) -> ExitStack:
     """Make GRPO, RLOO, DPO, KTO and SFT of TRL use this library's head from now on.
 
-    Call it before the trainer is built. As a context manager, `with install_head(): ...`, or by
-    `close()` on what it returns, it is undone; trainers built in between keep the head they got.
-    What they read is what TRL's head gives (log-probs, entropy, the statistics they log, the MoE
-    auxiliary loss), in float32 and without the [tokens, vocab] logits.
+    Call it before the trainer is built. The head gives what TRL's gives (log-probs, entropy, the
+    statistics that trainers log, the MoE auxiliary loss), in float32 and without logits
+    [tokens, vocab].
 
     Args:
         **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`.
+
+    Returns:
+        A context manager, `with install_head(): ...`, whose end or `close()` undoes this. Trainers
+        built in between keep the head they got.
 
     Raises:
         ValueError: for a version of TRL that this was not tested with, or an unknown option. Later,
             when a trainer is built: for a model whose head `patch_head` refuses.
     """
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ValueError("trl: not installed; pip install 'trl>=1.16,<1.17'") from None
-    if ".".join(found.split(".")[:2]) not in TESTED:
-        raise ValueError(
-            f"trl: tested with {', '.join(TESTED)}, found {found}; install 'trl>=1.16,<1.17', or "
-            "call powerflow_fast.integrations.transformers.patch_head on the model yourself"
-        )
+    alone = "call powerflow_fast.integrations.transformers.patch_head on the model yourself"
+    check_version("trl", TESTED, f"; pip {INSTALL}", f"; {INSTALL}, or {alone}")
     from trl.trainer import utils
 
     from powerflow_fast.integrations.patch_head import patch_head
@@ -47,7 +44,7 @@ def install_head(**head: Any) -> ExitStack:
     if not _installed:
         _installed.append(before)  # TRL's own
     _installed.append(ours)
-    _replace(before, ours)
+    replace_function("trl", HOOK, before, ours)
     undo = ExitStack()
     undo.callback(_take_out, ours)
     return undo
@@ -60,13 +57,6 @@ def _take_out(hook: Any) -> None:
     """Whatever the order of undoing, what acts afterwards is the newest that is left."""
     acting = _installed[-1]
     _installed.remove(hook)
-    _replace(acting, _installed[-1])
+    replace_function("trl", HOOK, acting, _installed[-1])
     if len(_installed) == 1:
         _installed.clear()
-
-
-def _replace(old: Any, new: Any) -> None:
-    """In every module of TRL that has imported the hook; later ones import the new one."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("trl.") and vars(module).get(HOOK) is old:
-            setattr(module, HOOK, new)

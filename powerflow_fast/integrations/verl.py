@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.head import linear_logprobs
+from powerflow_fast.integrations.host import check_version, replace_function
 from powerflow_fast.logprobs.options import check_door_options
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.models.lm_head import read_head
@@ -42,23 +41,18 @@ def register(**head: Any) -> None:
     """Enter the loss, its targets and the head into verl; twice is once.
 
     Args:
-        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`; default: what
-            the environment variable POWERFLOW_HEAD has of them, as JSON.
+        **head: `backend`, `grad_tolerance`, `round_logits` of `linear_logprobs`; default: the JSON
+            object in the environment variable POWERFLOW_HEAD, or none.
 
     Raises:
-        ValueError: where verl is missing, or of a version this was not tested with; for an option
-            that the head does not have.
+        ValueError: where verl is missing or of a version not in `TESTED`; for an option that the
+            head does not have.
     """
     head = head or _head_of_environment()
     check_door_options(head)
     HEAD.clear()
     HEAD.update(head)
-    try:
-        found = version("verl")
-    except PackageNotFoundError:
-        raise ValueError("verl: not installed") from None
-    if ".".join(found.split(".")[:2]) not in TESTED:
-        raise ValueError(f"verl: tested with {', '.join(TESTED)}, found {found}")
+    check_version("verl", TESTED)
     from verl.models.transformers import monkey_patch
     from verl.trainer.ppo import core_algos, ray_trainer
     from verl.utils.kernel import linear_cross_entropy as kernel
@@ -84,7 +78,10 @@ def la_tb_policy_loss(
     """LA-TB as one of verl's policy losses: the mean over sequences of w (l_pi - target)^2.
 
     `config.clip_ratio` clips w on both sides; `loss_agg_mode` does not apply. The mean is over the
-    whole batch, of all micro-batches and ranks, where verl gives its size.
+    whole batch, all micro-batches and ranks, where verl gives its size.
+
+    Returns:
+        The loss, 0-dim, and this micro-batch's METRICS.
     """
     if rollout_is_weights is not None:
         raise ValueError(
@@ -208,7 +205,4 @@ def _plain_heads_only(theirs: Any) -> Any:
 def _wrap(home: Any, name: str, wrapper: Any) -> None:
     """Replace a function of verl in its module and wherever it has been imported from there."""
     theirs = getattr(home, name)
-    ours = wrapper(theirs)
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("verl.") and vars(module).get(name) is theirs:
-            setattr(module, name, ours)
+    replace_function("verl", name, theirs, wrapper(theirs))

@@ -1,1 +1,1 @@
-"""What transformers models look like: heads, shapes, names, packing, sampling."""
+"""What the package knows of a language model as such: head, parameters, sizes, names, sampling."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-# Of these the plain formula is known to be wrong: a layer before the head, or sliced logits.
+# The plain formula is known to be wrong here: a layer before the head, or sliced logits.
 REFUSED_CONFIG = ("logits_mup_width_multiplier", "unpadded_vocab_size")
 REFUSED_MODELS = (
     "bert big_bird camembert data2vec-text electra ernie megatron-bert modernbert-decoder "
@@ -178,7 +178,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def check_acts(config) -> None:
-    """ValueError for a kind of adapter that only PeftModel's own forward brings into effect.
+    """ValueError for a kind of adapter that takes effect in PeftModel's own forward only.
 
     `config` is a PeftConfig, or None.
     """
@@ -222,8 +222,8 @@ def with_positions(inner: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """`inputs` of a forward pass, with the position ids that follow from the mask.
 
     Most models count from the first column unless told: on a left-padded row that is another model
-    wherever positions are learned or set the scale of rotations. Those given are kept, and a model
-    that takes none gets none.
+    wherever positions are learned or set the scale of rotations. Positions that are given stay, and
+    a model that takes none gets none.
     """
     mask = inputs.get("attention_mask")
     known = inputs.get("position_ids") is not None or inputs.get("past_key_values") is not None

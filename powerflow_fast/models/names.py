@@ -1,8 +1,8 @@
 """Which model a user means: a name of the table however people write it, a folder, or the Hub.
 
 A name is looked up by its last path part, without the words that leave the sizes as they are
-(`meta-llama/Llama-3.1-8B-Instruct` has the sizes of `Llama-3-8B`). The Hub is asked for what is in
-no table, by one short request.
+(`meta-llama/Llama-3.1-8B-Instruct` has the sizes of `Llama-3-8B`). For a name in no table
+the Hub is asked, by one short request.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ EXPERTS = re.compile(
 
 
 def find_shape(model: str) -> tuple[str, ModelShape]:
-    """A model's sizes and what they are taken from, in words.
+    """A model's sizes, and in words where they come from.
 
     Args:
         model: a folder with a config.json or such a file, a name of the table as people write it,

@@ -41,10 +41,10 @@ def keep_gradient(model) -> None:
     """Have bitsandbytes' 4-bit layers stay as they are in evaluation.
 
     On CPUs with bf16 units they repack themselves in the first forward pass without a gradient
-    (0.50), and from then on give bf16 products through which no gradient comes.
+    (bitsandbytes 0.50); from then on no gradient comes through them.
 
     Raises:
-        ValueError: where that has happened.
+        ValueError: for a layer that has been repacked already.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,1 +1,1 @@
-"""`PowerFlowTrainer` and what a run of it needs."""
+"""`PowerFlowTrainer`: its options, its rollouts and loss, its checks, logs and checkpoints."""

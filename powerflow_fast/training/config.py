@@ -1,4 +1,4 @@
-"""`PowerFlowConfig`: TRL's GRPOConfig with the options of the LA-TB objective."""
+"""`PowerFlowConfig`: TRL's GRPOConfig with the options of the LA-TB objective, all checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_HONOURED = {
     "the reference is the fixed base model": "sync_ref_model",
     "log-probs are float32 already": "cast_lm_head_to_fp32",
 }
-# Of generation_kwargs: what has an option of its own, at which completions are scored.
+# Keys of generation_kwargs that are options themselves; completions are scored by the options.
 OWN_OPTIONS = {
     "temperature": "temperature",
     "do_sample": "temperature",
@@ -36,7 +36,7 @@ OWN_OPTIONS = {
 
 
 def _number(low: float, *, above: bool = False, high: float = math.inf, most: bool = False):
-    """What is expected, and whether a value is that: finite, from `low` to `high`."""
+    """What an error says is expected, and its test: a finite number from `low` to `high`."""
     words = f"{'>' if above else '>='} {low:g}"
     words += f" and {'<=' if most else '<'} {high:g}" if high < math.inf else ""
 
@@ -55,12 +55,12 @@ def _count(low: int):
     return f"a whole number >= {low}", lambda x: type(x) is int and x >= low
 
 
-# Of the policy, where none is given. LoRA: `make evidence`, sharpening, is best at 3e-4 and 1e-3 on
-# a model of 135M; larger ones want less. All parameters: TRL's default for GRPO.
+# Learning rates of the policy where none is given. LoRA: `make evidence`, sharpening, is best at
+# 3e-4 and 1e-3 on a model of 135M; larger ones want less. All parameters: TRL's default for GRPO.
 LORA_RATE, FULL_RATE = 2e-4, 1e-6
 POSITIVE, NOT_NEGATIVE, SHARE = _number(0, above=True), _number(0), _number(0, high=1)
 SWITCH = ("True or False", lambda x: isinstance(x, bool))
-# Of this trainer, and those of TRL and transformers that would fail late, or silently do nothing.
+# Options of this trainer, and those of TRL and transformers that would fail late or do nothing.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha": POSITIVE,
     "alpha_start": POSITIVE,
@@ -104,13 +104,14 @@ def _option(default: Any, text: str, *choices: str) -> Any:
 
 @dataclass
 class PowerFlowConfig(GRPOConfig):
-    """Options of `PowerFlowTrainer`; every other one is TRL's GRPOConfig (arXiv 2603.18363).
+    """Options of `PowerFlowTrainer` (arXiv 2603.18363); all others are TRL's GRPOConfig.
 
-    What supports a default is named beside it: a section of benchmarks/evidence/README.md.
+    The help text of each option says what it does. A comment beside a default names the section of
+    benchmarks/evidence/README.md that supports it.
 
     Raises:
-        ValueError: for values outside the ranges given here, and for options of GRPO's loss
-            that would have no effect.
+        ValueError: when made, for values outside `RANGES` or the choices given here, and for
+            options of GRPO's loss that would have no effect (`NOT_HONOURED`).
     """
 
     # Sharpening: alpha 4 gains 27 ± 2 points, alpha 2 23 ± 9, of accuracy of a sample.

@@ -1,4 +1,4 @@
-"""What is refused of data before anything is trained: prompts that are none, or do not fit."""
+"""Data that a trainer refuses before training: prompts of another kind, too long, or too few."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LONG = "; drop it, or lower max_completion_length"
 
 
 def check_datasets(train_dataset, eval_dataset, model, tokenizer, args: PowerFlowConfig) -> Context:
-    """The context of `model`, after a check of every prompt that can be read before training.
+    """Check every prompt that can be read before training; returns the context of `model`.
 
     Raises:
-        ValueError: for what is no prompt, does not fit, or is not enough for one rollout.
+        ValueError: for a prompt of another kind or too long, and for too few for one rollout.
     """
     datasets = {"train_dataset": train_dataset}
     if eval_dataset is not None:
@@ -43,7 +43,7 @@ def check_enough(dataset, args: PowerFlowConfig) -> None:
 
 
 def _named(name: str, dataset) -> Iterator[tuple[str, Any]]:
-    """A data set, or those of a dict, each with what an error calls it."""
+    """A data set, or each of a dict, with its name in errors."""
     if isinstance(dataset, dict):
         yield from ((f"{name}[{key!r}]", part) for key, part in dataset.items())
     else:
@@ -68,26 +68,28 @@ def _check_prompts(name: str, dataset) -> None:
 
 
 def check_prompt(name: str, prompt: Any) -> None:
-    """ValueError, which begins with `name`, for what is no text and no list of messages."""
+    """ValueError, which begins with `name`, unless `prompt` is text or a list of messages."""
     messages = isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
     if not prompt or not (isinstance(prompt, str) or messages):
         raise ValueError(f"{name}: expected text or messages, got {prompt!r}")
 
 
 def _batches(dataset: Dataset, size: int = 1000) -> Iterator[tuple[int, list]]:
-    """Place of the first, and prompts."""
+    """Prompts, `size` at a time, each time with the place of the first."""
     for start in range(0, len(dataset), size):
         yield start, dataset[start : start + size]["prompt"]
 
 
 def check_lengths(datasets: dict[str, Any], model, tokenizer, args: PowerFlowConfig) -> Context:
-    """The context of `model`, against which every prompt with its completion has been checked.
+    """Check that every prompt fits with its completion; returns the context of `model`.
 
-    `model` may be a path or name, of which only configuration and tokenizer are read, if needed.
-    `datasets`: by what an error calls them.
+    Args:
+        datasets: by their names in errors.
+        model: a model, or a path or name; then only its configuration is read, and its tokenizer
+            where none is given.
 
     Raises:
-        ValueError: where one does not fit.
+        ValueError: for a prompt that does not fit.
     """
     source = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(model, **source) if isinstance(model, str) else model.config

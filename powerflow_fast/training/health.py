@@ -1,8 +1,9 @@
-"""What a run tells about itself, and when it stops by itself.
+"""What a run reports about itself, and when it ends itself.
 
 Repetition, distinct and empty completions, seconds per phase, tokens per second, peak memory, and a
 sample of completions to read. A run whose completions collapse, whose steps train nothing, or whose
 loss is no longer a number, ends with `TrainingStopped` before the optimizer can make it worse.
+All of it only reads; samples.txt is the one file written.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
 PATIENCE = 3  # bad rollouts, or steps of no gradient, in a row
 EMPTY = 0.5  # share of completions that hold nothing but an end token, above which they are empty
-SHORT = 2  # tokens on average, up to which a warning asks whether that is meant
+SHORT = 2  # mean length in tokens up to which a warning asks whether that is meant
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # nats/token between the two above which a run warns
-SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ, as rounding lets them
+SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ by, from rounding
 NOT_FINITE = (
     "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
     "sampler's or psi's values"
@@ -44,10 +45,10 @@ Named = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 def check_start(kl: float, adapted: bool, limit: float = START_KL) -> None:
-    """Whether the policy starts at the reference; `kl` [nats/token] is the first batch's.
+    """Whether the policy starts at the reference, by the KL [nats/token] of the first batch.
 
     Raises:
-        TrainingStopped: above `limit`, with the likely cause.
+        TrainingStopped: for a KL above `limit`, with the likely cause.
     """
     if not kl > NEAR_KL:
         return
@@ -89,8 +90,8 @@ def check_parameters(step: int, named: Named, gather) -> None:
 
 
 def _largest(tensors: Iterable[tuple[str, Any]], gather) -> tuple[float, str | None]:
-    """The largest absolute entry on all ranks (NaN without any tensor), and where it is not finite
-    " of <name>" of the first tensor that has it, "" if another rank's does; else None."""
+    """The largest absolute entry on all ranks (NaN without any tensor), and whose entry is not
+    finite: " of <name>", "" for another rank's tensor, None where all are finite."""
     plain = {name: _plain(x) for name, x in tensors}
     if not plain:  # on every rank alike
         return math.nan, None
@@ -111,7 +112,9 @@ def _plain(tensor: Any) -> torch.Tensor:
 
 
 def check_sampler(gap: float) -> None:
-    """Warns where the sampler's log-probs are `gap` [nats/token] off the policy's, if that is much.
+    """Warns where the sampler's log-probs are more than SAMPLER_GAP off the policy's.
+
+    `gap` is the mean distance [nats/token].
 
     Raises:
         TrainingStopped: where one of them is infinite.
@@ -130,10 +133,11 @@ def check_sampler(gap: float) -> None:
 
 
 class SoundSteps(TrainerCallback):
-    """`check_gradients` before every optimizer step; not where fp16's scaler skips such steps.
+    """`check_gradients` before every optimizer step, `check_parameters` before a checkpoint and at
+    the end. PATIENCE steps in a row whose gradient is 0 end the run, too.
 
-    PATIENCE steps in a row whose gradient is 0 end the run, too. DeepSpeed keeps its gradients to
-    itself: there the loss alone is checked. `check_parameters` before a checkpoint, and at the end.
+    fp16's scaler skips steps that are not finite: there gradients are left alone. DeepSpeed hides
+    its gradients: there the loss alone is checked.
 
     Args:
         accelerator: of the trainer.
@@ -142,7 +146,7 @@ class SoundSteps(TrainerCallback):
 
     def __init__(self, accelerator, stop: bool = True) -> None:
         self.accelerator, self.stop = accelerator, stop
-        self.alpha = 0.0  # of this step: at 1 the base is its own target, and 0 what is expected
+        self.alpha = 0.0  # of this step; at 1 the base is the target, and a gradient of 0 right
         self.still = 0  # steps of no gradient in a row
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
@@ -177,7 +181,7 @@ class RolloutFigures(NamedTuple):
 
 
 class Health(TrainerCallback):
-    """Watches rollouts and losses; every rank sees the same figures and stops with the others."""
+    """Watches rollouts and losses; every rank sees the same figures, so all stop together."""
 
     def __init__(self, args) -> None:
         self.args = args
@@ -242,7 +246,7 @@ class Health(TrainerCallback):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`, and not as that of a phase around it."""
+        """Count the time inside as `name`'s, not as that of a phase around it."""
         self._switch([*self._running, name])
         try:
             yield
@@ -264,9 +268,9 @@ class Health(TrainerCallback):
         self._switch(self._running[:-1])
 
     def figures(self, tokens: int, steps: int) -> dict[str, float]:
-        """Seconds a step of every phase, tokens/s (prompts and completions, all ranks), memory.
+        """Seconds a step of each phase, tokens/s (prompts and completions, all ranks), peak memory.
 
-        `tokens` went through the policy's training passes since the last call, in `steps`.
+        `tokens` and optimizer `steps` are those of the policy's training since the last call.
         """
         now = time.perf_counter()
         figures = {f"time/{name}": t / max(steps, 1) for name, t in sorted(self.phases.items())}

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from powerflow_fast.loss import TBOutput
 from powerflow_fast.training.health import NOT_FINITE, TrainingStopped
 
-# Of TBOutput's metrics: the name in the logs, and what its mean is over. "steps": a count, of which
-# the mean over optimizer steps is logged; "worst": the largest.
+# A metric of TBOutput: its name in the logs, and what its mean is over. "steps": a count, logged as
+# the mean over optimizer steps; "worst": the largest value.
 METRICS = {
     "residual_mean": ("residual/mean", "sequences"),
     "residual_std": ("residual/std", "sequences"),
@@ -100,23 +101,20 @@ class MetricSums:
         self.sums = dict(state)
 
 
-class LossFigures:
-    """For a Trainer of transformers: figures of its losses in the logs, the same for any split."""
+class LossFigures(Trainer):
+    """transformers' Trainer with figures of its losses in the logs, the same for any split."""
 
     model: Any
-    state: Any
-    accelerator: Any
 
     def start_figures(self) -> None:
         self.sums = {"train": MetricSums(), "eval": MetricSums()}
         self._logged_step = 0
         self._prefix = "eval"
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As Trainer's; of what a `predict` has added nothing is left."""
-        self.sums["eval"], self._prefix = MetricSums(), metric_key_prefix
-        loop: Any = super()
-        return loop.evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, from empty sums: an earlier `predict` may have left some."""
+        self.sums["eval"], self._prefix = MetricSums(), kwargs.get("metric_key_prefix", "eval")
+        return super().evaluation_loop(*args, **kwargs)
 
     def loss_figures(self) -> dict[str, float]:
         """What to log of training, or of the last evaluation, whose names begin with its prefix.
@@ -148,10 +146,10 @@ SIZES = "rollout sizes"  # among a trainer's lists of figures: completions of ea
 
 
 def over_rollouts(figures: dict[str, list[float]]) -> dict[str, float]:
-    """One value of every list, which has one for each rollout since the last log.
+    """One value for each list, which holds a value for every rollout since the last log.
 
-    Rollouts count by their completions (an evaluation's last one is smaller); of a smallest and a
-    largest value what remains is that. NaN, which is no value, is left out.
+    That is the mean weighted by completions (an evaluation's last rollout is smaller), or for a
+    name that begins with min or max the smallest or largest. NaN, which is no value, is left out.
     """
     sizes = figures.get(SIZES, [])
     whole = {}
@@ -170,5 +168,5 @@ def over_rollouts(figures: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """In float64, or float32 on Apple's GPUs, which have no float64."""
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)

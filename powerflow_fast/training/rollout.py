@@ -57,7 +57,7 @@ class ScoredRollouts(LossInForward):
         return self.args.log_z == "group" and size % self._group_size() == 0
 
     def _tokenize_prompts(self, prompts: list):
-        """As TRL's; here a stream's prompts are seen first."""
+        """As TRL's, and checked: a stream's prompts are seen here for the first time."""
         for prompt in prompts:
             check_prompt("prompt", prompt)
         ids, *others = super()._tokenize_prompts(prompts)

@@ -58,6 +58,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
 
     Raises:
         ValueError: before any generation, for data, models and options it cannot train.
+        TrainingStopped: from `train()`, where a run collapses, trains nothing or is not finite.
+        CheckpointError: from `train()`, where a checkpoint cannot be written.
     """
 
     args: PowerFlowConfig  # type: ignore[assignment]

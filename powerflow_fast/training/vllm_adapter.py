@@ -1,7 +1,7 @@
 """Rollouts from a plain vLLM server that is sent the adapter alone, instead of merged weights.
 
 For LoRA on a large base: a rank-16 adapter of a 70B model has 0.8 GB, the merged weights 141 GB.
-The base is not touched, on neither side. The server's side (tried against a stand-in that speaks
+Neither side changes the base. How to start the server (tried against a stand-in that speaks
 its protocol, not against vLLM itself):
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 16 \
@@ -25,7 +25,7 @@ from trl.experimental.async_grpo.async_grpo_trainer import (
 from trl.experimental.async_grpo.vllm_client import VLLMClient
 
 
-class AdapterRollout:
+class AdapterRollout(TrainerCallback):
     """`PowerFlowTrainer(rollout_func=AdapterRollout(url, folder))`, for a model with LoRA.
 
     Args:
@@ -34,8 +34,8 @@ class AdapterRollout:
         timeout: seconds that one rollout may take.
 
     Raises:
-        ValueError: for a url that is none; at the first rollout, for an adapter that vLLM cannot
-            serve (DoRA, say).
+        ValueError: for a url without http:// or https://; at the first rollout, for an adapter that
+            vLLM cannot serve (DoRA, say).
         RuntimeError: where the server refuses the adapter or a request.
     """
 
@@ -47,13 +47,14 @@ class AdapterRollout:
         self.name = ""  # of the adapter on the server
         # A server may keep what it computed for an adapter's name: none is ever used twice.
         self.run, self._count = uuid.uuid4().hex[:8], 0
-        self._trainer: Any = None  # whose end takes the adapter off
+        self._trainer: Any = None  # when it ends, the adapter leaves the server
         self._sent: tuple[Any, int] | None = None  # state and step of the adapter on the server
 
     def __call__(self, prompts: list, trainer) -> dict[str, Any]:
-        """TRL's form of a rollout, with the sampler's log-probs: they become `old_logps`."""
+        """TRL's form of a rollout: prompt_ids and completion_ids, a list of token ids for each row,
+        and logprobs, the sampler's [nats] of the completion's tokens, which become `old_logps`."""
         if self._trainer is not trainer:
-            trainer.add_callback(_TakeOff(self, trainer))
+            trainer.add_callback(self)
             self._trainer = trainer
         self._send(trainer)
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
@@ -102,6 +103,9 @@ class AdapterRollout:
             self.client.unload_lora_adapter(self.name)
             shutil.rmtree(self._path(self.name), ignore_errors=True)
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close(self._trainer)
+
     def close(self, trainer) -> None:
         """Leave nothing on the server; the next rollout sends its adapter anew."""
         if trainer.accelerator.is_main_process:
@@ -110,11 +114,3 @@ class AdapterRollout:
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
-
-
-class _TakeOff(TrainerCallback):
-    def __init__(self, rollout: AdapterRollout, trainer) -> None:
-        self.rollout, self.trainer = rollout, trainer
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.rollout.close(self.trainer)

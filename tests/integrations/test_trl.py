@@ -16,7 +16,7 @@ from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from powerflow_fast.integrations import trl as door  # noqa: E402
+from powerflow_fast.integrations import host  # noqa: E402
 from powerflow_fast.integrations.trl import install_head  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
@@ -188,7 +188,7 @@ def test_install_head_is_undone_and_reaches_modules_imported_later(monkeypatch):
 
 @pytest.mark.parametrize("found", ["1.15.3", "1.17.0", "2.0.0"])
 def test_an_untested_version_is_refused(found, monkeypatch):
-    monkeypatch.setattr(door, "version", lambda name: found)
+    monkeypatch.setattr(host, "version", lambda name: found)
     with pytest.raises(ValueError, match=f"tested with 1.16, found {found}"):
         install_head()
 

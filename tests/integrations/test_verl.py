@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from powerflow_fast import linear_logprobs, tb_loss
+from powerflow_fast.integrations import host
 from powerflow_fast.integrations import verl as door
 from tests.helpers import tiny
 
@@ -84,7 +85,7 @@ def test_micro_batches_and_ranks_add_up_to_the_global_mean():
 
 
 def test_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(door, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(host, "version", lambda name: "0.10.2")
     with pytest.raises(ValueError, match="tested with 0.9, found 0.10.2"):
         door.register()
 
