@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """In what otherwise equal architectures differ."""
+    """What differs between architectures that are equal otherwise."""
 
     norms: int = 2  # RMS norms of the hidden size in each layer
     qkv_bias: bool = False
@@ -116,7 +116,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelShape:
-        """The shape of a transformers configuration; of its text model where it has several.
+        """The shape of a transformers configuration, or of its text model where it has several.
 
         Raises:
             ValueError: for an architecture whose parameters are not known here, and for sizes that

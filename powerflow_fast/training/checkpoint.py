@@ -50,7 +50,7 @@ class WholeCheckpoints(GRPOTrainer):
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
     _made_for: dict[str, str]  # what `describe` says of the policy as it is trained
     _staging = False
-    _sampler: Any = None  # of TRL, where the data set is no stream
+    _sampler: Any = None  # TRL's, unless the data set is a stream
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As transformers'; "last" is the last checkpoint in `output_dir`, or a start from none."""
@@ -69,7 +69,7 @@ class WholeCheckpoints(GRPOTrainer):
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """An epoch in an order that seed and epoch alone give: a resume finds its place."""
+        """An epoch in an order fixed by seed and epoch alone, so that a resume finds its place."""
         if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
             return
         if self._sampler is not None and self._sampler.shuffle:
@@ -174,7 +174,7 @@ class WholeCheckpoints(GRPOTrainer):
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             return
-        # The next micro-batch begins a cycle of rollouts; the first of all is told by its 0.
+        # The next micro-batch begins a cycle of rollouts; step 0 marks the very first.
         cycle = self.args.steps_per_generation * self.num_iterations
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         self._step = -(-taken // cycle) * cycle
@@ -190,7 +190,7 @@ class WholeCheckpoints(GRPOTrainer):
         )
 
     def _shape(self) -> dict[str, int]:
-        """What a buffered rollout was cut for: where it differs, another one is needed."""
+        """The set-up that a buffered rollout was cut for; any other needs a new rollout."""
         args = self.args
         return {
             "processes": self.accelerator.num_processes,
@@ -235,7 +235,7 @@ def check_made_for(checkpoint: str, expected: dict[str, str]) -> None:
     Warns where its optimizer was not saved.
 
     Raises:
-        ValueError: for one of another model or set-up, or of which something is missing.
+        ValueError: for a checkpoint of another model or set-up, and for one that is not whole.
     """
     try:
         with open(os.path.join(checkpoint, MODEL_FILE), encoding="utf-8") as file:
@@ -284,7 +284,7 @@ def _load(path: str) -> dict[str, Any]:
 
 
 def _move(staged: str, final: str) -> None:
-    """Rename; one of the same name, from an earlier try at this step, makes way first."""
+    """Rename; a folder of that name, from an earlier try at this step, is moved away first."""
     if os.path.isdir(final):
         os.rename(final, staged + ".old")
     os.rename(staged, final)

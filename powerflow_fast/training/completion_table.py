@@ -1,4 +1,4 @@
-"""`log_completions`: what LA-TB says of each completion, in TRL's table of them."""
+"""`log_completions`: LA-TB's figures of each completion, in TRL's table of completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("log pi", "log base", "residual")  # [nats/token] of each completion
 
 
 class CompletionTable:
-    """The rows of the last rollout, as far as they have been trained on."""
+    """The completions of the last rollout that have been trained on so far."""
 
     def __init__(self) -> None:
         self.rows: dict[int, list[float]] = {}  # place in the rollout -> COLUMNS
@@ -39,7 +39,7 @@ class CompletionTable:
 
     @contextmanager
     def in_place_of_rewards(self, logs: dict[str, Any], training: bool) -> Iterator[None]:
-        """Within, TRL's lists of a rollout hold COLUMNS in place of reward and advantage."""
+        """Inside, TRL's lists of a rollout hold COLUMNS in place of reward and advantage."""
         rewards, advantages = logs["rewards"], logs["advantages"]
         shown = {name: values for name, values in rewards.items() if name != no_psi.__name__}
         if training and self.rows:

@@ -17,10 +17,9 @@ PATCHED = ("forward", "_fused_head_options", "_fused_head_patches")
 
 @contextmanager
 def given_back(model: Any) -> Iterator[None]:
-    """Takes off again what was put on `model`, where an error comes out of the time inside.
+    """Undo what was done to `model` if the block raises.
 
-    A refusal costs no second loading: adapters that were added go, and parameters, modes and hooks
-    are as they were.
+    Adapters that were added go; modes, dropouts, hooks and what requires a gradient are as before.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -53,7 +52,7 @@ def given_back(model: Any) -> Iterator[None]:
 
 
 def _take_off(model: Any, adapters: set[str]) -> None:
-    """All adapters of `model` but those named, from its layers too where it is no PeftModel."""
+    """Remove all adapters but those named; from the layers where `model` is no PeftModel."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

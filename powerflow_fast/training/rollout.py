@@ -99,16 +99,16 @@ class ScoredRollouts(LossInForward):
             self.args.steps_per_generation * self.num_iterations
             > self.args.gradient_accumulation_steps
         )
-        noted = self.log_z is None and (several or not self._groups_are_whole())
+        estimated = self.log_z is None and (several or not self._groups_are_whole())
         fresh = self.log_z is not None and not self.log_z.started
         if self._ref_logps is not None:  # TRL has asked for the old policy's
             output["ref_per_token_logps"] = self._ref_logps
-        elif several or noted or fresh or "sampling_per_token_logps" in output:
+        elif several or estimated or fresh or "sampling_per_token_logps" in output:
             scores = self._score(output)
             output["old_per_token_logps"], output["ref_per_token_logps"] = scores
         elif self.args.offload_reference:
             output["ref_per_token_logps"] = self._offloaded_reference(output)
-        if noted or fresh:
+        if estimated or fresh:
             size = self._group_size()
             output["group_log_z"] = group_log_z(output, size, self.args, self.accelerator)
         if fresh:
