@@ -172,7 +172,7 @@ def bf16_logits() -> Iterator[None]:
         options["round_logits"] = True
         return fused_linear_tb_loss(hidden.to(half), weight.to(half), targets, **options)
 
-    with mock.patch("powerflow_fast.training.trainer.fused_linear_tb_loss", rounded):
+    with mock.patch("powerflow_fast.training.forward.fused_linear_tb_loss", rounded):
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 
 from powerflow_fast import linear_logprobs
 from powerflow_fast.models.lm_head import last_hidden_state, read_head
-from powerflow_fast.training.rollout import counted
+from powerflow_fast.training.forward import completion_states
 
 
 @dataclass
@@ -65,7 +65,7 @@ def token_logps(model, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
         torch.cat([rollout[f"prompt_{kind}"], rollout[f"completion_{kind}"]], dim=1)
         for kind in ("ids", "mask")
     )
-    hidden = counted(last_hidden_state(model, ids, attention), mask, head)
+    hidden = completion_states(last_hidden_state(model, ids, attention), mask, head)
     targets = rollout["completion_ids"][mask]
     logps = torch.zeros(mask.shape)
     logps[mask] = linear_logprobs(hidden, head.weight, targets, bias=head.bias, **head.transform)

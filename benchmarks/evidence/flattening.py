@@ -20,7 +20,7 @@ from powerflow_fast.data.prompts import OPEN_PROMPTS, Question, read_questions
 from powerflow_fast.evaluation.scores import distinct_ngrams
 from powerflow_fast.models.sampling import end_tokens
 from powerflow_fast.models.smollm2 import chat_prompt
-from powerflow_fast.training.health import distinct_ngrams as distinct_within
+from powerflow_fast.training.health import distinct_token_ngrams as distinct_within
 
 TITLE = "Quality against semantic diversity: PowerFlow with alpha < 1, and temperature"
 SEEDS = (0, 1)

@@ -98,7 +98,7 @@ class Within:
         pairs = zip(completions, prompts, strict=True)
         echoes = [is_correct(text, [self.questions[prompt]]) for text, prompt in pairs]
         line = {
-            "distinct_4grams": round(health.distinct_ngrams(completion_ids), 4),
+            "distinct_4grams": round(health.distinct_token_ngrams(completion_ids), 4),
             "echoes": sum(echoes) / len(echoes),
         }
         self.steps.append({**line, "sample": completions[0]})

@@ -6,7 +6,7 @@ import torch
 from benchmarks import plots
 from benchmarks.evidence import ablations
 from powerflow_fast import fused_linear_tb_loss
-from powerflow_fast.training import trainer
+from powerflow_fast.training import forward
 
 
 def language_run(rollouts: str, losses: list[float], sampled: float = 0.5, **more) -> dict:
@@ -57,10 +57,10 @@ def test_bf16_logits_reach_the_trainers_loss_and_leave_it_again():
     reference = hidden.clone()
     options = dict(alpha=2.0, log_z=0.5, mask=None, cu_seqlens=torch.tensor([0, 3, 6]).int())
     call = (hidden, weight, torch.arange(6))
-    plain = trainer.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
+    plain = forward.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
     with ablations.bf16_logits():
-        rounded = trainer.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
-    assert trainer.fused_linear_tb_loss is fused_linear_tb_loss
+        rounded = forward.fused_linear_tb_loss(*call, ref_hidden=reference, **options)
+    assert forward.fused_linear_tb_loss is fused_linear_tb_loss
     logits = (hidden.bfloat16().double() @ weight.bfloat16().double().T).bfloat16().double()
     expected = logits.log_softmax(-1)[torch.arange(6), torch.arange(6)].float()
     torch.testing.assert_close(rounded.logps, expected, atol=1e-4, rtol=0)
