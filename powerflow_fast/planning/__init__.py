@@ -1,1 +1,1 @@
-"""Memory of a run before anything is rented."""
+"""Memory of a training run, and what to change where it does not fit."""

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, and the trainer's options where it does."""
+"""What to change in a run that does not fit, and the trainer's options for one that does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SHOWN = 4  # ways to fit
 GENERATIONS = 8  # completions of a prompt, the trainer's default
 FEWEST_COMPLETIONS = 2  # of a prompt
 STEP = 64  # completions of an optimizer step, over all GPUs: 8 prompts
-MOST_GPUS, FEWEST_TOKENS = 64, 256
+MOST_GPUS, FEWEST_TOKENS = 64, 256  # that are suggested
 
 
 def command(model: str, run: Run, sequences: int | None = None) -> str:
-    """`powerflow-fast plan` for this run, and for micro-batches of `sequences` where given."""
+    """The `powerflow-fast plan` command for `run`, and for micro-batches of `sequences`."""
     words = [f"powerflow-fast plan {shlex.quote(model)}"]
     for field in fields(run):
         value = getattr(run, field.name)
@@ -33,8 +33,11 @@ def command(model: str, run: Run, sequences: int | None = None) -> str:
 def ways_to_fit(model: str, run: Run, sequences: int | None = None) -> list[str]:
     """Commands that do fit, cheapest first, each with its micro-batch and memory.
 
-    With `sequences`, a micro-batch of so many does not fit: a smaller one, where there is one, and
-    then what lets so many fit.
+    Args:
+        model: as the command names it.
+        run: does not fit.
+        sequences: of a micro-batch that does not fit. The first command is then a smaller one, if
+            one fits; the others make room for `sequences`.
     """
     fits = largest_micro_batch(run)
     lines = [_way(model, run, fits)] if fits else []
@@ -89,7 +92,7 @@ def _first_that_fits(runs: Iterator[Run], sequences: int) -> Iterator[Run]:
 def trainer_options(run: Run, fits: int) -> str:
     """The trainer's batch options for this run, with micro-batches of at most `fits` sequences.
 
-    A rollout is what was planned, `run.completions` on each GPU: the micro-batch divides them.
+    A rollout has `run.completions` on each GPU, as planned, and the micro-batch divides them.
     """
     rollout = run.completions * run.gpus
     if rollout < FEWEST_COMPLETIONS:

@@ -2,8 +2,8 @@
 
 Counted from the model's shape, not measured: the tensors that autograd keeps in a transformers
 decoder with LoRA on every linear layer and an attention that keeps no [L, L] scores (Gemma 2's
-keeps none with flash-attn alone). Tests hold the counts against what autograd keeps and against
-the measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
+keeps none only with flash-attn). Tests compare the counts with what autograd keeps and with the
+measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from powerflow_fast.kernels.config import (
     STATISTICS_BYTES,
 )
 from powerflow_fast.logprobs.softmax_cache import LARGEST_BYTES
+from powerflow_fast.logprobs.validation import check_choice
 from powerflow_fast.models.shapes import FAMILIES, LARGEST_SIZE, ModelShape
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
-CPU_TILES = 8 << 20  # what the torch head's tiles take
+CPU_TILES = 8 << 20  # bytes of the torch head's tiles
 RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
-KEPT_BACK = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
+RESERVED = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
 
 
-def _check_number(name: str, value: float) -> None:
+def _check_positive(name: str, value: float) -> None:
     if not 0 < value <= LARGEST_SIZE:
         raise ValueError(
             f"{name}: expected a number > 0 and at most {LARGEST_SIZE:.0e}, "
@@ -37,21 +38,26 @@ def _check_number(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a plan is asked about.
+    """The training run that a plan is for.
 
     Args:
         shape: the model.
-        gpus: of `memory_gb` each.
+        gpus: their number.
+        memory_gb: of each GPU [1e9 bytes].
         weights: "bf16", "fp32", or "nf4", "fp8" for the linear layers of a frozen base.
         lora_rank: LoRA on every linear layer; 0 trains all parameters, with a frozen second copy as
             the reference.
-        tokens: of a sequence, prompt and completion, padding included where it is computed.
+        tokens: of a sequence, prompt and completion, with padding where padding is computed.
         completions: sequences that one GPU samples at a time.
         sharding: "fsdp" divides weights, gradients and optimizer over the GPUs, "ddp" copies them.
         offload: with "fsdp": shards rest in main memory.
-        offload_reference: the trainer's option: the second copy is there while it scores a rollout.
+        offload_reference: the trainer's option: the second copy is on the GPU only while it scores
+            a rollout.
         checkpointing: recompute each layer in the backward pass.
-        device: "cuda" or "cpu", of which the head's buffers depend.
+        device: "cuda" or "cpu", which decides the head's buffers.
+
+    Raises:
+        ValueError: for a value out of range, or options that do not go together.
     """
 
     shape: ModelShape
@@ -69,14 +75,13 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "memory_gb", "tokens", "completions"):
-            _check_number(name, getattr(self, name))
+            _check_positive(name, getattr(self, name))
         if not 0 <= self.lora_rank <= LARGEST_SIZE:
             raise ValueError(
                 f"lora_rank: expected 0 to {LARGEST_SIZE:.0e}, got {reprlib.repr(self.lora_rank)}"
             )
-        for name, choices in (("weights", tuple(BYTES)), ("sharding", ("ddp", "fsdp"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        check_choice("weights", self.weights, tuple(BYTES))
+        check_choice("sharding", self.sharding, ("ddp", "fsdp"))
         if self.weights in QUANTIZED and (self.lora_rank == 0 or self.sharding == "fsdp"):
             raise ValueError(
                 f"weights={self.weights!r}: expected LoRA and sharding='ddp'; quantised weights "
@@ -104,7 +109,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU at the largest moment; `host` is main memory, of all ranks together."""
+    """Bytes per GPU; `host` is main memory of all ranks together."""
 
     weights: float
     reference: float  # a second copy, for full fine-tuning
@@ -115,12 +120,13 @@ class Memory:
     activations: float  # kept for the backward pass
     head: float  # while the loss runs
     backward: float  # while a layer's backward pass runs: the head's is over then
-    sampler: float  # key-value cache, while sampling: nothing of the three above is there then
-    scoring: float  # an offloaded reference and its head, while it scores: nothing of the four is
+    sampler: float  # key-value cache, while sampling, without the three above
+    scoring: float  # an offloaded reference and its head, while it scores, without the four above
     host: float
 
     @property
     def total(self) -> float:
+        """At the largest moment of training, sampling and scoring."""
         step = self.activations + max(self.head, self.backward)
         return sum(getattr(self, name) for name in RESTING) + max(step, self.sampler, self.scoring)
 
@@ -136,7 +142,7 @@ def layer_activations(run: Run) -> float:
     In the run's width: the normed inputs [H]; queries, keys, values (repeated for each query head)
     and attention's output, once as attention keeps it and once as the next layer's input [q each];
     gate, its silu, up and their product [I each]; the LoRA bottlenecks. In float32: the inputs of
-    the norms, of those of queries and keys too. Where norms train, what their weights multiply.
+    all norms, those of queries and keys included. Where norms train, the inputs of their weights.
     """
     shape, family, full = run.shape, FAMILIES[run.shape.model_type], run.lora_rank == 0
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -152,8 +158,8 @@ def layer_activations(run: Run) -> float:
     return run.width * (numbers + layers * run.lora_rank) + 4 * normed + scaled
 
 
-def kept_bytes(run: Run, sequences: int) -> float:
-    """Kept from the forward to the backward pass of a micro-batch: the layers', the last norm's."""
+def activation_bytes(run: Run, sequences: int) -> float:
+    """Bytes that layers and last norm keep from forward to backward pass of a micro-batch."""
     shape = run.shape
     a_layer = run.width * shape.hidden_size if run.checkpointing else layer_activations(run)
     last_norm = (4 + run.width) * shape.hidden_size
@@ -161,10 +167,11 @@ def kept_bytes(run: Run, sequences: int) -> float:
 
 
 def backward_bytes(run: Run, sequences: int) -> float:
-    """Beside what is kept, while one layer's backward pass runs: gradients, recomputed values.
+    """Bytes beside `activation_bytes` while one layer's backward pass runs.
 
-    Gradients of gate, up and their product [I each]. Of a fused layer's output and its scaled
-    adapter's [2I each]. Where inputs are copied: of the product, its copy and, in float32, between.
+    Recomputed values with checkpointing, and gradients: of gate, up and their product [I each]. In
+    a fused layer: of its output and its scaled adapter's [2I each]. Where inputs are copied: of the
+    product, of its copy, and the float32 one between them.
     """
     fused = FAMILIES[run.shape.model_type].fused
     passing = (4 if fused or run.copies_inputs else 3) * run.shape.intermediate_size
@@ -173,13 +180,15 @@ def backward_bytes(run: Run, sequences: int) -> float:
 
 
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
-    """Of policy and reference log-probs and the gradient of the hidden states.
+    """Bytes of log-probs of policy and reference, and of the gradient of the hidden states.
 
-    Fused: packed states of both models, and the larger of the two passes. Frozen: the direction in
-    float32, with a chunk's numerators and statistics, then with the gradient. Trained: what is kept
-    for backward, with a chunk's statistics, then with a second copy of the states, their gradient
-    in float32, a chunk's dlogits, and one of its two float32 products at a time.
-    Else: logits in the run's width, in float32, and their gradient (the reference's pass is over).
+    Fused: packed states of both models, and the larger of the two passes. A frozen head holds the
+    direction in float32, with a chunk's numerators and statistics, then with the gradient. A
+    trained head holds its numerators for backward, with a chunk's statistics, then with a second
+    copy of the states, their gradient in float32, a chunk's dlogits, and one of its two float32
+    products at a time.
+    Not fused: logits in the run's width, in float32, and their gradient (the reference's pass is
+    over then).
     """
     n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
     width, on_cpu = run.width, run.device == "cpu"
@@ -199,7 +208,7 @@ def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
 
 
 def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
-    """Memory of a run with micro-batches of `sequences`; `fused` is this library's head."""
+    """Memory of a run with micro-batches of `sequences`; `fused`: with this library's head."""
     shape, width = run.shape, run.width
     total = shape.parameters()
     rows = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
@@ -227,7 +236,7 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
     head, copies = head_bytes(run, sequences, fused), run.gpus * run.offload_reference
     return Memory(
         gathered=gathered,
-        activations=kept_bytes(run, sequences),
+        activations=activation_bytes(run, sequences),
         backward=backward_bytes(run, sequences),
         head=head,
         sampler=cache * run.tokens * run.completions,
@@ -239,7 +248,7 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
 
 def largest_micro_batch(run: Run, fused: bool = True) -> int:
     """Sequences per GPU and pass that fit; 0 where not even one does."""
-    budget = run.memory_gb * 1e9 * (1 - KEPT_BACK)
+    budget = run.memory_gb * 1e9 * (1 - RESERVED)
     fits, step = 0, 1
     while plan(run, fits + step, fused).total <= budget and fits + step < 1 << 20:
         fits, step = fits + step, 2 * step
@@ -272,10 +281,19 @@ activations, and the larger of the two lines under them. fused head: this librar
 
 
 def report(run: Run, sequences: int | None = None, tflops: float | None = None) -> str:
-    """The plan as a table, at the largest micro-batch that fits or at `sequences`."""
+    """The plan as a table.
+
+    Args:
+        run: what is planned.
+        sequences: of a micro-batch; default: the most that fit.
+        tflops: measured rate of a GPU [1e12 operations/s], for a throughput.
+
+    Raises:
+        ValueError: for a `sequences` or `tflops` that is not > 0.
+    """
     for name, value in (("micro_batch", sequences), ("tflops", tflops)):
         if value is not None:
-            _check_number(name, value)
+            _check_positive(name, value)
     fits = {fused: largest_micro_batch(run, fused) for fused in (True, False)}
     shown = sequences or max(fits[True], 1)
     memory = {fused: plan(run, shown, fused) for fused in (True, False)}
@@ -304,7 +322,7 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
         if ours or plain:
             lines.append(f"{title:<36}{ours:>12.2f}{plain:>14.2f}")
     lines.append(f"{'largest micro-batch':<36}{fits[True]:>12}{fits[False]:>14}")
-    other = kept_bytes(replace(run, checkpointing=not run.checkpointing), shown) / 1e9
+    other = activation_bytes(replace(run, checkpointing=not run.checkpointing), shown) / 1e9
     lines.append(
         f"activations {'without' if run.checkpointing else 'with'} checkpointing: {other:.2f} GB"
     )
@@ -318,5 +336,5 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
             f"throughput at {tflops:g} TFLOP/s (given): {rate:.0f} tokens/s a GPU "
             "trained, sampling not counted"
         )
-    lines.append(f"{KEPT_BACK:.0%} of the memory is kept back for driver and allocator (assumed)")
+    lines.append(f"{RESERVED:.0%} of the memory is kept back for driver and allocator (assumed)")
     return "\n".join([*lines, LEGEND])

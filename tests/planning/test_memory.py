@@ -19,8 +19,8 @@ from powerflow_fast.cli import main  # noqa: E402
 from powerflow_fast.models.shapes import FAMILIES, ModelShape, model_shape  # noqa: E402
 from powerflow_fast.planning.memory import (  # noqa: E402
     Run,
+    activation_bytes,
     backward_bytes,
-    kept_bytes,
     largest_micro_batch,
     layer_activations,
     lora_parameters,
@@ -74,7 +74,7 @@ def test_layers_in_bf16_with_lora_take_what_a_step_takes(kind, checkpointing):
     shape = ModelShape(kind, 128, 64, 4, 4, 4 if kind == "phi3" else 2, 32, 384)
     run = Run(shape, lora_rank=8, tokens=1, checkpointing=checkpointing)
     of_the_states = run.width * shape.hidden_size  # their gradient, which comes from the head
-    counted = kept_bytes(run, 1) + backward_bytes(run, 1) + of_the_states
+    counted = activation_bytes(run, 1) + backward_bytes(run, 1) + of_the_states
     peak = peak_of_a_step(shape, "bf16", 8, checkpointing)
     print(f"counted {counted:.0f}, at the peak {peak:.0f} bytes a token")
     assert 0.99 < counted / peak < 1.1
