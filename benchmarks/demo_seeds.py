@@ -21,16 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results_file
-
-MEASURES = (
-    "accuracy_sampled",
-    "accuracy_greedy",
-    "distinct_answers",
-    "distinct_openings",
-    "distinct_bigrams",
-    "mean_length",
-    "base_logp",
-)
+from powerflow_fast.evaluation.scores import MEASURES
 
 
 def run_seed(seed: int, args: argparse.Namespace, folder: Path) -> dict:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from powerflow_fast.cli.common import Parser, UsageError, offline_without_hub, one_line, quiet
+from powerflow_fast.cli.common import Parser, UsageError, offline_without_hub, quiet
 from powerflow_fast.cli.demo import add_demo
 from powerflow_fast.cli.info import add_info
 from powerflow_fast.cli.measuring import add_eval, add_forecast
 from powerflow_fast.cli.merge import add_merge
 from powerflow_fast.cli.plan import add_plan
+from powerflow_fast.data.errors import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run the command that `argv` names (default: the process's); returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     quiet()
     try:

@@ -1,36 +1,42 @@
-"""What the commands share: errors of the user, options, loading a model, the output folder."""
+"""What the commands share: user errors, options, models and tokenizers, folders of runs."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import json
 import logging
 import os
 import socket
 import tempfile
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from powerflow_fast import needs
+from powerflow_fast.data.errors import did_you_mean
+from powerflow_fast.models.smollm2 import HUB_NAME
 from powerflow_fast.models.smollm2 import NAME as SMOLLM2
+
+if TYPE_CHECKING:
+    from powerflow_fast.evaluation.record import RunRecord
 
 
 class UsageError(Exception):
-    """What the user can put right; its message is printed without a traceback."""
+    """An error that the user can put right; its message is printed without a traceback."""
 
 
 def usable_cores() -> int:
-    """That this process may use; all of the machine's where the system does not say."""
+    """CPU cores that this process may use; all of them where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, the nearest name for a wrong one, and both spellings of options."""
+    """Errors in one line, the nearest name for a wrong option, and - or _ within options."""
 
     commands: Any = None  # the subparsers, of the parser that has them
 
@@ -41,48 +47,54 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args([_hyphens(word) for word in args], namespace)
         if unknown:
             parser = self.commands.choices[found.command] if self.commands else self
-            known = [name for action in parser._actions for name in action.option_strings]
-            self.error(unknown_option(unknown[0], known))
+            self.error(unknown_option(unknown[0], parser))
         return found
 
 
 def _hyphens(word: str) -> str:
-    """--max_new_tokens=4 as --max-new-tokens=4; a value stays as it is."""
+    """--max_new_tokens=4 becomes --max-new-tokens=4; values are left alone."""
     if not word.startswith("--"):
         return word
     name, sign, value = word.partition("=")
     return name.replace("_", "-") + sign + value
 
 
-def unknown_option(word: str, known: Iterable[str]) -> str:
-    """An error for an option that there is not, with the nearest that there is."""
+def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
+    """The error for a word that `parser` does not know, with the nearest of its options."""
     if not word.startswith("-"):
         return f"{word!r}: expected an option, which begins with --"
     name = word.partition("=")[0]
-    names = {_hyphens(other): other for other in known}
-    near = difflib.get_close_matches(_hyphens(name), names, 1, 0.7)
-    return f"{name}: no such option" + (f"; did you mean {names[near[0]]}?" if near else "")
+    known = [known for action in parser._actions for known in action.option_strings]
+    hint = did_you_mean(_hyphens(name), known, cutoff=0.7)
+    return f"{name}: no such option{hint}"
+
+
+def fields_given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The options in `args` that are fields of the dataclass `settings`."""
+    known = {field.name for field in fields(settings)}
+    return {name: value for name, value in vars(args).items() if name in known}
 
 
 def quiet() -> None:
-    """Nothing in a command's output that its user cannot act on: of libraries about others."""
+    """Hide warnings of libraries that the user of a command can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     for message in (
         ".*pin_memory.*",  # on a machine without an accelerator
-        "Could not find a config file in.*",  # of PEFT, which asks the Hub about a base in memory
-        ".*Unable to fetch remote file.*",  # likewise
+        # PEFT asks the Hub about a base that is in memory.
+        "Could not find a config file in.*",
+        ".*Unable to fetch remote file.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    # bitsandbytes asks for a kernel of the Hub when it is imported, on a CPU, and logs that it
-    # could not be had; what it falls back to works.
+    # On a CPU, bitsandbytes asks the Hub for a kernel when it is imported, and logs that it could
+    # not be had; its fallback works.
     for name in ("kernels", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def offline_without_hub() -> None:
-    """Where the Hub cannot be reached, its cache alone is asked, at once and not after retries.
+    """Set HF_HUB_OFFLINE where the Hub cannot be reached: its cache is used at once, no retries.
 
-    To be called before anything imports huggingface_hub, which reads the variable then.
+    To be called before huggingface_hub is imported, which reads the variable only then.
     """
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
     if proxied or "HF_HUB_OFFLINE" in os.environ:
@@ -95,7 +107,7 @@ def offline_without_hub() -> None:
 
 
 def load_tokenizer(name: str):
-    """Of a folder, a Hub name, or 'smollm2'; pads on the left."""
+    """The tokenizer of a folder, a Hub name, or 'smollm2'; it pads on the left."""
     if name == SMOLLM2:
         from powerflow_fast.models.smollm2 import load_smollm2_tokenizer
 
@@ -110,14 +122,17 @@ def load_tokenizer(name: str):
 
 
 def chat_of(given: Any) -> bool | None:
-    """--chat or --raw; None: as the tokenizer is."""
+    """True for --chat, False for --raw; None: the tokenizer decides."""
     return True if given.chat else False if given.raw else None
 
 
 def load_model(name: str, tokenizer, keywords: dict[str, Any] | None = None):
-    """The model of a folder, a Hub name, or 'smollm2'; float32 unless a GPU is there.
+    """The model of a folder, a Hub name, or 'smollm2'; in its own type on a GPU, else float32.
 
-    `tokenizer` is the model's own, of `load_tokenizer`.
+    Args:
+        name: of the model.
+        tokenizer: the model's own, from `load_tokenizer`.
+        keywords: further ones of `from_pretrained`.
     """
     keywords = dict(keywords or {})
     if name == SMOLLM2:
@@ -143,7 +158,31 @@ def _check_folder(name: str) -> None:
         raise UsageError(f"--model {name}: no such folder")
 
 
+def run_of(folder: str | None) -> RunRecord | None:
+    """The record of the run that wrote `folder`, or of the run whose checkpoint `folder` is."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    from powerflow_fast.evaluation.record import RunRecord
+
+    return RunRecord.load(folder) or RunRecord.load(Path(folder).absolute().parent)
+
+
+def base_of(adapter: str | None, run: RunRecord | None) -> str:
+    """The base of an adapter's folder, whose record is `run`; without one the packaged model."""
+    if adapter is None:
+        return SMOLLM2
+    path = Path(adapter) / "adapter_config.json"
+    if not path.is_file():
+        raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
+    named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = (run.model if run else None) or named
+    if not name:
+        raise UsageError(f"--model: {path} names no base; give its folder or name")
+    return SMOLLM2 if name == HUB_NAME else name
+
+
 def check_output(folder: str, overwrite: bool) -> None:
+    """UsageError where a run cannot be written to `folder`, or would overwrite another one."""
     path = Path(folder)
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     try:
@@ -159,7 +198,7 @@ def check_output(folder: str, overwrite: bool) -> None:
 
 
 def user_input(step: Callable, *arguments: Any):
-    """Run a step that only reads what the user gave: its errors are the user's to put right."""
+    """`step(*arguments)`, which only reads the user's input; its errors become UsageErrors."""
     try:
         return step(*arguments)
     except ImportError as error:
@@ -168,12 +207,7 @@ def user_input(step: Callable, *arguments: Any):
         raise UsageError(str(error)) from error
 
 
-def one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error.__cause__ or error).__name__
-
-
 def say(*lines: str) -> None:
-    """Print, on one of several ranks."""
+    """Print on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         print(*lines, sep="\n", flush=True)

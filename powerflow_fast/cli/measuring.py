@@ -1,31 +1,32 @@
-"""The commands `powerflow-fast eval` and `forecast`, which sample a model and measure."""
+"""The commands `powerflow-fast eval` and `forecast`, which sample a model and measure it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from powerflow_fast.cli.common import (
     SMOLLM2,
     UsageError,
+    base_of,
     chat_of,
     load_model,
     load_tokenizer,
+    run_of,
     say,
     user_input,
 )
 
 if TYPE_CHECKING:
     from powerflow_fast.data.prompts import Question
-    from powerflow_fast.evaluation.record import RunRecord
     from powerflow_fast.evaluation.scores import Sampling
 
 
 def add_eval(commands: argparse._SubParsersAction) -> None:
+    """The options of `eval`."""
     command = commands.add_parser("eval", help="accuracy, diversity and likelihood on questions")
     _add_sampling(command, samples=4)
     command.add_argument("--adapter", help="folder of a run with LoRA: base and adapter, compared")
@@ -33,6 +34,7 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def add_forecast(commands: argparse._SubParsersAction) -> None:
+    """The options of `forecast`."""
     command = commands.add_parser("forecast", help="where training would go, from the base alone")
     _add_sampling(command, samples=32)
     command.add_argument("--alphas", default="1,2,4", help="powers to look at (1,2,4)")
@@ -62,18 +64,18 @@ def _add_sampling(command: argparse.ArgumentParser, samples: int) -> None:
 
 @dataclass
 class _Task:
-    """What is sampled, and how: flags first, then what the run's folder says, then defaults."""
+    """What is sampled, and how: by flags, else by the record of the run, else by defaults."""
 
     model: Any
     tokenizer: Any
     questions: list[Question]
     sampling: Sampling
-    title: str  # one line that says all this
+    title: str  # one line about all of this
 
 
 def _eval(args: argparse.Namespace) -> int:
     task = _task(args, args.adapter)
-    from powerflow_fast.evaluation.comparison import heading, legend, rows, table
+    from powerflow_fast.evaluation import comparison
     from powerflow_fast.evaluation.measured_run import compare
     from powerflow_fast.evaluation.scores import evaluate, without_adapter
 
@@ -86,24 +88,17 @@ def _eval(args: argparse.Namespace) -> int:
 
     if args.adapter is None:
         scores = measure("measuring").scores
-        figures: dict[str, Any] = scores.as_dict()
-        head = heading(len(task.questions), False)
-        text = table(head, rows(scores, None, task.sampling.temperature)) + f"\n({legend(scores)})"
+        figures = scores.as_dict()
+        temperature = task.sampling.temperature
+        table = comparison.summary(len(task.questions), scores, temperature=temperature)
+        text = comparison.text(table)
     else:
         with without_adapter(task.model):
             before = measure("measuring the base")
-        measured = compare(
-            before, measure("measuring with the adapter"), task.questions, task.sampling
-        )
-        changes = {
-            name: figure.difference(before.scores.figures()[name])
-            for name, figure in measured.after.scores.figures().items()
-        }
+        after = measure("measuring with the adapter")
+        measured = compare(before, after, task.questions, task.sampling)
         figures = {name: measured.summary[name] for name in ("before", "after")}
-        figures["change"] = {name: change for name, (change, _) in changes.items()}
-        figures["change"]["standard_errors"] = {
-            name: error for name, (_, error) in changes.items() if error == error
-        }
+        figures["change"] = after.scores.changes(before.scores)
         text = measured.text()
     print(json.dumps(figures) if args.json else text)
     return 0
@@ -118,7 +113,7 @@ def _forecast(args: argparse.Namespace) -> int:
         raise UsageError(f"--alphas: expected finite numbers > 0, got {args.alphas}")
     task = _task(args)
     from powerflow_fast.data.prompts import text_of
-    from powerflow_fast.evaluation.forecast import forecast, report
+    from powerflow_fast.evaluation.forecast import forecast, forecast_table
     from powerflow_fast.evaluation.scores import complete
 
     if not args.json:
@@ -128,9 +123,9 @@ def _forecast(args: argparse.Namespace) -> int:
     drawn = complete(task.model, task.tokenizer, prompts, sampling)
     found = forecast(drawn, task.questions, args.samples, alphas)
     if args.json:
-        print(json.dumps([f.as_dict() for f in found]))
+        print(json.dumps([asdict(f) for f in found]))
         return 0
-    print(report(found, args.samples))
+    print(forecast_table(found, args.samples))
     for i, prompt in enumerate(prompts[: max(args.show, 0)]):
         print(f"\n{text_of(prompt)}")
         for f in found:
@@ -149,19 +144,23 @@ def _task(args: argparse.Namespace, adapter: str | None = None) -> _Task:
 
 
 def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
-    from powerflow_fast.data.prompts import QUESTIONS, Columns, in_chat_all, read_questions, spread
+    from powerflow_fast.data.prompts import (
+        QUESTIONS,
+        Columns,
+        evenly_spaced,
+        in_chat_all,
+        read_questions,
+    )
 
     run = run_of(adapter or args.model)
     name = args.model or base_of(adapter, run)
-    columns = Columns(args.prompt_column, args.answer_column)
     own = args.data is None
     if own and name != SMOLLM2:
         raise UsageError(f"--data: expected questions for {name}; the packaged are for smollm2")
-    questions = read_questions(
-        QUESTIONS if own else args.data, "heldout" if own else args.data_split, columns
-    )
+    data, split = (QUESTIONS, "heldout") if own else (args.data, args.data_split)
+    questions = read_questions(data, split, Columns(args.prompt_column, args.answer_column))
     if args.limit is not None:
-        questions = spread(questions, args.limit)
+        questions = evenly_spaced(questions, args.limit)
     tokenizer = load_tokenizer(name)
     chat = chat_of(args)
     if chat is None and run is not None:
@@ -181,31 +180,6 @@ def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
         f"{args.samples} samples each at T={temperature:g}, at most {tokens} tokens"
     )
     return _Task(model, tokenizer, questions, sampling, title)
-
-
-def run_of(folder: str | None) -> RunRecord | None:
-    """The record of the run that wrote `folder`, or the folder around that checkpoint."""
-    if folder is None or not Path(folder).is_dir():
-        return None
-    from powerflow_fast.evaluation.record import RunRecord
-
-    return RunRecord.load(folder) or RunRecord.load(Path(folder).absolute().parent)
-
-
-def base_of(adapter: str | None, run: RunRecord | None) -> str:
-    """The base of an adapter's folder; without one the packaged model."""
-    if adapter is None:
-        return SMOLLM2
-    path = Path(adapter) / "adapter_config.json"
-    if not path.is_file():
-        raise UsageError(f"--adapter {adapter}: no adapter_config.json there")
-    from powerflow_fast.models.smollm2 import HUB_NAME
-
-    named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    name = (run.model if run else None) or named
-    if not name:
-        raise UsageError(f"--model: {path} names no base; give its folder or name")
-    return SMOLLM2 if name == HUB_NAME else name
 
 
 def _load(name: str, tokenizer, adapter: str | None):

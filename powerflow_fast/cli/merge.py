@@ -7,18 +7,20 @@ from pathlib import Path
 
 from powerflow_fast.cli.common import (
     SMOLLM2,
+    base_of,
     check_output,
     load_model,
     load_tokenizer,
+    run_of,
     say,
     user_input,
 )
-from powerflow_fast.cli.measuring import base_of, run_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
+    """The options of `merge`."""
     command = commands.add_parser("merge", help="write base and adapter as one plain model")
     command.add_argument("--adapter", required=True, help="folder of a run with LoRA")
     command.add_argument("--output", required=True, help="folder to write")
@@ -49,7 +51,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, name: str) -> None:
-    """Merged in float32 where the base's type has fewer digits, then rounded once."""
+    """Write the merged model: added in float32, then rounded once to the type that is asked for."""
     import torch
     from peft import PeftModel
     from transformers import AutoConfig

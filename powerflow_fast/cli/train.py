@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
+    """A dataclass field with a help text and, where only some values are allowed, those."""
     metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
     return field(default=default, metadata=metadata)
 
@@ -38,10 +39,9 @@ def _option(default: Any, text: str, *choices: str) -> Any:
 class TrainArguments:
     """Options of `train` beside those of PowerFlowConfig."""
 
-    model: str | None = _option(None, "Model folder or name; 'smollm2' is the packaged one.")
-    data: str | None = _option(
-        None,
-        "Prompts: .txt, .jsonl, .json, .csv, .parquet, or a data set of the Hub (NAME:CONFIG).",
+    model: str = _option("", "Model folder or name; 'smollm2' is the packaged one.")
+    data: str = _option(
+        "", "Prompts: .txt, .jsonl, .json, .csv, .parquet, or a data set of the Hub (NAME:CONFIG)."
     )
     data_split: str | None = _option(None, "Split of the data set; rows of a file with this split.")
     prompt_column: str | None = _option(
@@ -72,14 +72,15 @@ class TrainArguments:
 
 @dataclass
 class Prepared:
-    """A trainer, and what to measure it on."""
+    """A trainer that is ready to train, and how to measure it."""
 
     trainer: Any
-    questions: list[Question]
+    questions: list[Question]  # empty: nothing is measured
     sampling: Sampling
 
 
 def train(argv: list[str]) -> int:
+    """Run `train` with its options `argv`; returns the exit code."""
     argv = [part for word in argv for part in _split_config(word)]
     asked = {word.replace("_", "-") for word in argv}
     if asked & {"-h", "--help", "--help-all"}:
@@ -126,7 +127,7 @@ def _say_what_next(folder: str, record) -> None:
 
 
 def _parse(argv: list[str]) -> tuple[TrainArguments, PowerFlowConfig]:
-    """Flags and YAML file; a name that is no option gets the nearest one."""
+    """The options from flags and YAML file; an error for an unknown one names the nearest."""
     _check_config_file(argv)
     from trl import TrlParser
 
@@ -139,16 +140,14 @@ def _parse(argv: list[str]) -> tuple[TrainArguments, PowerFlowConfig]:
     parser = TrainParser(types, prog="powerflow-fast train")
     *found, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        raise UsageError(unknown_option(unknown[0], known))
+        raise UsageError(unknown_option(unknown[0], parser))
     options, config = found
     if not options.model or not options.data:
         raise UsageError("train needs --model and --data (or both in the --config file)")
     if options.chat and options.raw:
         raise UsageError("--chat, --raw: expected one of the two")
     for name, low in (("lora_rank", 0), ("lora_alpha", 1)):
-        if getattr(options, name) < low:
-            got = getattr(options, name)
+        if (got := getattr(options, name)) < low:
             raise UsageError(f"--{name}: expected a whole number >= {low}, got {got}")
     if str(config.resume_from_checkpoint).lower() == "true":
         config.resume_from_checkpoint = "last"
@@ -156,7 +155,7 @@ def _parse(argv: list[str]) -> tuple[TrainArguments, PowerFlowConfig]:
 
 
 def _prepare_training(argv: list[str]) -> Prepared | None:
-    """What flags and YAML file describe; every check of input happens here."""
+    """The trainer that the options describe, with all input checked; None for a finished run."""
     options, config = _parse(argv)
     from datasets import Dataset
 
@@ -168,13 +167,11 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     from powerflow_fast.training.data_checks import check_enough, check_lengths
 
     check_arguments(config)
-    columns = Columns(options.prompt_column)
-    prompts = read_prompts(options.data, options.data_split, columns)
+    prompts = read_prompts(options.data, options.data_split, Columns(options.prompt_column))
     check_output(config.output_dir, options.overwrite or bool(config.resume_from_checkpoint))
-    if config.resume_from_checkpoint:
-        _check_checkpoint(options.model, config)
-        if _is_finished(config):
-            return None
+    checkpoint = _checkpoint(options.model, config)
+    if checkpoint and _is_finished(checkpoint, config):
+        return None
     rollout = _adapter_rollout(options, config)
     loading = _loading(options)
     tokenizer = load_tokenizer(options.model)
@@ -184,17 +181,16 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     if options.drop_long:
         prompts = _that_fit(prompts, options.model, tokenizer, config)
     questions = _questions(options, config, tokenizer, chat)
-    data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    data = Dataset.from_dict({"prompt": prompts})
     check_enough(data, config)
-    if Path(options.model).is_dir():  # else the trainer checks, once the model is there
+    if Path(options.model).is_dir():  # else the trainer checks, once the model is loaded
         check_lengths({"train_dataset": data}, options.model, tokenizer, config)
-    lora = _lora(options)
     trainer = PowerFlowTrainer(
         model=load_model(options.model, tokenizer, loading),
         args=config,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=_lora(options),
         psi_funcs=missing_boxed(options.boxed_penalty) if options.boxed_penalty else None,
         rollout_func=rollout,
     )
@@ -212,7 +208,7 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
 
 
 def _that_fit(prompts: list[Prompt], model: str, tokenizer, config) -> list[Prompt]:
-    """Prompts that leave room for a completion; says how many do not."""
+    """The prompts that leave room for a completion; says how many do not."""
     from transformers import AutoConfig
 
     from powerflow_fast.data.prompts import prompt_ids
@@ -225,12 +221,12 @@ def _that_fit(prompts: list[Prompt], model: str, tokenizer, config) -> list[Prom
         return prompts
     room = limit - config.max_completion_length
     lengths = map(len, prompt_ids(tokenizer, prompts))
-    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= room]
-    if len(kept) < len(prompts):
-        say(f"{len(prompts) - len(kept)} of {len(prompts)} prompts left out: over {room} tokens")
-    if not kept:
+    short = [p for p, length in zip(prompts, lengths, strict=True) if length <= room]
+    if len(short) < len(prompts):
+        say(f"{len(prompts) - len(short)} of {len(prompts)} prompts left out: over {room} tokens")
+    if not short:
         raise UsageError(f"--drop_long: no prompt has at most {room} tokens")
-    return kept
+    return short
 
 
 def _say_what_is_trained(options: TrainArguments, trainer, chat: bool | None) -> None:
@@ -247,7 +243,7 @@ def _say_what_is_trained(options: TrainArguments, trainer, chat: bool | None) ->
 
 
 def _questions(options: TrainArguments, config, tokenizer, chat: bool | None) -> list[Question]:
-    """Those of --questions, in the format of the prompts."""
+    """The questions of --questions, in the format of the prompts."""
     if options.questions is None:
         return []
     if config.world_size > 1:
@@ -276,7 +272,7 @@ def _lora(options: TrainArguments):
 
 
 def _loading(options: TrainArguments) -> dict[str, Any]:
-    """Keywords of from_pretrained: attention, type, and 4-bit weights for QLoRA."""
+    """Keywords of `from_pretrained`: attention, type, and 4-bit weights for QLoRA."""
     import torch
 
     keywords: dict[str, Any] = {}
@@ -284,7 +280,7 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
     attention = options.attn_implementation or ("flash_attention_2" if flash else None)
     if attention:
         keywords["attn_implementation"] = attention
-    if options.lora_rank < 1:  # bf16 weights would round updates of a usual learning rate away
+    if options.lora_rank < 1:  # bf16 weights would round away updates of a usual learning rate
         keywords["dtype"] = torch.float32
     if options.quantize == "none":
         return keywords
@@ -305,7 +301,7 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
 
 
 def _adapter_rollout(options: TrainArguments, config):
-    """The rollout function for --adapter_server, or None: TRL samples."""
+    """The rollout function for --adapter_server; without it None, and TRL samples."""
     if not options.adapter_server:
         return None
     if options.lora_rank < 1 or config.use_vllm:
@@ -315,30 +311,27 @@ def _adapter_rollout(options: TrainArguments, config):
     return AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
 
 
-def _check_checkpoint(model: str, config) -> None:
-    """The checkpoint to go on from exists and fits the model, as far as its configuration says."""
-    from powerflow_fast.training.checkpoint import check_made_for, config_facts
+def _checkpoint(model: str, config) -> str | None:
+    """The checkpoint to go on from, if any, which fits the model as far as its config tells."""
+    from powerflow_fast.training.checkpoint import check_made_for, config_facts, last_checkpoint
 
-    checkpoint = _checkpoint(config)
-    if checkpoint and not Path(checkpoint).is_dir():
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = last_checkpoint(config.output_dir)
+    if not checkpoint:
+        return None
+    if not Path(checkpoint).is_dir():
         raise UsageError(f"--resume_from_checkpoint {checkpoint}: no such folder (or 'last')")
-    if checkpoint and model != SMOLLM2:
+    if model != SMOLLM2:
         from transformers import AutoConfig
 
         check_made_for(checkpoint, config_facts(AutoConfig.from_pretrained(model)))
+    return checkpoint
 
 
-def _checkpoint(config) -> str | None:
-    from powerflow_fast.training.checkpoint import last_checkpoint
-
-    name = config.resume_from_checkpoint
-    return last_checkpoint(config.output_dir) if name == "last" else name
-
-
-def _is_finished(config) -> bool:
-    """Whether the checkpoint to go on from is the run's last; says so."""
-    checkpoint = _checkpoint(config)
-    state = Path(checkpoint or "", "trainer_state.json")
+def _is_finished(checkpoint: str, config) -> bool:
+    """Whether `checkpoint` is the run's last; says so."""
+    state = Path(checkpoint, "trainer_state.json")
     if not state.is_file():
         return False
     saved = json.loads(state.read_text(encoding="utf-8"))
@@ -352,11 +345,12 @@ def _is_finished(config) -> bool:
 
 
 def _split_config(word: str) -> list[str]:
+    """--config=FILE as two words, which is how TRL's parser looks for it."""
     return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _check_config_file(argv: list[str]) -> None:
-    """TRL's parser opens and reads the YAML file; say first, in one line, why it could not."""
+    """UsageError where TRL's parser could not read the YAML file of --config."""
     if "--config" not in argv:
         return
     rest = argv[argv.index("--config") + 1 :]

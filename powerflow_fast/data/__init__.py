@@ -1,1 +1,1 @@
-"""Prompts and questions: reading them, and those that come with the package."""
+"""Prompts and questions: the packaged ones, and reading those of users."""

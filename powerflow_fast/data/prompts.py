@@ -1,18 +1,17 @@
-"""Prompts and questions from files and data sets, and their one way into token ids.
+"""Prompts and questions from files and data sets, and how they become token ids.
 
-What is read, by `datasets`:
+`datasets` reads:
 
 * `.txt`: one prompt a line; blank lines are skipped.
 * `.jsonl`, `.json`, `.csv`, `.parquet` with a column `prompt`, `question` or `messages`: text, or a
-  list of messages `{"role", "content"}`. Of `messages` the prompt is what stands before the last
-  answer. A column `answers` or `answer` (a text, or a list of accepted ones) is what `eval`
-  measures with; no answer ever reaches a trainer.
+  list of messages `{"role", "content"}`. The prompt of `messages` ends before the last answer. A
+  column `answers` or `answer` (a text, or a list of accepted ones) is for measuring with `eval`;
+  no answer ever reaches a trainer.
 * a folder that `Dataset.save_to_disk` wrote, and the name of a data set on the Hub.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from powerflow_fast.data.errors import did_you_mean, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +36,7 @@ Prompt = str | list[dict[str, Any]]  # text, or messages
 
 
 class PromptFileError(ValueError):
-    """Data that cannot be used; the message names the file and, where it can, the row."""
+    """Data that cannot be used; the message names the file and, where possible, the row."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,22 @@ class Question:
     """A prompt; `answers` are used for measuring only and never reach the trainer."""
 
     prompt: Prompt
-    answers: tuple[str, ...] = ()
-    split: str = ""
+    answers: tuple[str, ...] = ()  # accepted ones; empty: none are known
+    split: str = ""  # the row's column `split`
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set hold what; None: the one of PROMPTS, of ANSWERS that is there."""
+    """Names of a data set's columns."""
 
-    prompt: str | None = None
-    answers: str | None = None
+    prompt: str | None = None  # default: the one of PROMPTS that is there
+    answers: str | None = None  # default: the first of ANSWERS that is there, if any
 
 
 def read_prompts(
     source: str | Path, split: str | None = None, columns: Columns = Columns()
 ) -> list[Prompt]:
-    """As `read_questions`, without the answers: nothing downstream can train on them."""
+    """`read_questions` without the answers: nothing downstream can train on them."""
     return [question.prompt for question in read_questions(source, split, columns)]
 
 
@@ -69,15 +70,18 @@ def read_questions(
 
     Args:
         source: a path, or a Hub name, with a configuration after a colon (`openai/gsm8k:main`).
-        split: rows whose column `split` is this; of a data set with splits, its split ("train").
+        split: of a file, the rows whose column `split` is this (all); of a folder or a data set of
+            the Hub, the name of its split ("train").
         columns: where prompts and answers are.
 
+    Returns:
+        At least one question, all of them with text prompts or all with messages.
+
     Raises:
-        PromptFileError: naming the source and the row, for what it cannot read.
+        PromptFileError: for data that cannot be read; it names the source and the row.
     """
     rows, by_column = _read(source, split)
-    prompt_column = _column(source, rows, "prompt", columns.prompt, PROMPTS)
-    answer_column = _column(source, rows, "answer", columns.answers, ANSWERS)
+    prompt_column, answer_column = _columns(source, rows.column_names, columns)
     questions = []
     for number, row in enumerate(rows, start=1):
         if by_column and split is not None and row.get("split") != split:
@@ -98,22 +102,22 @@ def read_questions(
     return questions
 
 
-def spread(questions: Sequence[Question], most: int) -> list[Question]:
-    """At most so many of them, evenly spread."""
+def evenly_spaced(questions: Sequence[Question], most: int) -> list[Question]:
+    """At most `most` of the questions, at equal distances."""
     return list(questions[:: max(1, len(questions) // most)][:most])
 
 
 def in_chat(prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None = None) -> list[Prompt]:
-    """The prompts as a model is asked: in its chat format, or as they are.
+    """The prompts in the form that a model is asked in: as messages of its chat format, or as text.
 
     Args:
         prompts: texts, or lists of messages.
-        tokenizer: of the model.
-        chat: text becomes a user's message (True), stays as it is (False), or becomes one where
+        tokenizer: the model's.
+        chat: text becomes a user's message (True), stays as it is (False), or becomes a message if
             the tokenizer has a chat template (None).
 
     Raises:
-        ValueError: where messages are asked for, and there is no chat template.
+        ValueError: for messages without a chat template, or with `chat=False`.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     messages = any(not isinstance(prompt, str) for prompt in prompts)
@@ -132,14 +136,17 @@ def in_chat(prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None = None)
 def in_chat_all(
     questions: Sequence[Question], tokenizer: Any, chat: bool | None = None
 ) -> list[Question]:
-    """The questions with their prompts `in_chat`."""
+    """The questions, with `in_chat` applied to their prompts."""
     prompts = in_chat([question.prompt for question in questions], tokenizer, chat)
     return [replace(q, prompt=prompt) for q, prompt in zip(questions, prompts, strict=True)]
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, as training has them: text with the tokenizer's own first token
-    (BOS), messages through its chat template."""
+    """Token ids of each prompt, as in training.
+
+    Text begins with the tokenizer's own first token (BOS), if it adds one; messages go through the
+    chat template. `prompts` are all text or all messages.
+    """
     if isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"]
     template = tokenizer.apply_chat_template
@@ -147,7 +154,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def text_of(prompt: Prompt) -> str:
-    """For reading: the text, or the messages with their roles; one user's message alone."""
+    """A prompt to read: text as it is, a single message's content, or messages with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -156,34 +163,36 @@ def text_of(prompt: Prompt) -> str:
 
 
 def _read(source: str | Path, split: str | None) -> tuple[Dataset, bool]:
-    """Rows, and whether a split is a column of theirs."""
+    """Rows, and whether their column `split` says which of them are asked for."""
     path = Path(source)
     if path.is_file():
         return _read_file(path), True
+    if path.is_dir():
+        return _read_folder(source, split), False
     if path.suffix in READERS or path.is_absolute() or str(source).startswith("."):
-        if not path.is_dir():
-            raise PromptFileError(f"{source}: no such file")
-    from datasets import DatasetDict, load_dataset, load_from_disk
+        raise PromptFileError(f"{source}: no such file")
+    name, _, config = str(source).partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise PromptFileError(f"{source}: no such file, and no name of a data set")
+    from datasets import load_dataset
 
     try:
-        if path.is_dir():
-            found = load_from_disk(str(path))
-            if isinstance(found, DatasetDict):
-                found = _split(source, found, split)
-            return found, False
-        name, _, config = str(source).partition(":")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-            raise PromptFileError(f"{source}: no such file, and no name of a data set")
         return load_dataset(name, config or None, split=split or "train"), False
-    except PromptFileError:
-        raise
     except Exception as error:  # of half a dozen libraries
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        what = "no folder of a data set" if path.is_dir() else "no such file, nor a data set"
-        raise PromptFileError(f"{source}: {what} ({reason})") from error
+        raise PromptFileError(
+            f"{source}: no such file, nor a data set ({one_line(error)})"
+        ) from error
 
 
-def _split(source: str | Path, found: Any, split: str | None) -> Dataset:
+def _read_folder(source: str | Path, split: str | None) -> Dataset:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        found = load_from_disk(str(source))
+    except Exception as error:  # of half a dozen libraries
+        raise PromptFileError(f"{source}: no folder of a data set ({one_line(error)})") from error
+    if isinstance(found, Dataset):
+        return found
     name = split or ("train" if "train" in found else next(iter(found)))
     if name not in found:
         raise PromptFileError(f"{source}: no split {name!r}; it has {', '.join(found)}")
@@ -191,7 +200,7 @@ def _split(source: str | Path, found: Any, split: str | None) -> Dataset:
 
 
 def _read_file(path: Path) -> Dataset:
-    """By suffix; nothing is left in a cache."""
+    """The reader is chosen by suffix, and leaves nothing in a cache."""
     import datasets
     import pandas
     from datasets import Dataset
@@ -201,21 +210,21 @@ def _read_file(path: Path) -> Dataset:
         raise PromptFileError(
             f"{path}: expected a file that ends in {', '.join(READERS)}, got {path.suffix!r}"
         )
-    # Windows' editors begin with a mark.
-    options = {"encoding": "utf-8-sig"} if reader == "text" else {}
     if not path.stat().st_size:
         raise PromptFileError(f"{path}: the file is empty")
+    # Windows' editors begin a file with a mark (BOM).
+    options = {"encoding": "utf-8-sig"} if reader == "text" else {}
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        if reader == "csv":  # not `datasets`' own: an answer 3 would come as 3.0
+        if reader == "csv":  # `datasets`' own reader would make 3.0 of an answer 3
             table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
             return Dataset.from_pandas(table, preserve_index=False)
         with tempfile.TemporaryDirectory() as cache:
             read = getattr(Dataset, f"from_{reader}")
             return read(os.fspath(path), cache_dir=cache, keep_in_memory=True, **options)
-    except Exception as error:  # its own, pyarrow's and pandas'
+    except Exception as error:  # datasets', pyarrow's and pandas'
         raise PromptFileError(f"{path}: {_what_is_wrong(path, error)}") from error
     finally:
         datasets.logging.set_verbosity(level)
@@ -223,24 +232,23 @@ def _read_file(path: Path) -> Dataset:
             datasets.enable_progress_bars()
 
 
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    """The first bad line, where it can be found; else what the reader said last."""
+def _what_is_wrong(path: Path, error: BaseException) -> str:
+    """The first bad line of a `.jsonl` file, if there is one; else the reader's own reason."""
     try:
         text = path.read_text(encoding="utf-8-sig") if path.suffix != ".parquet" else ""
     except UnicodeDecodeError as wrong:
         return f"not UTF-8 text ({wrong.reason})"
     if path.suffix == ".jsonl" and (found := _bad_line(text)):
         return found
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return next(iter(str(cause).splitlines()), "") or "it holds no rows"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error) if str(error).strip() else "it holds no rows"
 
 
 def _bad_line(text: str) -> str | None:
-    """What is wrong with the first line that is no object, or has a column of another type."""
+    """Says of the first line that is no object, or has a column of another type, what is wrong."""
     first: dict[str, tuple[int, Any]] = {}  # line and value of each column
-    # Not splitlines: U+2028 and the like may stand within a line of JSON.
+    # Not splitlines: JSON may have U+2028 and the like within a line.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -253,31 +261,25 @@ def _bad_line(text: str) -> str | None:
         for name, value in row.items():
             at, other = first.setdefault(name, (number, value))
             if None not in (value, other) and type(value) is not type(other):
-                kinds = type(value).__name__, type(other).__name__
-                return f"line {number}: {name} is {kinds[0]}, but {kinds[1]} in line {at}"
+                kind, other_kind = type(value).__name__, type(other).__name__
+                return f"line {number}: {name} is {kind}, but {other_kind} in line {at}"
     return None
 
 
-def _column(
-    source: str | Path, rows: Dataset, what: str, given: str | None, known: tuple[str, ...]
-) -> str | None:
-    """The name of the column, None for answers that nobody gives."""
-    names = rows.column_names
-    if given is not None:
-        if given in names:
-            return given
-        near = difflib.get_close_matches(given, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise PromptFileError(f"{source}: no column {given!r} among {', '.join(names)}{hint}")
-    found = [name for name in known if name in names]
-    if what == "answer":
-        return found[0] if found else None
-    if len(found) != 1:
+def _columns(source: str | Path, names: Sequence[str], given: Columns) -> tuple[str, str | None]:
+    """Names of the prompts' column, and of the answers', if there is one."""
+    for name in (given.prompt, given.answers):
+        if name is not None and name not in names:
+            hint = did_you_mean(name, names)
+            raise PromptFileError(f"{source}: no column {name!r} among {', '.join(names)}{hint}")
+    prompts = [given.prompt] if given.prompt else [name for name in PROMPTS if name in names]
+    if len(prompts) != 1:
         raise PromptFileError(
             f"{source}: expected one column of {', '.join(PROMPTS)}, got columns "
             f"{', '.join(names)}; name the prompts' column (--prompt-column)"
         )
-    return found[0]
+    answers = given.answers or next((name for name in ANSWERS if name in names), None)
+    return prompts[0], answers
 
 
 def _prompt(value: Any, column: str) -> Prompt:

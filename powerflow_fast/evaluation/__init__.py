@@ -1,1 +1,1 @@
-"""What a model is worth on held-out prompts, and what a run leaves behind."""
+"""Measuring a model on held-out prompts, and the record that a run leaves behind."""

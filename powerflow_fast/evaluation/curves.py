@@ -1,4 +1,4 @@
-"""curves.png: a run at one glance, drawn from what it logged."""
+"""curves.png: a run at a glance, drawn from its logs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEFORE, AFTER, GOAL = "#9aa5b1", "#1f6fb2", "#444444"
 
 
 class Curves(TrainerCallback):
-    """Draws at the end of a run."""
+    """Draws `record`'s run at its end."""
 
     def __init__(self, record: RunRecord) -> None:
         self.record = record
@@ -27,7 +27,16 @@ class Curves(TrainerCallback):
 
 
 def save(history: list[dict[str, Any]], folder: str | Path, record: RunRecord) -> bool:
-    """The logs of training as JSON and, where matplotlib is installed, as a picture."""
+    """Write the logs of training as JSON and, where matplotlib is installed, as a picture.
+
+    Args:
+        history: the trainer's `state.log_history`.
+        folder: is made where it does not exist.
+        record: of the run.
+
+    Returns:
+        Whether there is a picture.
+    """
     rows = [row for row in history if "residual/std" in row]
     if not rows:
         return False
@@ -42,9 +51,9 @@ def save(history: list[dict[str, Any]], folder: str | Path, record: RunRecord) -
 
 
 def draw(rows: list[dict[str, Any]], path: Path, record: RunRecord) -> None:
-    """Four panels: what is held out (or how many completions differ), residual, log-probs, length.
+    """Four panels: held-out scores (or how many completions differ), residual, log-probs, length.
 
-    Dots are what was logged, lines running means.
+    Dots are logged values, lines running means. `rows` are logs of training steps.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -52,16 +61,12 @@ def draw(rows: list[dict[str, Any]], path: Path, record: RunRecord) -> None:
     figure = Figure(figsize=(10, 7), dpi=110, layout="constrained")
     axes = figure.subplots(2, 2)
     if record.held_out:
-        _held_out(axes[0, 0], record.held_out)
+        _bars(axes[0, 0], record.held_out)
     else:
         _curve(axes[0, 0], rows, "completions/distinct_per_prompt", "different ones")
         axes[0, 0].axhline(record.num_generations, color=GOAL, lw=0.8, ls=":")
-        _label(
-            axes[0, 0],
-            "Different completions of a prompt",
-            f"of {record.num_generations}",
-            zero=True,
-        )
+        unit = f"of {record.num_generations}"
+        _label(axes[0, 0], "Different completions of a prompt", unit, zero=True)
     _curve(axes[0, 1], rows, "residual/std", "standard deviation")
     axes[0, 1].axhline(0, color=GOAL, lw=1, ls="--", label="goal: 0")
     _label(axes[0, 1], "Residual of the loss", "nats/token", zero=True)
@@ -95,10 +100,8 @@ def _curve(axis, rows: list[dict[str, Any]], name: str, title: str, color: str =
     steps, values = zip(*points, strict=True)
     axis.plot(steps, values, ".", color=color, alpha=0.35, ms=5)
     reach = max(1, len(values) // 16)  # to either side
-    means = [
-        sum(part) / len(part)
-        for part in (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    ]
+    parts = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    means = [sum(part) / len(part) for part in parts]
     axis.plot(steps, means, "-", color=color, lw=1.6, label=title)
 
 
@@ -112,24 +115,18 @@ def _label(axis, title: str, unit: str, zero: bool = False) -> None:
         axis.set_ylim(min(0, low), high + 0.1 * (high - min(0, low)))
 
 
-def _held_out(axis, held: dict[str, Any]) -> None:
+def _bars(axis, held: dict[str, Any]) -> None:
     """Bars with standard errors: accuracies where there are answers, else different word pairs."""
     names = {"accuracy_sampled": "sampled", "accuracy_greedy": "greedy"}
     title = "Accuracy on held-out prompts"
     if held["before"]["accuracy_sampled"] is None:
         names, title = {"distinct_bigrams": "completions"}, "Different word pairs, held-out prompts"
-    for i, (when, color) in enumerate((("before", BEFORE), ("after", AFTER))):
+    for when, color, shift in (("before", BEFORE, 0), ("after", AFTER, 0.38)):
         scores = held[when]
-        errors = [scores["standard_errors"].get(name, 0.0) for name in names]
-        axis.bar(
-            [place + 0.38 * i for place in range(len(names))],
-            [100 * scores[name] for name in names],
-            0.36,
-            yerr=[100 * error for error in errors],
-            color=color,
-            label=when,
-            capsize=3,
-        )
+        places = [place + shift for place in range(len(names))]
+        shares = [100 * scores[name] for name in names]
+        errors = [100 * scores["standard_errors"].get(name, 0.0) for name in names]
+        axis.bar(places, shares, 0.36, yerr=errors, color=color, label=when, capsize=3)
     axis.set_xticks([place + 0.19 for place in range(len(names))], list(names.values()))
     axis.margins(y=0.3)  # for the legend
     _label(axis, title, "per cent ± standard error", zero=True)

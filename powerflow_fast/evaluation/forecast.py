@@ -1,19 +1,19 @@
 """What p^alpha would answer, before any training: the base's own samples, weighted.
 
 LA-TB is 0 where log pi(y) = alpha log p(y) - lambda |y|, lambda = log Z' (arXiv 2603.18363,
-Prop. 3.2). A sample y of p stands for pi with the weight pi(y) / p(y) = p(y)^(alpha - 1)
-e^(-lambda |y|), and lambda is the number that lets these weights average 1. It is where training
-goes if nothing stops it: a task that loses accuracy here will lose it in training.
+Prop. 3.2). A sample y of p has the weight pi(y) / p(y) = p(y)^(alpha - 1) e^(-lambda |y|) under pi,
+and lambda is the number that makes these weights average 1. Training goes to pi if nothing stops
+it: a task that loses accuracy here will lose it in training.
 
-Far from alpha = 1, and with long completions, a few samples have nearly all the weight. How many
-carry it is reported; near 1, the figures are those of the likeliest sample alone.
+Far from alpha = 1, and with long completions, a few samples have nearly all the weight. The report
+says how many; where it says 1, the figures are those of the likeliest sample alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,12 +34,9 @@ class Forecast:
     accuracy: float | None
     mean_length: float  # tokens
     base_logp: float  # of a completion's tokens under the base [nats/token]
-    policy_logp: float  # likewise, under the policy that training goes to
-    effective_samples: float  # (sum w)^2 / sum w^2, of the samples of a prompt
-    likeliest: tuple[str, ...]  # for each prompt, of its samples
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    policy_logp: float  # of the same tokens under the policy that training goes to [nats/token]
+    effective_samples: float  # (sum w)^2 / sum w^2 over the samples of a prompt
+    likeliest: tuple[str, ...]  # of each prompt's samples, under the policy
 
 
 def power_weights(logps: Tensor, lengths: Tensor, alpha: float) -> Tensor:
@@ -47,7 +44,7 @@ def power_weights(logps: Tensor, lengths: Tensor, alpha: float) -> Tensor:
 
     Args:
         logps: [prompts, samples] log-probs of completions under p, summed over tokens [nats].
-        lengths: [prompts, samples] their counted tokens, each > 0.
+        lengths: [prompts, samples] tokens of each completion, > 0.
         alpha: > 0.
 
     Returns:
@@ -60,7 +57,7 @@ def _weights_and_tilt(logps: Tensor, lengths: Tensor, alpha: float) -> tuple[Ten
     """`power_weights`, and lambda [prompts, 1]."""
     power = (alpha - 1) * logps.double()
     lengths = lengths.double()
-    # Where all weights are at most (at least) 1, so is their mean, which falls with lambda.
+    # At `high` all weights are at most 1, at `low` at least 1; their mean falls with lambda.
     low = (power / lengths).amin(1, keepdim=True)
     high = (power / lengths).amax(1, keepdim=True)
     for _ in range(BISECTIONS):
@@ -73,7 +70,14 @@ def _weights_and_tilt(logps: Tensor, lengths: Tensor, alpha: float) -> tuple[Ten
 def forecast(
     drawn: Completions, questions: Sequence[Question], samples: int, alphas: Sequence[float]
 ) -> list[Forecast]:
-    """Forecasts for `questions`, of whose prompts the base has drawn `samples` completions each."""
+    """One forecast for each of `alphas`.
+
+    Args:
+        drawn: completions that the base has sampled, with their log-probs.
+        questions: whose prompts they complete, in the same order.
+        samples: completions of each prompt.
+        alphas: each > 0.
+    """
     shape = (len(questions), samples)
     logps, lengths = drawn.base_logps.view(shape).double(), drawn.lengths.view(shape).double()
     right = None
@@ -100,8 +104,8 @@ def forecast(
     return found
 
 
-def report(forecasts: Sequence[Forecast], samples: int) -> str:
-    """A table for a terminal, one column per alpha."""
+def forecast_table(forecasts: Sequence[Forecast], samples: int) -> str:
+    """For a terminal, one column per alpha; `samples` were drawn for each prompt."""
     rows = {
         "alpha": [f"{f.alpha:g}" for f in forecasts],
         "accuracy": ["-" if f.accuracy is None else f"{100 * f.accuracy:.1f} %" for f in forecasts],

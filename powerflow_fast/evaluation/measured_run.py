@@ -1,4 +1,4 @@
-"""A run with its measure: held-out questions before and after, record, curves."""
+"""A run measured on held-out questions before and after; the result goes to record and curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from powerflow_fast.evaluation.scores import Evaluation, Sampling, evaluate
 
 @dataclass(frozen=True)
 class Measured:
-    """What held-out questions gave before and after, for reading and for a file."""
+    """Held-out questions before and after a run."""
 
     before: Evaluation
     after: Evaluation
@@ -25,8 +25,7 @@ class Measured:
 
     def text(self) -> str:
         """The table and the examples, for a terminal."""
-        lines = [comparison.table(self.summary["heading"], self.summary["rows"])]
-        lines += [f"({self.summary['legend']})"]
+        lines = [comparison.text(self.summary)]
         if self.summary["examples"]:
             lines += ["", "One sample of some, not chosen by what came out:"]
             lines += [comparison.example_lines(self.summary["examples"])]
@@ -36,11 +35,9 @@ class Measured:
 def compare(
     before: Evaluation, after: Evaluation, questions: Sequence[Question], sampling: Sampling
 ) -> Measured:
-    rows = comparison.rows(before.scores, after.scores, sampling.temperature)
-    summary = {
-        "heading": comparison.heading(len(questions), True),
-        "rows": rows,
-        "legend": comparison.legend(before.scores),
+    """Two evaluations on the same `questions`, drawn with `sampling`."""
+    scores = (before.scores, after.scores)
+    summary = comparison.summary(len(questions), *scores, sampling.temperature) | {
         "examples": comparison.examples(questions, before, after),
         "before": before.scores.as_dict(),
         "after": after.scores.as_dict(),
@@ -54,9 +51,15 @@ def train_and_measure(
     sampling: Sampling,
     resume_from_checkpoint: str | bool | None = None,
 ) -> Measured:
-    """`trainer.train()` between two looks at `questions`; the trainer's record has them then.
+    """`trainer.train()` between two measurements, which are added to the trainer's record.
 
-    The first look is at the reference, which is what the run started from, also where it resumes.
+    The first is of the reference: a run starts from it, and so did one that is resumed.
+
+    Args:
+        trainer: a PowerFlowTrainer.
+        questions: held out, with prompts in the format of the training prompts.
+        sampling: how completions are drawn.
+        resume_from_checkpoint: as `trainer.train` takes it.
     """
     tokenizer, record = trainer._tokenizer, trainer.record
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -65,11 +68,10 @@ def train_and_measure(
     if start is None:
         start, at_base = policy, trainer.as_reference(policy)
     with at_base:
-        title = "measuring before training"
-        before = evaluate(start, tokenizer, questions, replace(sampling, progress=title))
+        sampled = replace(sampling, progress="measuring before training")
+        before = evaluate(start, tokenizer, questions, sampled)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    title = "measuring after training"
-    sampled = replace(sampling, progress=title)
+    sampled = replace(sampling, progress="measuring after training")
     after = evaluate(policy, tokenizer, questions, sampled, trainer.ref_model)
     measured = compare(before, after, questions, sampling)
     (expected,) = forecast(before.drawn, questions, sampling.samples, [record.alpha])

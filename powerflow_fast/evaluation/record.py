@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import powerflow_fast
+from powerflow_fast.evaluation.comparison import example_lines, markdown
+from powerflow_fast.models.lm_head import base_model
 from powerflow_fast.models.smollm2 import HUB_NAME, NAME
 
 FILE = "run.json"
+ARGUMENTS = (  # of the trainer
+    "alpha num_generations max_completion_length temperature learning_rate balance log_z seed"
+).split()
 
 
 @dataclass
 class RunRecord:
-    """Facts of a run; what it measured is added by those who measure."""
+    """Facts of a run. `measured_run` adds what it measured."""
 
     model: str  # folder or name of the base
     alpha: float
     chat: bool | None  # prompts were messages; None: not known (a stream)
-    adapter: bool
-    prompts: int | None
+    adapter: bool  # LoRA; False: all parameters were trained
+    prompts: int | None  # None: not known
     num_generations: int
     max_completion_length: int
     temperature: float
@@ -30,16 +35,15 @@ class RunRecord:
     log_z: str
     seed: int
     steps: int = 0
-    note: str = ""  # a sentence of what else is to be known
+    note: str = ""  # further sentences for the card
     quantize: str = "none"
     minutes: float | None = None
-    held_out: dict[str, Any] = field(default_factory=dict)  # of `measured_run`
+    held_out: dict[str, Any] = field(default_factory=dict)  # `Measured.summary` and a forecast
     version: str = powerflow_fast.__version__
 
     @classmethod
     def of(cls, trainer: Any) -> RunRecord:
-        from powerflow_fast.models.lm_head import base_model
-
+        """Of the run that `trainer`, a PowerFlowTrainer, is set up for."""
         args, data = trainer.args, trainer.train_dataset
         sized = hasattr(data, "__len__")
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -48,17 +52,11 @@ class RunRecord:
             chat=not isinstance(data[0]["prompt"], str) if sized else None,
             adapter=hasattr(policy, "peft_config"),
             prompts=len(data) if sized else None,
-            **{
-                name: getattr(args, name)
-                for name in (
-                    "alpha num_generations max_completion_length temperature learning_rate balance "
-                    "log_z seed"
-                ).split()
-            },
+            **{name: getattr(args, name) for name in ARGUMENTS},
         )
 
     def save(self, folder: str | Path) -> None:
-        """`run.json` and the card, README.md, in `folder`."""
+        """Write `run.json` and the card, README.md, to `folder`."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -66,10 +64,10 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunRecord | None:
-        """Of the run that wrote `folder`, or None where there is no record of one.
+        """The record in `folder`, or None where there is none.
 
         Raises:
-            ValueError: for a file that this version does not read.
+            ValueError: for a file that this version cannot read.
         """
         path = Path(folder) / FILE
         if not path.is_file():
@@ -81,16 +79,16 @@ class RunRecord:
 
     @property
     def hub_name(self) -> str:
-        """Of the base, where it has one."""
+        """Name of the base on the Hub; "" where it has none."""
         if self.model == NAME:
             return HUB_NAME
         return "" if Path(self.model).exists() or not self.model else self.model
 
     def card(self, merged: bool = False) -> str:
-        """Markdown with the head that the Hub reads.
+        """The model card: Markdown with the header that the Hub reads.
 
         Args:
-            merged: of the whole model, the adapter merged in.
+            merged: the adapter was merged into the base, and the card is of the whole model.
         """
         adapter = self.adapter and not merged
         head = [f"base_model: {self.hub_name}"] if self.hub_name else []
@@ -115,15 +113,13 @@ class RunRecord:
     def _settings(self) -> str:
         count = "" if self.prompts is None else f" {self.prompts}"
         form = {True: ", as messages of the chat template", False: ", as plain text", None: ""}
-        return "\n".join(
-            [
-                f"* prompts:{count}{form[self.chat]}; no answers",
-                f"* {self.steps} optimizer steps, {self.num_generations} completions a prompt, at "
-                f"most {self.max_completion_length} tokens, at temperature {self.temperature:g}",
-                f"* learning rate {self.learning_rate:g}, log Z' `{self.log_z}`, balance "
-                f"`{self.balance}`, seed {self.seed}",
-                f"* powerflow-fast {self.version}",
-            ]
+        return (
+            f"* prompts:{count}{form[self.chat]}; no answers\n"
+            f"* {self.steps} optimizer steps, {self.num_generations} completions a prompt, at "
+            f"most {self.max_completion_length} tokens, at temperature {self.temperature:g}\n"
+            f"* learning rate {self.learning_rate:g}, log Z' `{self.log_z}`, balance "
+            f"`{self.balance}`, seed {self.seed}\n"
+            f"* powerflow-fast {self.version}"
         )
 
     def _use(self, adapter: bool) -> str:
@@ -138,12 +134,10 @@ class RunRecord:
         )
 
     def _measured(self) -> str:
-        from powerflow_fast.evaluation.comparison import example_lines, markdown
-
         held = self.held_out
         if not held:
             return "Nothing was measured on held-out prompts."
-        text = markdown(held["heading"], held["rows"]) + f"\n\n{held['legend']}. This run only."
+        text = f"{markdown(held)}\n\n{held['legend']}. This run only."
         if held.get("examples"):
             shown = example_lines(held["examples"])
             text += f"\n\nOne sample each, not chosen:\n\n```\n{shown}\n```"

@@ -2,18 +2,19 @@
 
 Accepted answers are compared with completions here and nowhere else. Every figure has a standard
 error over prompts, by leaving out one prompt after another (the jackknife; Efron 1982): for a mean
-over prompts it is the usual one, and it holds for ratios of sums, too.
+over prompts it is the usual one, and it also holds for ratios of sums.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +26,38 @@ from powerflow_fast.models.lm_head import base_model, last_hidden_state, modes_k
 from powerflow_fast.models.sampling import Sample, end_tokens, sample
 
 
+class Measure(NamedTuple):
+    """How one of `Scores` is shown."""
+
+    title: str  # with {samples} and {temperature} to be filled in
+    percent: bool = False
+
+
+MEASURES = {
+    "accuracy_sampled": Measure("accuracy, sampled at T={temperature:g}", percent=True),
+    "accuracy_greedy": Measure("accuracy, greedy", percent=True),
+    "distinct_answers": Measure("distinct answers per prompt, of {samples}"),
+    "distinct_openings": Measure("distinct openings (two words), of {samples}"),
+    "distinct_bigrams": Measure("distinct word pairs", percent=True),
+    "mean_length": Measure("mean length, tokens"),
+    "base_logp": Measure("log-prob under the base, nats/token"),
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `samples` per prompt from the full distribution."""
+    """How completions are drawn: from the full distribution, `samples` for each prompt."""
 
     samples: int = 4
-    max_new_tokens: int = 16
-    batch_size: int = 96
+    max_new_tokens: int = 16  # of a completion
+    batch_size: int = 96  # completions
     seed: int = 0
     temperature: float = 1.0
-    progress: str | None = None  # a bar with this title on the terminal
+    progress: str | None = None  # title of a progress bar; None: no bar
 
 
 class Figure(NamedTuple):
-    """A figure over prompts, and what it is without each of them."""
+    """A figure over prompts, and the same figure with each prompt left out."""
 
     value: float
     without: Tensor  # [prompts] float64
@@ -54,14 +73,13 @@ class Figure(NamedTuple):
 
 
 def _jackknife(without: Tensor) -> float:
+    """The standard error of a figure, from its values with each prompt left out; NaN for one."""
     n = len(without)
-    return (
-        float(((n - 1) * (without - without.mean()).square().mean()).sqrt()) if n > 1 else torch.nan
-    )
+    return float((n - 1) ** 0.5 * without.std(correction=0)) if n > 1 else math.nan
 
 
 def _ratio(numerators: Tensor, denominators: Tensor) -> Figure:
-    """Sum of one number a prompt over the sum of another."""
+    """Sum of [prompts] numerators over the sum of denominators, [prompts] or one for all."""
     above, below = numerators.double(), denominators.double().expand(len(numerators))
     without = (above.sum() - above) / (below.sum() - below).clamp(min=1e-12)
     return Figure(float(above.sum() / below.sum().clamp(min=1e-12)), without)
@@ -69,33 +87,41 @@ def _ratio(numerators: Tensor, denominators: Tensor) -> Figure:
 
 @dataclass(frozen=True)
 class Scores:
-    """Averages over prompts; accuracies are None where no question has answers."""
+    """The MEASURES of a model, over prompts; accuracies are None where a question has no answer."""
 
     accuracy_sampled: Figure | None
     accuracy_greedy: Figure | None
-    distinct_answers: Figure  # different completions per prompt, of `samples`
-    distinct_openings: Figure  # different first two words, likewise
-    distinct_bigrams: Figure  # share of word pairs that differ, over all sampled completions
+    distinct_answers: Figure  # different completions of a prompt, among `samples`
+    distinct_openings: Figure  # different first two words of a prompt's completions
+    distinct_bigrams: Figure  # different word pairs / all, over all sampled completions
     mean_length: Figure  # tokens, end-of-text included
     base_logp: Figure  # mean log-prob of sampled tokens under the base [nats/token]
     samples: int
 
     def figures(self) -> dict[str, Figure]:
-        """Those that were measured."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Figure)}
+        """What was measured, by name."""
+        values = {name: getattr(self, name) for name in MEASURES}
+        return {name: figure for name, figure in values.items() if figure is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON: the values, and `standard_errors` of each."""
-        plain: dict[str, Any] = {field.name: None for field in fields(self)}
-        plain |= {name: figure.value for name, figure in self.figures().items()}
-        errors = {name: figure.error for name, figure in self.figures().items()}
-        errors = {name: error for name, error in errors.items() if error == error}
-        return plain | {"samples": self.samples, "standard_errors": errors}
+        """For JSON: value of each measure (None: not measured), `samples`, `standard_errors`."""
+        measured = {name: (figure.value, figure.error) for name, figure in self.figures().items()}
+        return dict.fromkeys(MEASURES) | {"samples": self.samples} | _plain(measured)
+
+    def changes(self, before: Scores) -> dict[str, Any]:
+        """For JSON: difference of each measure to `before` on the same prompts, and errors."""
+        earlier = before.figures()
+        return _plain({name: f.difference(earlier[name]) for name, f in self.figures().items()})
+
+
+def _plain(measured: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """Values by name, and `standard_errors` by name without those that are NaN."""
+    errors = {name: error for name, (_, error) in measured.items() if not math.isnan(error)}
+    return {name: value for name, (value, _) in measured.items()} | {"standard_errors": errors}
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers, punctuation dropped: what counts as the same answer."""
+    """Lower-case words and numbers without punctuation: two answers are the same if these are."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -105,20 +131,14 @@ def is_correct(completion: str, answers: Sequence[str]) -> bool:
     return any(f" {' '.join(words(answer))} " in text for answer in answers)
 
 
-def _grams(completion: str, n: int) -> list[tuple[str, ...]]:
-    tokens = words(completion)
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
 def distinct_ngrams(completions: Sequence[str], n: int = 2) -> float:
     """Number of different word n-grams over the number of all; 0 without any."""
-    grams = [gram for completion in completions for gram in _grams(completion, n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return _distinct_share([completions], n).value
 
 
 def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
-    """`distinct_ngrams` of the completions of all prompts."""
-    grams = [[gram for text in group for gram in _grams(text, n)] for group in groups]
+    """Different word n-grams / all, over the completions of all prompts; a group is a prompt's."""
+    grams = [[gram for text in group for gram in _ngrams(words(text), n)] for group in groups]
     holders = Counter(gram for group in grams for gram in set(group))  # prompts that have it
     alone = torch.tensor([sum(holders[g] == 1 for g in set(group)) for group in grams])
     counts = torch.tensor([len(group) for group in grams])
@@ -126,14 +146,19 @@ def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
     return Figure(len(holders) / max(int(counts.sum()), 1), without.double())
 
 
+def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
 def distinct_per_prompt(
     completions: Sequence[str], samples: int, first: int | None = None
 ) -> Figure:
-    """Mean number of different completions (or of their `first` words) among `samples` a prompt."""
-    counts = [
-        len({tuple(words(text)[:first]) for text in group})
-        for group in _groups(completions, samples)
-    ]
+    """Mean number of different completions among the `samples` of a prompt.
+
+    With `first`, completions that begin with the same `first` words count once.
+    """
+    groups = _groups(completions, samples)
+    counts = [len({tuple(words(text)[:first]) for text in group}) for group in groups]
     return _ratio(torch.tensor(counts), torch.tensor(1))
 
 
@@ -142,11 +167,11 @@ def _groups(items: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 class Completions(NamedTuple):
-    """`Sampling.samples` consecutive completions of every prompt, or the greedy one."""
+    """`Sampling.samples` consecutive completions of every prompt, or one greedy one of each."""
 
     texts: list[str]
-    lengths: Tensor  # [n] float32, tokens of each, its end token included
-    base_logps: Tensor  # [n] float32, their log-probs under the base, summed [nats]
+    lengths: Tensor  # [completions] float32, tokens of each, end-of-text included
+    base_logps: Tensor  # [completions] float32, log-prob of each under the base, summed [nats]
 
 
 @torch.no_grad()
@@ -161,8 +186,14 @@ def complete(
 ) -> Completions:
     """Completions of prompts, as training tokenises them. The caller's random state is kept.
 
-    Without `likelihood` the base's log-probs are 0 and their forward pass is saved. `base` scores
-    them: by default `model`, without its adapter if it has one.
+    Args:
+        model: samples the completions.
+        tokenizer: the model's own.
+        prompts: in the format that the model is asked in (`in_chat`).
+        sampling: how many, how long, and from which seed.
+        greedy: one completion of each prompt, by the likeliest token at every step.
+        likelihood: False saves the base's forward pass; log-probs are 0 then.
+        base: gives the log-probs; default: `model`, without its adapter if it has one.
     """
     from tqdm import tqdm
 
@@ -207,7 +238,7 @@ def complete(
 
 
 class Evaluation(NamedTuple):
-    """Scores, and the completions that they are of."""
+    """Scores, and the sampled completions behind them."""
 
     scores: Scores
     drawn: Completions
@@ -216,9 +247,9 @@ class Evaluation(NamedTuple):
 def evaluate(
     model, tokenizer, questions: Sequence[Question], sampling: Sampling, base=None
 ) -> Evaluation:
-    """Measure `model` on `questions`, whose prompts are in the format it is asked in.
+    """Measure `model` on `questions`, whose prompts are in the format that it is asked in.
 
-    `base` is what the log-probs are under: by default `model` without its adapter.
+    `base` gives the log-probs; default: `model` without its adapter.
     """
     prompts = [question.prompt for question in questions]
     drawn = complete(model, tokenizer, prompts, sampling, base=base)
@@ -243,7 +274,7 @@ def evaluate(
 
 
 def _accuracy(groups: Sequence[Sequence[str]], questions: Sequence[Question]) -> Figure:
-    """Share of right completions."""
+    """Share of right completions; `groups` has the completions of each question."""
     right = [
         sum(is_correct(text, question.answers) for text in group)
         for group, question in zip(groups, questions, strict=True)
@@ -252,8 +283,8 @@ def _accuracy(groups: Sequence[Sequence[str]], questions: Sequence[Question]) ->
 
 
 def _decode(tokenizer, ids, mask) -> list[str]:
-    kept = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    completions = [row[counted].tolist() for row, counted in zip(ids, mask, strict=True)]
+    return tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
 def _base_logps(model, drawn: Sample, temperature: float) -> Tensor:
@@ -273,7 +304,7 @@ def _base_logps(model, drawn: Sample, temperature: float) -> Tensor:
 
 
 def without_adapter(model) -> AbstractContextManager:
-    """The base under `model`'s adapter, if it has one; where it is off already, it stays off."""
+    """A context in which `model`'s adapter is off; one that is off already stays off after it."""
     layers = (m.disable_adapters for m in model.modules() if hasattr(m, "lora_A"))
     if not hasattr(model, "peft_config") or next(layers, False):
         return nullcontext()

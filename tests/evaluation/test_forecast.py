@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 
 from powerflow_fast import tb_loss  # noqa: E402
 from powerflow_fast.data.prompts import Question  # noqa: E402
-from powerflow_fast.evaluation.forecast import forecast, power_weights, report  # noqa: E402
+from powerflow_fast.evaluation.forecast import forecast, forecast_table, power_weights  # noqa: E402
 from powerflow_fast.evaluation.scores import Sampling, complete  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
@@ -104,7 +104,7 @@ def test_report_without_answers(model):
     sampling = Sampling(samples=4, max_new_tokens=3)
     drawn = complete(model, tiny.tokenizer(), [q.prompt for q in questions], sampling)
     found = forecast(drawn, questions, 4, [1.0, 4.0])
-    lines = report(found, 4).splitlines()
+    lines = forecast_table(found, 4).splitlines()
     assert lines[0].split() == ["alpha", "1", "4"]
     assert lines[1].split() == ["accuracy", "-", "-"]
     assert lines[5].split()[:7] == ["samples", "that", "carry", "it,", "of", "4", "4.0"]
