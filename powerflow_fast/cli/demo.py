@@ -43,7 +43,7 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class DemoSettings:
     """Settings of one run. Alpha >= 1 trains on questions, alpha < 1 on open prompts.
 
@@ -66,8 +66,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            name = "demo" if self.alpha == 4.0 else f"demo-alpha-{self.alpha:g}"
-            object.__setattr__(self, "output_dir", f"runs/{name}")
+            self.output_dir = "runs/demo" + (f"-alpha-{self.alpha:g}" if self.alpha != 4 else "")
 
     @property
     def data(self) -> Path:
@@ -86,6 +85,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     say("Loading SmolLM2-135M-Instruct from its wheel ...")
     import torch
 
+    from powerflow_fast.evaluation import comparison
     from powerflow_fast.evaluation.measured_run import train_and_measure
     from powerflow_fast.evaluation.scores import Sampling
     from powerflow_fast.models.smollm2 import load_smollm2
@@ -101,13 +101,13 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         f"Measuring {len(questions)} held-out prompts, then {settings.steps} steps, then the same "
         "prompts again."
     )
-    measured = train_and_measure(trainer, questions, sampling)
+    compared = train_and_measure(trainer, questions, sampling)
     seconds = time.perf_counter() - started
 
     summary = {
         "settings": asdict(settings),
         "held_out_prompts": len(questions),
-        **{name: measured.summary[name] for name in ("before", "after", "examples")},
+        **{name: compared[name] for name in ("before", "after", "examples")},
         "seconds": round(seconds, 1),
         "cpu_seconds": round(time.process_time() - cpu_started, 1),
     }
@@ -116,7 +116,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     drawn = "curves.png" if (folder / "curves.png").exists() else "curves.json"
     say(
-        f"\n{measured.text()}\n",
+        f"\n{comparison.as_text(compared)}\n",
         f"{seconds / 60:.1f} minutes after loading. In {folder}: the adapter with its card, "
         f"{drawn}, samples.txt (what it wrote on training prompts)",
         f"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from powerflow_fast.cli.common import (
@@ -76,31 +76,27 @@ class _Task:
 def _eval(args: argparse.Namespace) -> int:
     task = _task(args, args.adapter)
     from powerflow_fast.evaluation import comparison
-    from powerflow_fast.evaluation.measured_run import compare
     from powerflow_fast.evaluation.scores import evaluate, without_adapter
 
     if not args.json:
         say(task.title)
 
     def measure(title: str):
-        sampling = replace(task.sampling, progress=title)
-        return evaluate(task.model, task.tokenizer, task.questions, sampling)
+        return evaluate(task.model, task.tokenizer, task.questions, task.sampling, progress=title)
 
+    temperature = task.sampling.temperature
     if args.adapter is None:
         scores = measure("measuring").scores
         figures = scores.as_dict()
-        temperature = task.sampling.temperature
-        table = comparison.summary(len(task.questions), scores, temperature=temperature)
-        text = comparison.text(table)
+        compared = comparison.summary(len(task.questions), scores, None, temperature)
     else:
         with without_adapter(task.model):
             before = measure("measuring the base")
         after = measure("measuring with the adapter")
-        measured = compare(before, after, task.questions, task.sampling)
-        figures = {name: measured.summary[name] for name in ("before", "after")}
+        compared = comparison.compare(task.questions, before, after, temperature)
+        figures = {name: compared[name] for name in ("before", "after")}
         figures["change"] = after.scores.changes(before.scores)
-        text = measured.text()
-    print(json.dumps(figures) if args.json else text)
+    print(json.dumps(figures) if args.json else comparison.as_text(compared))
     return 0
 
 
@@ -119,8 +115,8 @@ def _forecast(args: argparse.Namespace) -> int:
     if not args.json:
         say(task.title)
     prompts = [question.prompt for question in task.questions]
-    sampling = replace(task.sampling, progress="sampling the base")
-    drawn = complete(task.model, task.tokenizer, prompts, sampling)
+    title = "sampling the base"
+    drawn = complete(task.model, task.tokenizer, prompts, task.sampling, progress=title)
     found = forecast(drawn, task.questions, args.samples, alphas)
     if args.json:
         print(json.dumps([asdict(f) for f in found]))

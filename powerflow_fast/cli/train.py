@@ -91,17 +91,18 @@ def train(argv: list[str]) -> int:
     prepared = user_input(_prepare_training, argv)
     if prepared is None:  # it is finished
         return 0
+    from powerflow_fast.evaluation import comparison
     from powerflow_fast.evaluation.curves import save as save_curves
     from powerflow_fast.evaluation.measured_run import train_and_measure
     from powerflow_fast.training.checkpoint import CheckpointError
     from powerflow_fast.training.health import TrainingStopped
 
     trainer, config = prepared.trainer, prepared.trainer.args
-    measured = None
+    compared = None
     try:
         resume = config.resume_from_checkpoint
         if prepared.questions:
-            measured = train_and_measure(trainer, prepared.questions, prepared.sampling, resume)
+            compared = train_and_measure(trainer, prepared.questions, prepared.sampling, resume)
         else:
             trainer.train(resume_from_checkpoint=resume)
     except (CheckpointError, TrainingStopped) as error:
@@ -110,8 +111,8 @@ def train(argv: list[str]) -> int:
         print(f"powerflow-fast: stopped: {error}", file=sys.stderr)
         return 1
     trainer.save_model(config.output_dir)
-    if measured is not None:
-        say("", measured.text(), "")
+    if compared is not None:
+        say("", comparison.as_text(compared), "")
     _say_what_next(config.output_dir, trainer.record)
     return 0
 
@@ -215,7 +216,7 @@ def _that_fit(prompts: list[Prompt], model: str, tokenizer, config) -> list[Prom
     from powerflow_fast.models.context import Context
 
     if model == SMOLLM2:
-        raise UsageError("--drop_long: not with smollm2, of which no configuration is read")
+        raise UsageError("--drop_long: not with smollm2, whose configuration is not read")
     limit = Context(AutoConfig.from_pretrained(model), config.vllm_max_model_length).limit
     if limit is None:
         return prompts
@@ -261,12 +262,12 @@ def _lora(options: TrainArguments):
 
     if options.lora_rank < 1:
         return None
-    targets = options.lora_targets.split(",")
+    targets = options.lora_targets
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
         use_dora=options.dora,
     )
 

@@ -9,21 +9,32 @@ from typing import Any
 from powerflow_fast.data.prompts import Question, text_of
 from powerflow_fast.evaluation.scores import MEASURES, Evaluation, Scores, is_correct
 
+EXAMPLES = 3  # prompts whose completions are shown
 
-def summary(
-    prompts: int, before: Scores, after: Scores | None = None, temperature: float = 1.0
+
+def compare(
+    questions: Sequence[Question], before: Evaluation, after: Evaluation, temperature: float
 ) -> dict[str, Any]:
-    """A table of scores, for `text` and `markdown`.
-
-    Args:
-        prompts: how many were measured on.
-        before: scores of a model, or of the base that `after` is compared with.
-        after: scores on the same prompts; None: `before` alone.
-        temperature: of sampling.
+    """Two evaluations on the same questions, sampled at `temperature`.
 
     Returns:
-        `heading` and `rows` (cells as text: title and value ± standard error, with `after` also its
-        value and the difference), and `legend`.
+        The `summary`, `examples` to read, and the scores `before` and `after` as plain numbers.
+    """
+    return summary(len(questions), before.scores, after.scores, temperature) | {
+        "examples": _examples(questions, before, after),
+        "before": before.scores.as_dict(),
+        "after": after.scores.as_dict(),
+    }
+
+
+def summary(
+    prompts: int, before: Scores, after: Scores | None, temperature: float
+) -> dict[str, Any]:
+    """Scores on so many `prompts`, sampled at `temperature`, as a table.
+
+    Returns:
+        `heading`, `rows` (title and value ± standard error as text, with `after` also its value and
+        the difference), and `legend`.
     """
     columns = ("",) if after is None else ("before", "after", "change")
     legend = "±: standard error over prompts"
@@ -60,35 +71,38 @@ def _cell(value: float, error: float, percent: bool, sign: str = "") -> str:
     return text + unit
 
 
-def text(table: dict[str, Any]) -> str:
-    """A `summary` for a terminal: columns as wide as they must be, and the legend."""
-    lines = [table["heading"], *table["rows"]]
+def as_text(compared: dict[str, Any]) -> str:
+    """What `compare` or `summary` returned, for a terminal: columns as wide as they must be."""
+    lines = [compared["heading"], *compared["rows"]]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     padded = [[title.ljust(first), *map(str.rjust, cells, others)] for title, *cells in lines]
-    return "\n".join(["  ".join(line).rstrip() for line in padded] + [f"({table['legend']})"])
+    parts = ["  ".join(line).rstrip() for line in padded] + [f"({compared['legend']})"]
+    if compared.get("examples"):
+        parts += ["", "One sample of some, not chosen by what came out:", _to_read(compared)]
+    return "\n".join(parts)
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """A `summary` as a Markdown table, without the legend."""
-    heading = table["heading"]
-    lines = [heading, ["---"] * len(heading), *table["rows"]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def as_markdown(compared: dict[str, Any]) -> str:
+    """What `compare` returned, for a model card."""
+    heading = compared["heading"]
+    lines = [heading, ["---"] * len(heading), *compared["rows"]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts = [table, f"{compared['legend']}. This run only."]
+    if compared.get("examples"):
+        parts += ["One sample each, not chosen:", f"```\n{_to_read(compared)}\n```"]
+    return "\n\n".join(parts)
 
 
-def examples(
-    questions: Sequence[Question], before: Evaluation, after: Evaluation, shown: int = 3
+def _examples(
+    questions: Sequence[Question], before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
-    """At most `shown` prompts, evenly spaced, with their first sample before and after.
+    """Evenly spaced prompts with their first sample before and after: not chosen by what came out.
 
-    Nothing is chosen by what came out.
-
-    Returns:
-        For each prompt its text as `prompt`, the completions `before` and `after`, and for both
-        whether they are `right` (None: the question has no answers).
+    `right` says of both whether they are; None: the question has no answers.
     """
-    step, samples = max(1, len(questions) // shown), before.scores.samples
+    step, samples = max(1, len(questions) // EXAMPLES), before.scores.samples
     found = []
-    for i in range(step // 2, len(questions), step)[:shown]:
+    for i in range(step // 2, len(questions), step)[:EXAMPLES]:
         old, new = (e.drawn.texts[i * samples].strip() for e in (before, after))
         answers = questions[i].answers
         right = [is_correct(text, answers) if answers else None for text in (old, new)]
@@ -97,11 +111,11 @@ def examples(
     return found
 
 
-def example_lines(found: Sequence[dict[str, Any]]) -> str:
-    """`examples` to read: each prompt, and under it the completions with right or wrong."""
+def _to_read(compared: dict[str, Any]) -> str:
+    """Each example's prompt, and under it both completions with right or wrong."""
     marks = {None: "", True: "  (right)", False: "  (wrong)"}
     lines = []
-    for example in found:
+    for example in compared["examples"]:
         lines.append(example["prompt"])
         for name, right in zip(("before", "after"), example["right"], strict=True):
             text = " ".join(example[name].split()) or "(nothing)"

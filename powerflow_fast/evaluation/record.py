@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import powerflow_fast
-from powerflow_fast.evaluation.comparison import example_lines, markdown
+from powerflow_fast.evaluation.comparison import as_markdown
 from powerflow_fast.models.lm_head import base_model
 from powerflow_fast.models.smollm2 import HUB_NAME, NAME
 
@@ -38,7 +38,7 @@ class RunRecord:
     note: str = ""  # further sentences for the card
     quantize: str = "none"
     minutes: float | None = None
-    held_out: dict[str, Any] = field(default_factory=dict)  # `Measured.summary` and a forecast
+    held_out: dict[str, Any] = field(default_factory=dict)  # `comparison.compare`, and a forecast
     version: str = powerflow_fast.__version__
 
     @classmethod
@@ -97,6 +97,8 @@ class RunRecord:
         head += [f"tags: [{'lora, ' if adapter else ''}powerflow, trl]"]
         kind = "LoRA adapter" if adapter else "Model"
         base = self.hub_name or f"a model from `{self.model or 'memory'}`"
+        held = self.held_out
+        measured = as_markdown(held) if held else "Nothing was measured on held-out prompts."
         parts = [
             "---\n" + "\n".join(head) + "\n---",
             f"# {kind} trained with PowerFlow, alpha = {self.alpha:g}",
@@ -106,7 +108,7 @@ class RunRecord:
             self._settings(),
             *([self.note] if self.note else []),
             f"## Use\n\n{self._use(adapter)}",
-            f"## Measured\n\n{self._measured()}",
+            f"## Measured\n\n{measured}",
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -132,13 +134,3 @@ class RunRecord:
             f'model = {name}.from_pretrained("this-folder")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")\n```'
         )
-
-    def _measured(self) -> str:
-        held = self.held_out
-        if not held:
-            return "Nothing was measured on held-out prompts."
-        text = f"{markdown(held)}\n\n{held['legend']}. This run only."
-        if held.get("examples"):
-            shown = example_lines(held["examples"])
-            text += f"\n\nOne sample each, not chosen:\n\n```\n{shown}\n```"
-        return text

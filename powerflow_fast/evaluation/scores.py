@@ -53,7 +53,6 @@ class Sampling:
     batch_size: int = 96  # completions
     seed: int = 0
     temperature: float = 1.0
-    progress: str | None = None  # title of a progress bar; None: no bar
 
 
 class Figure(NamedTuple):
@@ -183,6 +182,7 @@ def complete(
     greedy: bool = False,
     likelihood: bool = True,
     base=None,
+    progress: str | None = None,
 ) -> Completions:
     """Completions of prompts, as training tokenises them. The caller's random state is kept.
 
@@ -194,6 +194,7 @@ def complete(
         greedy: one completion of each prompt, by the likeliest token at every step.
         likelihood: False saves the base's forward pass; log-probs are 0 then.
         base: gives the log-probs; default: `model`, without its adapter if it has one.
+        progress: title of a progress bar; None: no bar.
     """
     from tqdm import tqdm
 
@@ -203,8 +204,8 @@ def complete(
     texts = [""] * len(repeated)
     lengths, base_logps = torch.zeros(2, len(repeated))
     began = time.perf_counter()
-    hidden = sampling.progress is None or None  # None: shown on a terminal alone
-    bar = tqdm(total=len(repeated), desc=sampling.progress, disable=hidden, leave=False)
+    hidden = progress is None or None  # None: shown on a terminal only
+    bar = tqdm(total=len(repeated), desc=progress, disable=hidden, leave=False)
     with bar, modes_kept(model), torch.random.fork_rng():
         model.eval()
         torch.manual_seed(sampling.seed)
@@ -233,7 +234,7 @@ def complete(
             bar.update(len(batch))
             left = (time.perf_counter() - began) * (len(order) / len(batch) - 1)
             if start == 0 and bar.disable and not hidden and left > 10:  # in a log file
-                print(f"{sampling.progress}: about {left:.0f} s more", file=sys.stderr, flush=True)
+                print(f"{progress}: about {left:.0f} s more", file=sys.stderr, flush=True)
     return Completions(texts, lengths, base_logps)
 
 
@@ -245,20 +246,26 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model, tokenizer, questions: Sequence[Question], sampling: Sampling, base=None
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    base=None,
+    progress: str | None = None,
 ) -> Evaluation:
     """Measure `model` on `questions`, whose prompts are in the format that it is asked in.
 
-    `base` gives the log-probs; default: `model` without its adapter.
+    `base` gives the log-probs, by default `model` without its adapter; `progress` is the title of a
+    progress bar.
     """
     prompts = [question.prompt for question in questions]
-    drawn = complete(model, tokenizer, prompts, sampling, base=base)
+    drawn = complete(model, tokenizer, prompts, sampling, base=base, progress=progress)
     groups = _groups(drawn.texts, sampling.samples)
     accuracy_sampled = accuracy_greedy = None
     if all(question.answers for question in questions):
         accuracy_sampled = _accuracy(groups, questions)
-        greedy = complete(model, tokenizer, prompts, sampling, True, likelihood=False).texts
-        accuracy_greedy = _accuracy([[text] for text in greedy], questions)
+        greedy = complete(model, tokenizer, prompts, sampling, True, False, progress=progress)
+        accuracy_greedy = _accuracy([[text] for text in greedy.texts], questions)
     lengths, logps = (x.view(len(groups), -1).sum(1) for x in (drawn.lengths, drawn.base_logps))
     scores = Scores(
         accuracy_sampled=accuracy_sampled,
