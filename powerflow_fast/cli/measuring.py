@@ -140,13 +140,7 @@ def _task(args: argparse.Namespace, adapter: str | None = None) -> _Task:
 
 
 def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
-    from powerflow_fast.data.prompts import (
-        QUESTIONS,
-        Columns,
-        evenly_spaced,
-        in_chat_all,
-        read_questions,
-    )
+    from powerflow_fast.data.prompts import QUESTIONS, evenly_spaced, in_chat_all, read_questions
 
     run = run_of(adapter or args.model)
     name = args.model or base_of(adapter, run)
@@ -154,7 +148,7 @@ def _read_task(args: argparse.Namespace, adapter: str | None) -> _Task:
     if own and name != SMOLLM2:
         raise UsageError(f"--data: expected questions for {name}; the packaged are for smollm2")
     data, split = (QUESTIONS, "heldout") if own else (args.data, args.data_split)
-    questions = read_questions(data, split, Columns(args.prompt_column, args.answer_column))
+    questions = read_questions(data, split, args.prompt_column, args.answer_column)
     if args.limit is not None:
         questions = evenly_spaced(questions, args.limit)
     tokenizer = load_tokenizer(name)

@@ -161,14 +161,14 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
     from datasets import Dataset
 
     from powerflow_fast import PowerFlowTrainer
-    from powerflow_fast.data.prompts import Columns, in_chat, read_prompts
+    from powerflow_fast.data.prompts import in_chat, read_prompts
     from powerflow_fast.evaluation.scores import Sampling
     from powerflow_fast.rewards import missing_boxed
     from powerflow_fast.training.checks import TEXT, check_arguments
     from powerflow_fast.training.data_checks import check_enough, check_lengths
 
     check_arguments(config)
-    prompts = read_prompts(options.data, options.data_split, Columns(options.prompt_column))
+    prompts = read_prompts(options.data, options.data_split, options.prompt_column)
     check_output(config.output_dir, options.overwrite or bool(config.resume_from_checkpoint))
     checkpoint = _checkpoint(options.model, config)
     if checkpoint and _is_finished(checkpoint, config):

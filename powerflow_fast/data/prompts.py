@@ -48,23 +48,18 @@ class Question:
     split: str = ""  # the row's column `split`
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of a data set's columns."""
-
-    prompt: str | None = None  # default: the one of PROMPTS that is there
-    answers: str | None = None  # default: the first of ANSWERS that is there, if any
-
-
 def read_prompts(
-    source: str | Path, split: str | None = None, columns: Columns = Columns()
+    source: str | Path, split: str | None = None, prompt_column: str | None = None
 ) -> list[Prompt]:
     """`read_questions` without the answers: nothing downstream can train on them."""
-    return [question.prompt for question in read_questions(source, split, columns)]
+    return [question.prompt for question in read_questions(source, split, prompt_column)]
 
 
 def read_questions(
-    source: str | Path = QUESTIONS, split: str | None = None, columns: Columns = Columns()
+    source: str | Path = QUESTIONS,
+    split: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
 ) -> list[Question]:
     """The rows of a file, a folder or a data set of the Hub.
 
@@ -72,7 +67,8 @@ def read_questions(
         source: a path, or a Hub name, with a configuration after a colon (`openai/gsm8k:main`).
         split: of a file, the rows whose column `split` is this (all); of a folder or a data set of
             the Hub, the name of its split ("train").
-        columns: where prompts and answers are.
+        prompt_column: its name; default: the one of PROMPTS that is there.
+        answer_column: its name; default: the first of ANSWERS that is there, if any.
 
     Returns:
         At least one question, all of them with text prompts or all with messages.
@@ -81,7 +77,13 @@ def read_questions(
         PromptFileError: for data that cannot be read; it names the source and the row.
     """
     rows, by_column = _read(source, split)
-    prompt_column, answer_column = _columns(source, rows.column_names, columns)
+    names = rows.column_names
+    for name in (prompt_column, answer_column):
+        if name is not None and name not in names:
+            hint = did_you_mean(name, names)
+            raise PromptFileError(f"{source}: no column {name!r} among {', '.join(names)}{hint}")
+    prompt_column = prompt_column or _prompt_column(source, names)
+    answer_column = answer_column or next((name for name in ANSWERS if name in names), None)
     questions = []
     for number, row in enumerate(rows, start=1):
         if by_column and split is not None and row.get("split") != split:
@@ -266,20 +268,14 @@ def _bad_line(text: str) -> str | None:
     return None
 
 
-def _columns(source: str | Path, names: Sequence[str], given: Columns) -> tuple[str, str | None]:
-    """Names of the prompts' column, and of the answers', if there is one."""
-    for name in (given.prompt, given.answers):
-        if name is not None and name not in names:
-            hint = did_you_mean(name, names)
-            raise PromptFileError(f"{source}: no column {name!r} among {', '.join(names)}{hint}")
-    prompts = [given.prompt] if given.prompt else [name for name in PROMPTS if name in names]
-    if len(prompts) != 1:
+def _prompt_column(source: str | Path, names: Sequence[str]) -> str:
+    found = [name for name in PROMPTS if name in names]
+    if len(found) != 1:
         raise PromptFileError(
             f"{source}: expected one column of {', '.join(PROMPTS)}, got columns "
             f"{', '.join(names)}; name the prompts' column (--prompt-column)"
         )
-    answers = given.answers or next((name for name in ANSWERS if name in names), None)
-    return prompts[0], answers
+    return found[0]
 
 
 def _prompt(value: Any, column: str) -> Prompt:

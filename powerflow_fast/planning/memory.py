@@ -9,6 +9,7 @@ measured peak of real steps. Bytes are per GPU; a GB is 1e9 bytes.
 from __future__ import annotations
 
 import reprlib
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from powerflow_fast.kernels.config import (
@@ -25,6 +26,7 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
 CPU_TILES = 8 << 20  # bytes of the torch head's tiles
 RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
+MOST_SEQUENCES = 1 << 22  # of a micro-batch, that are tried
 RESERVED = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption
 
 
@@ -249,14 +251,8 @@ def plan(run: Run, sequences: int, fused: bool = True) -> Memory:
 def largest_micro_batch(run: Run, fused: bool = True) -> int:
     """Sequences per GPU and pass that fit; 0 where not even one does."""
     budget = run.memory_gb * 1e9 * (1 - RESERVED)
-    fits, step = 0, 1
-    while plan(run, fits + step, fused).total <= budget and fits + step < 1 << 20:
-        fits, step = fits + step, 2 * step
-    while step:
-        if plan(run, fits + step, fused).total <= budget:
-            fits += step
-        step //= 2
-    return fits
+    # The total grows with the sequences: those up to the budget are counted.
+    return bisect_right(range(1, MOST_SEQUENCES), budget, key=lambda n: plan(run, n, fused).total)
 
 
 def flops_per_token(run: Run) -> float:

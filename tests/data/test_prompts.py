@@ -11,7 +11,6 @@ from datasets import Dataset, DatasetDict  # noqa: E402
 from powerflow_fast.data.prompts import (  # noqa: E402
     OPEN_PROMPTS,
     QUESTIONS,
-    Columns,
     PromptFileError,
     Question,
     in_chat,
@@ -74,12 +73,12 @@ def test_every_form_of_a_file_gives_the_same(tmp_path):
 
 def test_named_columns(tmp_path):
     path = write(tmp_path, "problem,solution,note\n2 + 3?,5,x\n", "rows.csv")
-    columns = Columns("problem", "solution")
-    assert read_questions(path, columns=columns) == [Question("2 + 3?", ("5",))]
+    columns = ("problem", "solution")
+    assert read_questions(path, None, *columns) == [Question("2 + 3?", ("5",))]
     with pytest.raises(PromptFileError, match="columns problem, solution, note; name the prompts'"):
         read_questions(path)
     with pytest.raises(PromptFileError, match="no column 'problems' among .*mean problem"):
-        read_questions(path, columns=Columns("problems"))
+        read_questions(path, prompt_column="problems")
 
 
 def test_message_rows(tmp_path):
