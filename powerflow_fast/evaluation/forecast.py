@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from powerflow_fast.data.prompts import Question
 from powerflow_fast.evaluation.scores import Completions, is_correct
-
-if TYPE_CHECKING:
-    from powerflow_fast.data.prompts import Question
 
 BISECTIONS = 60
 
