@@ -13,18 +13,10 @@ from benchmarks import head_tables, plots, results_file
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
 from benchmarks.gpu import page as gpu_page
+from powerflow_fast.evaluation.scores import MEASURES
 
 PAGE = Path(__file__).resolve().with_name("README.md")
 README = PAGE.parent.parent / "README.md"
-DEMO_ROWS = {  # measure -> (title, factor, unit)
-    "accuracy_sampled": ("accuracy, sampled at T=1", 100, " %"),
-    "accuracy_greedy": ("accuracy, greedy", 100, " %"),
-    "distinct_answers": ("distinct answers per prompt, of 4", 1, ""),
-    "distinct_openings": ("distinct openings (two words), of 4", 1, ""),
-    "distinct_bigrams": ("distinct word pairs", 100, " %"),
-    "mean_length": ("mean length, tokens", 1, ""),
-    "base_logp": ("log-prob under the base, nats/token", 1, ""),
-}
 
 
 def step_tables() -> str:
@@ -68,9 +60,11 @@ def demo_tables() -> str:
             f"| alpha = {settings['alpha']:g}, {settings['steps']} steps, {seeds} "
             "| before | after | change per seed |\n| --- | --- | --- | --- |"
         )
-        for measure, (title, factor, unit) in DEMO_ROWS.items():
+        for measure, (title, percent) in MEASURES.items():
             if measure not in results["mean"]:
                 continue
+            title = title.format(samples=settings["samples"], temperature=1)
+            factor, unit = (100, " %") if percent else (1, "")
             mean = results["mean"][measure]
             cells = [f"{mean[when] * factor:.3g}{unit}" for when in ("before", "after")]
             changes = ", ".join(f"{value * factor:+.2g}" for value in mean["change_per_seed"])

@@ -17,7 +17,7 @@ import powerflow_fast
 from benchmarks.evidence import Run, language, texts
 from benchmarks.markdown import table
 from powerflow_fast.data.prompts import OPEN_PROMPTS, Question, read_questions
-from powerflow_fast.evaluation.scores import distinct_ngrams
+from powerflow_fast.evaluation.scores import distinct_word_ngrams
 from powerflow_fast.models.sampling import end_tokens
 from powerflow_fast.models.smollm2 import chat_prompt
 from powerflow_fast.training.health import distinct_token_ngrams as distinct_within
@@ -123,7 +123,7 @@ def figures(
         "log_likelihood": statistics.fmean(map(texts.log_likelihood, written)),
         "all_rules": statistics.fmean(map(all, zip(*passed.values(), strict=True))),
         "rules": {name: statistics.fmean(oks) for name, oks in passed.items()},
-        "distinct_bigrams": distinct_ngrams(written),
+        "distinct_bigrams": distinct_word_ngrams(written),
         "distinct_4grams_within": distinct_within(ids),
         "length": statistics.fmean(map(len, ids)),
     }

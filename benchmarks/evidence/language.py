@@ -21,7 +21,7 @@ import torch
 
 from powerflow_fast.data.prompts import Question
 from powerflow_fast.evaluation.forecast import power_weights
-from powerflow_fast.evaluation.scores import distinct_ngrams, is_correct, words
+from powerflow_fast.evaluation.scores import distinct_word_ngrams, is_correct, words
 from powerflow_fast.models.lm_head import positions
 from powerflow_fast.models.sampling import end_tokens
 
@@ -54,7 +54,7 @@ class Rollouts:
         line = {
             "seconds": round(time.perf_counter() - self.began, 2),
             "length": sum(map(len, completion_ids)) / count,
-            "distinct_bigrams": distinct_ngrams(completions),
+            "distinct_bigrams": distinct_word_ngrams(completions),
             "repeated": repeated(completion_ids),
         }
         known = [self.answers.get(prompt) for prompt in prompts]

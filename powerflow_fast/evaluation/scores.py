@@ -130,7 +130,7 @@ def is_correct(completion: str, answers: Sequence[str]) -> bool:
     return any(f" {' '.join(words(answer))} " in text for answer in answers)
 
 
-def distinct_ngrams(completions: Sequence[str], n: int = 2) -> float:
+def distinct_word_ngrams(completions: Sequence[str], n: int = 2) -> float:
     """Number of different word n-grams over the number of all; 0 without any."""
     return _distinct_share([completions], n).value
 

@@ -17,8 +17,8 @@ from powerflow_fast.evaluation.scores import (  # noqa: E402
     _distinct_share,
     _ratio,
     complete,
-    distinct_ngrams,
     distinct_per_prompt,
+    distinct_word_ngrams,
     evaluate,
     is_correct,
 )
@@ -46,8 +46,8 @@ def test_correct_means_whole_words(completion, answers, right):
 
 
 def test_diversity_by_hand():
-    assert distinct_ngrams(["a b a b"]) == pytest.approx(2 / 3)  # ab ba ab
-    assert distinct_ngrams(["a", ""]) == 0.0
+    assert distinct_word_ngrams(["a b a b"]) == pytest.approx(2 / 3)  # ab ba ab
+    assert distinct_word_ngrams(["a", ""]) == 0.0
     assert distinct_per_prompt(["A.", "a", "b", "c"], samples=2).value == 1.5  # {a}, {b, c}
     openings = ["The rain falls.", "The rain stops!", "It is the rain", "the  rain"]
     assert distinct_per_prompt(openings, samples=4, first=2).value == 2
@@ -120,10 +120,10 @@ def test_standard_errors():
 def test_word_pairs_without_one_prompt():
     groups = [["a b c", "a b"], ["b c d"], ["x"]]
     figure = _distinct_share(groups)
-    assert figure.value == distinct_ngrams([text for group in groups for text in group])
+    assert figure.value == distinct_word_ngrams([text for group in groups for text in group])
     for i, without in enumerate(figure.without.tolist()):
         rest = [text for j, group in enumerate(groups) for text in group if j != i]
-        assert without == pytest.approx(distinct_ngrams(rest))
+        assert without == pytest.approx(distinct_word_ngrams(rest))
 
 
 def test_the_base_is_measured_where_the_adapter_is_off_already():
