@@ -19,9 +19,16 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lines, runner, tools, worker
 from benchmarks.gpu.runner import Part, Stage
 from benchmarks.gpu.stages import STAGES
+from tests.helpers import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("KILLS", "1"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """A process has one: the runner's imports too little for the tests of ranks that follow."""
+    ranks.server()
 
 
 def start(*options: str) -> subprocess.Popen:

@@ -1,29 +1,20 @@
-"""The runs that test_two_processes_equal_one compares: `ddp_run.py FOLDER`.
+"""A rank of the runs that test_two_processes_equal_one compares.
 
-One process, two with DDP, two with FSDP2; each leaves its losses and parameters.
+One process, two with DDP, two with FSDP2; each run leaves its losses and parameters.
 """
 
-import faulthandler
-import functools
 import itertools
 import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from torch.distributed.tensor import DTensor
 
-import torch  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-
-from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from tests.helpers import ranks, tiny  # noqa: E402
+from powerflow_fast import PowerFlowTrainer
+from tests.helpers import ranks, tiny
 
 
-def run(out: str, kind: str) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
-    torch.set_num_threads(1)
+def run(folder: Path, kind: str) -> None:
     tiny.start_log_z_off_its_estimate()
     if kind == "fsdp2":
         ranks.shard_on_cpu()
@@ -35,7 +26,7 @@ def run(out: str, kind: str) -> None:
         trainer = PowerFlowTrainer(
             model=tiny.model(),
             args=tiny.config(
-                f"{out}.run",
+                folder / kind,
                 log_z=log_z,
                 max_steps=2,
                 per_device_train_batch_size=per_rank,
@@ -62,13 +53,4 @@ def run(out: str, kind: str) -> None:
                     assert isinstance(value, DTensor) == (module is policy and kind == "fsdp2")
                     results["parameters"][f"{prefix}.{key}"] = ranks.whole(value)
     if trainer.accelerator.is_main_process:
-        torch.save(results, out)
-    if world > 1:
-        torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for kind, world in (("one", 1), ("ddp", 2), ("fsdp2", 2)):
-        work = functools.partial(run, str(folder / f"{kind}.pt"), kind)
-        ranks.finish(world, work, folder / kind)
+        torch.save(results, folder / f"{kind}.pt")

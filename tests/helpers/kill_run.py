@@ -1,29 +1,19 @@
-"""Runs that are killed, or resumed by another number of processes, for test_checkpoint.py.
+"""Runs that are killed, or resumed by another number of processes, for test_checkpoint.py."""
 
-    kill_run.py FOLDER kill WORLD KILLS SEED SHARDED
-    kill_run.py FOLDER resize
-
-Imports once and then forks every run, so that a run costs a second and not an import of torch.
-"""
-
+import functools
 import os
 import random
 import resource
 import shutil
-import signal
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from safetensors.torch import load_file
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from tests.helpers import ranks, tiny  # noqa: E402
+from powerflow_fast import PowerFlowTrainer
+from tests.helpers import ranks, tiny
 
 KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
     max_steps=16,
@@ -38,18 +28,21 @@ KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
 RESIZE = dict(save_steps=2, optim="sgd", lr_scheduler_type="constant")
 
 
-def train(folder: Path, options: dict, rollout, data) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, world: int, sharded: bool = False, callbacks=(), **options) -> None:
+    """A rank of a run in `folder`, which goes on from the last checkpoint there."""
+    if sharded:
+        ranks.shard_on_cpu()
     tiny.start_log_z_off_its_estimate()
-    callbacks = options.pop("callbacks", [])
+    rollout = tiny.rollout if options.get("optim") == "sgd" else None
+    backend = {"ddp_backend": "gloo"} if world > 1 else {}
     trainer = PowerFlowTrainer(
         model=tiny.model(),
-        args=tiny.config(folder, log_z="learned", save_strategy="steps", **options),
-        train_dataset=data,
+        args=tiny.config(folder, log_z="learned", save_strategy="steps", **options | backend),
+        train_dataset=tiny.dataset(4 if rollout else world),
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora(),
         rollout_func=rollout,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint="last")
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -60,34 +53,19 @@ def train(folder: Path, options: dict, rollout, data) -> None:
         os.replace(folder / "end.part", folder / "end.pt")
 
 
-def start(folder: Path, world: int, **options) -> list[int]:
-    """Fork `world` ranks of a run in `folder`; it goes on from the last checkpoint there."""
-    return ranks.start(world, work(folder, world, options), folder.parent)
-
-
-def work(folder: Path, world: int, options: dict):
-    rollout = tiny.rollout if options.get("optim") == "sgd" else None
-    data = tiny.dataset(4 if rollout else world)
-    backend = {"ddp_backend": "gloo"} if world > 1 else {}
+def start(folder: Path, world: int, **options) -> list[BaseProcess]:
     folder.mkdir(parents=True, exist_ok=True)
-    sharded = options.pop("sharded", False)
-
-    def of_rank() -> None:
-        if sharded:
-            ranks.shard_on_cpu()
-        train(folder, options | backend, rollout, data)
-
-    return of_rank
+    return ranks.start(world, functools.partial(train, folder, world, **options), folder.parent)
 
 
 def finish(folder: Path, world: int, **options) -> dict:
     """Run to the end; the parameters."""
-    ranks.finish(world, work(folder, world, options), folder.parent)
+    ranks.finish(world, functools.partial(train, folder, world, **options), folder.parent)
     return torch.load(folder / "end.pt", weights_only=True)
 
 
-def kill(folder: Path, world: int, kills: int, seed: int, sharded: int) -> None:
-    options = KILL | {"sharded": bool(sharded)}
+def kill(folder: Path, world: int, kills: int, seed: int, sharded: bool) -> None:
+    options = KILL | {"sharded": sharded}
     draw, began = random.Random(seed), time.monotonic()
     expected = finish(folder / "whole", world, **options)
     length = time.monotonic() - began
@@ -99,7 +77,7 @@ def kill(folder: Path, world: int, kills: int, seed: int, sharded: int) -> None:
         wait_for(run, draw.randint(at, min(at + 5, KILL["max_steps"])))
         time.sleep(draw.uniform(0, 2 * length / KILL["max_steps"]))
         for rank in running:
-            os.kill(rank, signal.SIGKILL)
+            rank.kill()
         ranks.ended(running)
         reached.append(reached_step(run))
         if (run / "end.pt").exists():  # it was through: another run to kill
@@ -156,8 +134,3 @@ def same(got: dict, expected: dict, tolerance: float = 0.0) -> None:
     for name, value in expected.items():
         error = (got[name] - value).abs().max().item()
         assert error <= tolerance, (name, error)
-
-
-if __name__ == "__main__":
-    mode = {"kill": kill, "resize": resize}[sys.argv[2]]
-    mode(Path(sys.argv[1]), *map(int, sys.argv[3:]))

@@ -1,30 +1,24 @@
-"""Peak bytes of one real step, for test_memory.py: `plan_run.py KIND CHECKPOINTING HEAD`.
+"""A real step whose peak of memory test_memory.py compares with the plan's."""
 
-The resident size at the peak of the second step less that before it, on a CPU in float32.
-"""
-
-import os
+import ctypes
 import re
-import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from powerflow_fast import fused_linear_tb_loss, tb_loss  # noqa: E402
-from powerflow_fast.models.lm_head import base_model, last_hidden_state, read_head  # noqa: E402
-from powerflow_fast.models.shapes import ModelShape  # noqa: E402
-from powerflow_fast.planning.memory import Run  # noqa: E402
+from powerflow_fast import fused_linear_tb_loss, tb_loss
+from powerflow_fast.models.lm_head import base_model, last_hidden_state, read_head
+from powerflow_fast.models.shapes import ModelShape
+from powerflow_fast.planning.memory import Run
 
 SHAPES = {
     "llama": ModelShape("llama", 256, 8192, 6, 4, 2, 64, 768),
     "phi3": ModelShape("phi3", 256, 8192, 6, 4, 4, 64, 768),  # as Phi-3-mini, all heads have keys
 }
 SEQUENCES = 8
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def run_of(kind: str, checkpointing: bool) -> Run:
@@ -39,7 +33,6 @@ def resident(field: str) -> int:
 
 def build(kind: str, checkpointing: bool):
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_config(
         SHAPES[kind].to_config(pad_token_id=0), dtype=torch.float32
     )
@@ -71,8 +64,10 @@ def token_logps(hidden, weight, targets):
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-if __name__ == "__main__":
-    kind, checkpointing, fused = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "fused"
+def measure(out: Path, kind: str, checkpointing: bool, fused: bool) -> None:
+    """Leaves the bytes resident at the peak of the second step less those before it, in float32."""
+    # Freed blocks go back to the system, so that a freed one does not hide a new one.
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     model = build(kind, checkpointing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(0, SHAPES[kind].vocab_size, (SEQUENCES, run_of(kind, False).tokens))
@@ -82,4 +77,4 @@ if __name__ == "__main__":
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step(model, ids, fused)
-    print(resident("VmHWM") - before)
+    out.write_text(str(resident("VmHWM") - before))

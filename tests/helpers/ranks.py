@@ -1,12 +1,103 @@
-"""Forked ranks: a process that has imported everything forks each run, which saves the imports."""
+"""Starts ranks: processes that train together, or one whose memory or environment is its own.
 
+They are forks of a server (multiprocessing's) that has imported torch, transformers and trl once
+and computes nothing: a thread pool would be lost in a fork, and who waits for it hangs.
+"""
+
+import faulthandler
+import functools
+import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "fsdp2-8.yaml"
+# What is not installed is passed over.
+PRELOAD = ["pytest", "deepspeed", "powerflow_fast.training.trainer", "tests.helpers.tiny"]
+# Ranks talk through gloo, so their tensors are on the CPU and their kernels interpreted.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+HANGS = 180.0  # seconds after which a rank says where it is, and ends
+
+
+@functools.cache
+def server() -> multiprocessing.context.ForkServerContext:
+    """The one server of this process, with its imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # Before Python 3.14 a server does not take over sys.path.
+    with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        first = context.Process(target=int)
+        first.start()
+    first.join()
+    return context
+
+
+def start(world: int, work: Callable[[], None], logs: Path) -> list[BaseProcess]:
+    """`world` ranks that do `work`, with the variables that torch's launcher would set.
+
+    `work` is a function of a module, or a `functools.partial` of one. Rank r writes to
+    logs/log_r.txt.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_all = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    context, ranks = server(), []
+    for rank in range(world):
+        own = of_all | {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
+        variables = {name: str(value) for name, value in own.items()}
+        ranks.append(
+            context.Process(target=_rank, args=(work, variables, logs / f"log_{rank}.txt"))
+        )
+        ranks[-1].start()
+    return ranks
+
+
+def _rank(work: Callable[[], None], variables: dict[str, str], log: Path) -> None:
+    os.environ |= variables
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.dump_traceback_later(HANGS, exit=True)
+    import torch
+
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        work()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Without teardown: with the interpreter, gloo's thread can wait for the interpreter lock
+        # while the main thread, which holds it, waits for that thread.
+        os._exit(code)
+
+
+def ended(ranks: list[BaseProcess]) -> bool:
+    """Wait for all; whether each came to its end."""
+    for rank in ranks:
+        rank.join()
+    return all(rank.exitcode == 0 for rank in ranks)
+
+
+def finish(world: int, work: Callable[[], None], logs: Path) -> None:
+    """Start and wait; AssertionError with the end of the logs where a rank failed."""
+    done = ended(start(world, work, logs))
+    assert done, "".join(path.read_text()[-2000:] for path in sorted(logs.glob("log_*.txt")))
 
 
 def shard_on_cpu() -> None:
@@ -32,45 +123,3 @@ def whole(parameter):
     """A copy of a parameter, gathered from all ranks where it is sharded."""
     gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return gathered.detach().clone()
-
-
-def start(world: int, work: Callable[[], None], logs: Path) -> list[int]:
-    """Fork `world` ranks that do `work` with the variables torch's launcher would set; their ids.
-
-    Rank r writes to logs/log_r.txt and ends without teardown: with the interpreter, gloo's thread
-    can wait for the interpreter lock while the main thread, which holds it, waits for that thread.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            if world > 1:
-                own = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
-                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ |= {name: str(value) for name, value in own.items()}
-            log = os.open(logs / f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                work()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        ranks.append(child)
-    return ranks
-
-
-def ended(ranks: list[int]) -> bool:
-    """Wait for all; whether each came to its end."""
-    return all([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == 0 for rank in ranks])
-
-
-def finish(world: int, work: Callable[[], None], logs: Path) -> None:
-    """Start and wait; AssertionError with the end of the logs where a rank failed."""
-    done = ended(start(world, work, logs))
-    assert done, "".join(path.read_text()[-2000:] for path in sorted(logs.glob("log_*.txt")))

@@ -1,25 +1,19 @@
-"""The runs that test_zero compares: `zero_run.py FOLDER`, one process, and two with DeepSpeed.
+"""A rank of the runs that test_zero compares: one process, and two with DeepSpeed.
 
 The trainer with an adapter and with everything trained (whose head is recomputed or kept in
 backward), and a patched model in a loop of its own. The limits on live parameters are those of a
 model that does not fit: no weight stays gathered for longer than its own layer needs it.
 """
 
-import faulthandler
-import functools
 import os
-import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import deepspeed
+import torch
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-
-from powerflow_fast import PowerFlowTrainer  # noqa: E402
-from powerflow_fast.integrations.transformers import patch_head  # noqa: E402
-from tests.helpers import ranks, tiny  # noqa: E402
+from powerflow_fast import PowerFlowTrainer
+from powerflow_fast.integrations.transformers import patch_head
+from tests.helpers import tiny
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at run time
 LIMITS = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
@@ -104,21 +98,9 @@ def loop(stage: int, world: int) -> dict:
 
 
 def run(folder: Path, stage: int, world: int, case: str) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # a hang says where
-    torch.set_num_threads(1)
     if case == "loop":
         result = loop(stage, world)
     else:
         result = train(folder, stage, world, adapter=case == "adapter", tied=case == "tied")
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(result, folder / f"{case}-{stage}.pt")
-    if world > 1:
-        torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for case in ("adapter", "full", "tied", "loop"):
-        for stage, world in ((0, 1), (2, 2), (3, 2)):
-            work = functools.partial(run, folder, stage, world, case)
-            ranks.finish(world, work, folder / f"log-{case}-{stage}")

@@ -1,8 +1,6 @@
 """`patch_head` under transformers' own Trainer, and `LATBTrainer` against the loss by hand."""
 
-import subprocess
-import sys
-from pathlib import Path
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +17,7 @@ from powerflow_fast.integrations import verl  # noqa: E402
 from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # noqa: E402
 from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.metrics import METRICS  # noqa: E402
-from tests.helpers import tiny  # noqa: E402
+from tests.helpers import ranks, tiny  # noqa: E402
 from tests.helpers.numerics import logps_error_bound  # noqa: E402
 
 COMPLETIONS = ("Paris", "three four five", "rain sea a b")
@@ -130,20 +128,28 @@ def test_the_step_does_not_depend_on_micro_batches(tmp_path):
         torch.testing.assert_close(weights(split.model)[name], value, rtol=1e-3, atol=1e-5)
 
 
+TWO_STEPS = dict(optim="sgd", learning_rate=0.1, max_steps=2)
+
+
 def test_two_ranks_train_as_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).parents[1] / "helpers" / "offline_run.py")
-    command = [*launch, script, str(tmp_path / "weights.pt")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr[-3000:]
+    ranks.finish(2, functools.partial(train_on_a_rank, tmp_path), tmp_path)
     ours = torch.load(tmp_path / "weights.pt", weights_only=True)
-    steps = dict(optim="sgd", learning_rate=0.1, max_steps=2)
-    alone = offline(tmp_path, per_device_train_batch_size=4, **steps)
+    alone = offline(tmp_path, per_device_train_batch_size=4, **TWO_STEPS)
     start = weights(alone.model)
     alone.train()
     for name, value in weights(alone.model).items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5, msg=name)
         assert not torch.equal(value, start[name])
+
+
+def train_on_a_rank(folder):
+    batch = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    trainer = offline(folder / "run", ddp_backend="gloo", **batch, **TWO_STEPS)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    if trainer.is_world_process_zero():
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        torch.save(weights(policy), folder / "weights.pt")
 
 
 def test_it_learns_and_evaluates_with_a_reference_model(tmp_path):

@@ -1,12 +1,10 @@
 """Heads spread over two processes give the log-probs and gradients of the whole head."""
 
-import os
-import socket
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -15,6 +13,7 @@ from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import torch_backend, triton_backend
 from powerflow_fast.logprobs.backend import Upstream
 from powerflow_fast.logprobs.options import HeadOptions
+from tests.helpers import ranks
 
 WORLD = 2
 SIZES = ((11, 12), (4, 19), None)  # None: a DTensor
@@ -29,35 +28,25 @@ def make_inputs():
     return hidden, ref_hidden, weight, bias, targets
 
 
-def start(rank, port):
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
-    )
+def spawn(worker, folder, *arguments):
+    """What `worker(rank, *arguments)` returns on each rank, merged."""
+    ranks.finish(WORLD, functools.partial(work, worker, folder, *arguments), folder)
+    merged = {}
+    for rank in range(WORLD):
+        merged |= torch.load(folder / f"{rank}.pt", weights_only=True)
+    return merged
 
 
-def finish():
-    dist.barrier()
-    os._exit(0)  # see ddp_run.py
+def work(worker, folder, *arguments):
+    dist.init_process_group("gloo")
+    torch.save(worker(dist.get_rank(), *arguments), folder / f"{dist.get_rank()}.pt")
 
 
-def spawn(worker, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.Manager().dict()
-    # The processes talk through gloo, so their tensors are on the CPU: kernels are interpreted.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        mp.spawn(worker, (port, results, *arguments), nprocs=WORLD)
-    return dict(results)
-
-
-def slices_worker(rank, port, results):
-    start(rank, port)
+def slices_worker(rank):
+    results = {}
     for sizes in SIZES:
-        outputs, error = run_slices(rank, sizes)
-        results[rank, sizes], results[f"error {rank}", sizes] = outputs, error
-    finish()
+        results[rank, sizes], results[f"error {rank}", sizes] = run_slices(rank, sizes)
+    return results
 
 
 def run_slices(rank, sizes):
@@ -89,7 +78,7 @@ def run_slices(rank, sizes):
     outputs = (logps, ref_logps, entropy, hidden.grad, *own_grads)
     with pytest.raises(ValueError) as error:
         linear_logprobs(hidden, weight, targets + 23, process_group=group)
-    return [x.detach().numpy() for x in outputs], str(error.value)
+    return [x.detach() for x in outputs], str(error.value)
 
 
 FROZEN = {
@@ -99,9 +88,9 @@ FROZEN = {
 }
 
 
-def frozen_worker(rank, port, results):
+def frozen_worker(rank):
     """The exact route: the forward pass knows the unit gradient, the backward forms no logits."""
-    start(rank, port)
+    results = {}
     torch_backend.backward = triton_backend.backward = None
     own = slice(0, 11) if rank == 0 else slice(11, 23)
     for name, transform in FROZEN.items():
@@ -112,12 +101,12 @@ def frozen_worker(rank, port, results):
             options |= {"return_entropy": "detached", **transform}
             logps, _ = linear_logprobs(hidden, weight[own], targets, **options)
             logps.sin().sum().backward()
-            results[name, backend, rank] = logps.detach().numpy(), hidden.grad.numpy()
-    finish()
+            results[name, backend, rank] = logps.detach(), hidden.grad
+    return results
 
 
-def test_two_frozen_slices_know_the_direction():
-    results = spawn(frozen_worker)
+def test_two_frozen_slices_know_the_direction(tmp_path):
+    results = spawn(frozen_worker, tmp_path)
     assert len(results) == 2 * 2 * len(FROZEN)
     hidden, _, weight, bias, targets = make_inputs()
     for (name, _, _), found in results.items():
@@ -126,14 +115,13 @@ def test_two_frozen_slices_know_the_direction():
         logps, _ = reference.linear_logprobs(x, weight, targets, bias, **transform)
         logps.sin().sum().backward()
         for actual, wanted in zip(found, (logps.detach(), x.grad), strict=True):
-            actual = torch.from_numpy(actual).double()
-            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def slices():
+def slices(tmp_path_factory):
     """Results of all ways to slice, from one start of the processes."""
-    return spawn(slices_worker)
+    return spawn(slices_worker, tmp_path_factory.mktemp("slices"))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=["even", "uneven", "DTensor"])
@@ -153,15 +141,12 @@ def test_two_slices_equal_one_head(slices, sizes):
         expected = [logps, ref_logps, entropy, leaves[0].grad]
         expected += [leaves[1].grad[own], leaves[2].grad[own]]
         for actual, wanted in zip(results[rank], expected, strict=True):
-            torch.testing.assert_close(
-                torch.from_numpy(actual).double(), wanted.detach(), rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(actual.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
         assert results[f"error {rank}"].startswith("targets: expected ids in [0, 23)")
 
 
-def gathered_worker(rank, port, results, trained):
+def gathered_worker(rank, trained):
     """Each rank has tokens of its own, as under FSDP2 with the head as a unit of its own."""
-    start(rank, port)
     hidden, _, weight, _, targets = make_inputs()
     mesh = init_device_mesh("cpu", (WORLD,))
     weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_(trained)
@@ -172,18 +157,18 @@ def gathered_worker(rank, port, results, trained):
     outputs = [logps.detach(), hidden.grad]
     if trained:
         outputs.append(weight.grad.full_tensor())
-    results[rank] = [x.numpy() for x in outputs]
+    results = {rank: outputs}
     replicated = distribute_tensor(weight.detach().full_tensor(), mesh, [Replicate()])
     try:
         linear_logprobs(hidden, replicated, targets[own])
     except ValueError as error:
         results[f"error {rank}"] = str(error)
-    finish()
+    return results
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_a_dtensor_is_gathered_and_its_gradient_is_the_mean_over_ranks(trained):
-    results = spawn(gathered_worker, trained)
+def test_a_dtensor_is_gathered_and_its_gradient_is_the_mean_over_ranks(trained, tmp_path):
+    results = spawn(gathered_worker, tmp_path, trained)
     hidden, _, weight, _, targets = make_inputs()
     hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
     logps, _ = reference.linear_logprobs(hidden[:8], weight, targets[:8], temperature=0.8)
@@ -192,9 +177,7 @@ def test_a_dtensor_is_gathered_and_its_gradient_is_the_mean_over_ranks(trained):
         own = slice(rank * 4, rank * 4 + 4)
         expected = [logps[own].detach(), hidden.grad[own]] + [weight.grad / WORLD] * trained
         for actual, wanted in zip(results[rank], expected, strict=True):
-            torch.testing.assert_close(
-                torch.from_numpy(actual).double(), wanted, rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5)
         assert results[f"error {rank}"].startswith("weight: expected a plain tensor, or a DTensor")
 
 

@@ -1,11 +1,8 @@
 """`powerflow-fast plan`: its counts against real steps, against each other, and its tables."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from powerflow_fast.planning.memory import (  # noqa: E402
     lora_parameters,
     plan,
 )
-from tests.helpers import plan_run, tiny  # noqa: E402
+from tests.helpers import plan_run, ranks, tiny  # noqa: E402
 from tests.helpers.kept_tensors import kept_by_a_layer, peak_of_a_step  # noqa: E402
 
 LLAMA = model_shape("Llama-3-70B")
@@ -36,22 +33,18 @@ LLAMA = model_shape("Llama-3-70B")
     ("kind", "checkpointing", "fused"),
     [("llama", True, True), ("llama", False, False), ("phi3", True, True), ("phi3", False, True)],
 )
-def test_counts_are_the_measured_peak_of_a_real_step(kind, checkpointing, fused):
+def test_counts_are_the_measured_peak_of_a_real_step(kind, checkpointing, fused, tmp_path):
     """Within -5 % and +20 %: a plan that errs should err on the safe side.
 
     Seen when this was written, with the combinations left out: -3 to +10 %.
     """
-    script = Path(plan_run.__file__)
-    command = [sys.executable, script, kind, str(int(checkpointing)), "fused" if fused else "plain"]
-    # Freed blocks go back to the system, so that a freed one does not hide a new one.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    found = tmp_path / "bytes"
+    ranks.finish(1, partial(plan_run.measure, found, kind, checkpointing, fused), tmp_path)
+    measured = int(found.read_text())
     memory = plan(plan_run.run_of(kind, checkpointing), plan_run.SEQUENCES, fused)
     counted = memory.activations + max(memory.head, memory.backward)
-    ratio = counted / int(done.stdout)
-    print(f"counted {counted / 1e6:.0f} MB, measured {int(done.stdout) / 1e6:.0f} MB")
-    assert 0.95 < ratio < 1.2
+    print(f"counted {counted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert 0.95 < counted / measured < 1.2
 
 
 @pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"gemma2"}))  # whose attention keeps scores

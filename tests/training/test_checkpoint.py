@@ -3,8 +3,6 @@
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +13,15 @@ pytest.importorskip("trl")
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from powerflow_fast.training.checkpoint import CheckpointError, last_checkpoint  # noqa: E402
-from tests.helpers import tiny  # noqa: E402
+from tests.helpers import kill_run, tiny  # noqa: E402
 
 KILLS = int(os.environ.get("KILLS", 0))  # `KILLS=20` is the long form
 
 
-def run(*argv):
-    script = Path(__file__).parents[1] / "helpers" / "kill_run.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *map(str, argv)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-
-
 @pytest.mark.parametrize(
-    ("world", "kills", "sharded"), [(1, 2, 0), (2, 2, 0), (2, 1, 1)], ids=["one", "ddp", "fsdp2"]
+    ("world", "kills", "sharded"),
+    [(1, 2, False), (2, 2, False), (2, 1, True)],
+    ids=["one", "ddp", "fsdp2"],
 )
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills, sharded):
     if world > 1 and not sharded:
@@ -38,11 +29,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills, sharded):
             pytest.skip("two ranks are in the sharded run; `make test-kills` takes this one too")
         if version.parse(torch.__version__).release < (2, 13):
             pytest.skip("before 2.13 torch cannot load an optimizer to gloo's device cpu:0")
-    run(tmp_path, "kill", world, KILLS or kills, 0, sharded)
+    kill_run.kill(tmp_path, world, KILLS or kills, 0, sharded)
 
 
 def test_saved_by_two_loaded_by_one_and_the_reverse(tmp_path):
-    run(tmp_path, "resize")
+    kill_run.resize(tmp_path)
 
 
 def make(folder, model=None, lora=None, callbacks=(), eval_dataset=None, **options):

@@ -2,9 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model  # noqa: E4
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.metrics import METRICS  # noqa: E402
-from tests.helpers import tiny  # noqa: E402
+from tests.helpers import ddp_run, ranks, tiny  # noqa: E402
 
 
 def make(
@@ -358,11 +356,9 @@ def test_conversational_prompts_and_psi_on_messages(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     """Same global batch of 16: loss, adapter and log Z' head agree with the run of one process."""
-    script = Path(__file__).parents[1] / "helpers" / "ddp_run.py"
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    kinds = ("one", "ddp", "fsdp2")
+    kinds = {"one": 1, "ddp": 2, "fsdp2": 2}
+    for kind, world in kinds.items():
+        ranks.finish(world, partial(ddp_run.run, tmp_path, kind), tmp_path / kind)
     expected, *others = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in kinds)
     for result in others:
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
