@@ -1,12 +1,13 @@
 """The evidence's runner: stages, resumption, and the page that comes from its results."""
 
 import json
+import multiprocessing
 
 import pytest
 
 from benchmarks import evidence, results_file
 from benchmarks.evidence import page, runner
-from tests.helpers import toy_experiment
+from tests.helpers import ranks, toy_experiment
 
 
 @pytest.fixture
@@ -19,6 +20,13 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the runner sets it
     executed = tmp_path / "executed"
     return lambda: sorted(map(int, executed.read_text().split()))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked where they have imported torch: those that are spawned take seconds."""
+    server = ranks.server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
 
 
 def written():
@@ -36,7 +44,7 @@ def test_a_later_stage_depends_on_the_first(toy):
     assert not runner.CACHE.exists()
 
 
-def test_an_interrupted_run_goes_on_where_it_was(toy, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_was(toy, forked, tmp_path):
     (tmp_path / "fail 20").touch()
     with pytest.raises(RuntimeError, match="run 20 failed"):
         runner.run_all(["toy"], workers=1, say=lambda line: None)
@@ -59,7 +67,7 @@ def test_unknown_experiments_are_refused():
         runner.module("nonsense")
 
 
-def test_the_page_holds_tables_and_plots_of_the_results(toy, tmp_path, monkeypatch):
+def test_the_page_holds_tables_and_plots_of_the_results(toy, forked, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "module", lambda name: toy_experiment)
     monkeypatch.setattr(page, "EXPERIMENTS", ("toy", "never_run"))
     monkeypatch.setattr(page, "PAGE", tmp_path / "README.md")

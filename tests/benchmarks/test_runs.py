@@ -1,12 +1,10 @@
 """`pytest benchmarks/` as a user starts it, in tiny sizes; how names are picked."""
 
+import itertools
 import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,22 +16,22 @@ from benchmarks.heads import TOLERANCE
 from benchmarks.names import pick
 from benchmarks.peers import PEERS, ROUNDED
 from tests.benchmarks.test_report import head_results
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", *options]
-    # pytest-benchmark would take itself for a worker of this run's xdist, and write nothing.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+from tests.helpers import pytest_run
 
 
-def benchmarks(*options: str) -> subprocess.CompletedProcess:
-    return run("pytest", "benchmarks", "--tiny", "-q", "-p", "no:cacheprovider", *options)
+@pytest.fixture
+def run(tmp_path):
+    """Runs `pytest OPTIONS`."""
+    numbers = itertools.count()
+    return lambda *options: pytest_run.run(tmp_path / f"run{next(numbers)}", *options)
 
 
-def test_results_and_the_options_of_pytest_benchmark(tmp_path):
+@pytest.fixture
+def benchmarks(run):
+    return partial(run, "benchmarks", "--tiny", "-q", "-p", "no:cacheprovider")
+
+
+def test_results_and_the_options_of_pytest_benchmark(tmp_path, run, benchmarks):
     chosen = ("--groups", "forward,scaling", "--peers", "powerflow-fast,naive PyTorch,verl")
     store = ("--benchmark-storage", f"file://{tmp_path}/store")
     output = tmp_path / "own.json"
@@ -68,20 +66,20 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path):
         assert figure not in first.stdout
 
     # Times are shown at full size alone.
-    quick = ("benchmarks", "--groups", "forward", "--peers", "powerflow-fast")
+    quick = ("benchmarks", "--groups", "forward", "--peers", "powerflow-fast", "-k", "float32")
     histogram = find_spec("pygal") is not None  # pytest-benchmark[histogram]
     compare = ["--benchmark-compare", "--case-seconds", "0.01"]
     compare += ["--benchmark-histogram", str(tmp_path / "plot")] if histogram else []
-    second = run("pytest", *quick, *store, *compare, "-q", "-p", "no:cacheprovider")
+    second = run(*quick, *store, *compare, "-q", "-p", "no:cacheprovider")
     assert second.returncode == 0, second.stdout
     assert "Comparing against benchmarks from" in second.stdout + second.stderr
     assert list(tmp_path.glob("plot*.svg")) or not histogram
-    theirs, ours = re.split(r"\d passed", second.stdout)  # a case a type: bf16 on some CPUs alone
+    theirs, ours = re.split(r"\d passed", second.stdout)
     assert "time in" in theirs and re.search(r"\npowerflow-fast +[\d.]+ m?s \([\d.]+x\)", ours)
     assert "Written to" not in ours
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_refused(benchmarks):
     for option, name, near in (
         ("--groups", "forwards", "forward"),
         ("--peers", "round_logits", ROUNDED),
@@ -103,7 +101,7 @@ def test_names_with_a_comma_can_be_picked():
         pick(["liger,", "verl"], PEERS)
 
 
-def test_what_cannot_be_run_or_written_is_said(tmp_path):
+def test_what_cannot_be_run_or_written_is_said(tmp_path, benchmarks):
     file = tmp_path / "file"
     file.touch()
     done = benchmarks("--results", str(file), "--collect-only")
@@ -140,18 +138,18 @@ def test_the_end_of_a_run(tmp_path, monkeypatch):
     assert "Written" not in "\n".join(session.report(None, []))
 
 
-def test_whole_trainers_run_on_request_alone():
+def test_whole_trainers_run_on_request_alone(run):
     path = "benchmarks/test_grpo_step.py"
     for options, found in (
         (["benchmarks"], False),
         ([path], True),
         (["benchmarks", "--groups", "grpo-step"], True),
     ):
-        done = run("pytest", *options, "--tiny", "--collect-only", "-q", "-p", "no:cacheprovider")
+        done = run(*options, "--tiny", "--collect-only", "-q", "-p", "no:cacheprovider")
         assert (f"{path}::test_grpo_is" in done.stdout) == found, done.stdout
 
 
-def test_what_the_budget_drops_is_named(tmp_path):
+def test_what_the_budget_drops_is_named(benchmarks):
     done = benchmarks("--groups", "forward", "--peers", "powerflow-fast", "--budget", "0")
     dtypes = {case.dtype for case in table(torch.device("cpu"), tiny=True)}  # one or two
     assert f"dropped: {len(dtypes)} after 0 s" in done.stdout

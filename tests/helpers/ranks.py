@@ -16,7 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "fsdp2-8.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "accelerate" / "fsdp2-8.yaml"
 # What is not installed is passed over.
 PRELOAD = ["pytest", "deepspeed", "powerflow_fast.training.trainer", "tests.helpers.tiny"]
 # Ranks talk through gloo, so their tensors are on the CPU and their kernels interpreted.
@@ -69,6 +70,7 @@ def _rank(work: Callable[[], None], variables: dict[str, str], log: Path) -> Non
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # nothing is flushed at the end
     faulthandler.dump_traceback_later(HANGS, exit=True)
     import torch
 
