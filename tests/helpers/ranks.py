@@ -1,7 +1,7 @@
-"""Starts ranks: processes that train together, or one whose memory or environment is its own.
+"""Starts ranks: processes that train together, or one process that a test needs to itself.
 
 They are forks of a server (multiprocessing's) that has imported torch, transformers and trl once
-and computes nothing: a thread pool would be lost in a fork, and who waits for it hangs.
+and has computed nothing: a thread pool does not survive a fork, and whatever waits for it hangs.
 """
 
 import faulthandler
