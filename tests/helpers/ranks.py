@@ -97,9 +97,11 @@ def ended(ranks: list[BaseProcess]) -> bool:
 
 
 def finish(world: int, work: Callable[[], None], logs: Path) -> None:
-    """Start and wait; AssertionError with the end of the logs where a rank failed."""
-    done = ended(start(world, work, logs))
-    assert done, "".join(path.read_text()[-2000:] for path in sorted(logs.glob("log_*.txt")))
+    """Start and wait; AssertionError with exit codes and the end of the logs if a rank failed."""
+    ranks = start(world, work, logs)
+    done, codes = ended(ranks), [rank.exitcode for rank in ranks]
+    ends = [path.read_text()[-2000:] for path in sorted(logs.glob("log_*.txt"))]
+    assert done, f"exit codes {codes}\n{''.join(ends)}"
 
 
 def shard_on_cpu() -> None:
