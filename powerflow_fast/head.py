@@ -156,6 +156,7 @@ def paired_linear_logprobs(
     ref = Reference(ref_hidden, ref_weight, ref_bias)
     out = head_outputs(head, targets, ref, **keywords)
     warn_if_same(hidden, ref)
+    assert out.ref_logps is not None
     pair = (out.logps, out.ref_logps)
     return pair if out.entropy is None else (*pair, out.entropy)
 
@@ -213,8 +214,8 @@ def head_outputs(
     hidden, weight, bias = head
     weight = plain_tensor("weight", weight, process_group)
     bias = plain_tensor("bias", bias, process_group)
-    validation.check_head(hidden, weight, bias, targets, "")
     policy, reference = Head(hidden, weight, bias), None
+    validation.check_head(policy, targets, "")
     if ref is not None:
         reference = _checked_reference(ref, policy, targets, process_group)
     if shift:
@@ -230,10 +231,9 @@ def head_outputs(
     logps, ref_logps, entropy, sparsity = _call(policy, targets.reshape(-1), reference, options)
     if reads and check_finite:
         counted = targets != options.ignore_index
-        validation.check_result(logps, policy._asdict(), counted)
+        validation.check_result(logps, policy, counted, "")
         if reference is not None:
-            named = {f"ref_{name}": x for name, x in reference._asdict().items()}
-            validation.check_result(ref_logps, named, counted)
+            validation.check_result(ref_logps, reference, counted, "ref_")
 
     def in_place(values: Tensor) -> Tensor:
         values = values.reshape(targets.shape)
@@ -275,13 +275,14 @@ def _checked_reference(
     if ref_weight is None and ref_bias is None:
         ref_bias = policy.bias
     ref_weight = policy.weight if ref_weight is None else ref_weight
-    validation.check_head(ref_hidden, ref_weight, ref_bias, targets, "ref_")
+    reference = Head(ref_hidden, ref_weight, ref_bias)
+    validation.check_head(reference, targets, "ref_")
     if ref_weight.shape[0] != policy.weight.shape[0]:
         raise ValueError(
             f"ref_weight: expected the policy's vocabulary, {policy.weight.shape[0]} rows, "
             f"got {ref_weight.shape[0]}"
         )
-    return Head(ref_hidden, ref_weight, ref_bias)
+    return reference
 
 
 def _call(

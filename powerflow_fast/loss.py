@@ -213,9 +213,11 @@ def fused_linear_tb_loss(
     out = head_outputs(Head(hidden, weight, head.pop("bias", None)), targets, ref, **head)
     if ref is not None:
         warn_if_same(hidden, ref)
+    ref_logps = out.ref_logps if ref_logps is None else ref_logps
+    assert ref_logps is not None
     result = tb_loss(
         out.logps,
-        ref_logps if ref is None else out.ref_logps,
+        ref_logps,
         log_z=log_z,
         alpha=alpha,
         mask=targets != ignore_index,
@@ -340,6 +342,7 @@ def _group_mean(
 ) -> Tensor:  # [S]
     """Mean over the non-empty sequences of each group, given to all of its members."""
     if group_ids is None:
+        assert group_size is not None
         group_ids = torch.arange(len(estimate), device=estimate.device) // group_size
     # [S, S] instead of a scatter: no atomics and no need to know the number of groups.
     same = (group_ids[:, None] == group_ids) & counted

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from powerflow_fast.kernels.operands import Head
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,10 +22,9 @@ def wants_values(values: Tensor, validate: bool) -> bool:
     return validate or values.device.type == "cpu"
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, prefix: str
-) -> None:
+def check_head(head: Head, targets: Tensor, prefix: str) -> None:
     """Shapes, dtypes and devices of one model's head; `prefix` is "ref_" for the reference."""
+    hidden, weight, bias = head
     for name, x in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight), ("targets", targets)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -81,27 +82,25 @@ def check_time_axis(targets: Tensor) -> None:
         raise ValueError("targets: expected [..., T] with shift=True, got a tensor without axes")
 
 
-def check_result(logps: Tensor, inputs: Mapping[str, Tensor | None], counted: Tensor) -> None:
-    """Of log-probs that are not finite, the input that made them so.
+def check_result(logps: Tensor, head: Head, counted: Tensor, prefix: str) -> None:
+    """Where log-probs [...] are not finite, names the input of `head` that made them so.
 
-    `inputs` are hidden [..., H], weight [V, H] and bias [V] by name; `counted` is bool [...].
-    Where every input is finite, as under a bias of -inf for columns that pad the vocabulary, the
+    `counted` is bool [...], `prefix` as in `check_head`. Where every input is finite, as under a bias of -inf for columns that pad the vocabulary, the
     log-probs are what they are.
     """
     if logps.detach().isfinite().all():
         return
-    (hidden_name, hidden), *head = inputs.items()
-    rows = hidden.detach().isfinite().all(-1) | ~counted
+    rows = head.hidden.detach().isfinite().all(-1) | ~counted
     if not rows.all():
         raise ValueError(
-            f"{hidden_name}: expected finite numbers on every counted token, got nan or inf at "
+            f"{prefix}hidden: expected finite numbers on every counted token, got nan or inf at "
             f"{(~rows).nonzero()[0].tolist()}"
         )
-    for name, values in head:
+    for name, values in (("weight", head.weight), ("bias", head.bias)):
         if values is None or values.detach().isfinite().all():
             continue
         if values.dim() == 2 or not (values.detach() < math.inf).all():
-            raise ValueError(f"{name}: expected finite numbers, got nan or inf")
+            raise ValueError(f"{prefix}{name}: expected finite numbers, got nan or inf")
 
 
 def check_finite(name: str, values: Tensor, validate: bool) -> None:
@@ -117,9 +116,10 @@ def check_finite(name: str, values: Tensor, validate: bool) -> None:
         )
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return value
 
 
 def check_flag(name: str, value: object) -> None:
@@ -137,9 +137,11 @@ def check_keywords(function: str, given: Iterable[str], *known: Sequence[str]) -
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def check_mask(name: str, mask: Tensor, shape: torch.Size, like: str, validate: bool) -> Tensor:
+def check_mask(
+    name: str, mask: Tensor | None, shape: torch.Size, like: str, validate: bool
+) -> Tensor:
     """`mask` as bool. It has the shape of `like`, and no values but true and false, or 1 and 0."""
-    check_tensor(name, mask)
+    mask = check_tensor(name, mask)
     if mask.shape != shape:
         raise ValueError(
             f"{name}: expected the shape of {like}, {tuple(shape)}, got {tuple(mask.shape)}"

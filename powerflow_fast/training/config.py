@@ -160,7 +160,7 @@ class PowerFlowConfig(GRPOConfig):
     padding_free: bool = _option(
         False, "Compute real tokens only, packed into one row (best with flash-attn)."
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = _option(  # type: ignore[assignment]  # until `for_run`
         None,
         f"Of the policy. Default: {LORA_RATE:g} with an adapter, {FULL_RATE:g} for all parameters.",
     )
