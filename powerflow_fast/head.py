@@ -215,7 +215,7 @@ def head_outputs(
     weight = plain_tensor("weight", weight, process_group)
     bias = plain_tensor("bias", bias, process_group)
     policy, reference = Head(hidden, weight, bias), None
-    validation.check_head(policy, targets, "")
+    validation.check_operands(policy, targets, "")
     if ref is not None:
         reference = _checked_reference(ref, policy, targets, process_group)
     if shift:
@@ -276,7 +276,7 @@ def _checked_reference(
         ref_bias = policy.bias
     ref_weight = policy.weight if ref_weight is None else ref_weight
     reference = Head(ref_hidden, ref_weight, ref_bias)
-    validation.check_head(reference, targets, "ref_")
+    validation.check_operands(reference, targets, "ref_")
     if ref_weight.shape[0] != policy.weight.shape[0]:
         raise ValueError(
             f"ref_weight: expected the policy's vocabulary, {policy.weight.shape[0]} rows, "

@@ -22,7 +22,7 @@ def wants_values(values: Tensor, validate: bool) -> bool:
     return validate or values.device.type == "cpu"
 
 
-def check_head(head: Head, targets: Tensor, prefix: str) -> None:
+def check_operands(head: Head, targets: Tensor, prefix: str) -> None:
     """Shapes, dtypes and devices of one model's head; `prefix` is "ref_" for the reference."""
     hidden, weight, bias = head
     for name, x in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight), ("targets", targets)):
@@ -85,8 +85,8 @@ def check_time_axis(targets: Tensor) -> None:
 def check_result(logps: Tensor, head: Head, counted: Tensor, prefix: str) -> None:
     """Where log-probs [...] are not finite, names the input of `head` that made them so.
 
-    `counted` is bool [...], `prefix` as in `check_head`. Where every input is finite, as under a bias of -inf for columns that pad the vocabulary, the
-    log-probs are what they are.
+    `counted` is bool [...], `prefix` as in `check_operands`. Where every input is finite, as under
+    a bias of -inf for columns that pad the vocabulary, the log-probs are what they are.
     """
     if logps.detach().isfinite().all():
         return
