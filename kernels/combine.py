@@ -149,7 +149,7 @@ class Rows(NamedTuple):
     shift: torch.Tensor  # [rows], in units of log 2
     total: torch.Tensor  # [rows]
     one_minus_p: torch.Tensor  # [rows] 1 - p of the target, NaN where it is outside the vocabulary
-    factor: torch.Tensor | None  # [rows] p of a numerator of 1, where the row's shift was given
+    factor: torch.Tensor | None  # [rows] p of an exp-logit of 1, where the row's shift was given
 
 
 class Misled(NamedTuple):

@@ -30,7 +30,7 @@ def mean_unit_gradient_kernel(
     stride_wv,
     stride_wh,
     rows,  # TargetRows
-    factor_ptr,  # [N] p of a numerator of 1
+    factor_ptr,  # [N] p of an exp-logit of 1
     unit_gradient_ptr,  # [N, H] rows of stride_dn
     stride_dn,
     num_n,
@@ -72,7 +72,7 @@ def write_mean_unit_gradients(
     mean: torch.Tensor,  # [N, H] float32, unit stride along H
     heads: Heads,  # of which the policy
     rows: TargetRows,
-    factor: torch.Tensor,  # [N] p of a numerator of 1
+    factor: torch.Tensor,  # [N] p of an exp-logit of 1
     unit_gradient: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`
 ) -> None:
     weight, options = heads.policy.weight, heads.options

@@ -185,8 +185,8 @@ def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     """Bytes of log-probs of policy and reference, and of the gradient of the hidden states.
 
     Fused: packed states of both models, and the larger of the two passes. A frozen head holds the
-    direction in float32, with a chunk's numerators and statistics, then with the gradient. A
-    trained head holds its numerators for backward, with a chunk's statistics, then with a second
+    unit gradient in float32, with a chunk's exp-logits and statistics, then with the gradient. A
+    trained head holds its softmax cache for backward, with a chunk's statistics, then with a second
     copy of the states, their gradient in float32, a chunk's dlogits, and one of its two float32
     products at a time.
     Not fused: logits in the run's width, in float32, and their gradient (the reference's pass is
