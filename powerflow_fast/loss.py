@@ -147,9 +147,9 @@ def tb_loss(
     loss = (weight * residual.square()).sum() / normalizer
 
     logps, ref_logps = sequences.counted_only(logps), sequences.counted_only(ref_logps)
-    metrics = _metrics(sequences.lengths, logps, ref_logps, residual, log_z, raw, weight)
-    metrics |= {"loss": loss.detach()}
-    return TBOutput(loss, logps, ref_logps, residual, weight, sequences.lengths, metrics)
+    lengths, metrics = sequences.lengths, {"loss": loss.detach()}
+    metrics |= _metrics(lengths, logps, ref_logps, residual, log_z, raw, weight)
+    return TBOutput(loss, logps, ref_logps, residual, weight, lengths, metrics)
 
 
 def fused_linear_tb_loss(
