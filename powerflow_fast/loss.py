@@ -40,7 +40,7 @@ class TBKeywords(TypedDict, total=False):
 
 
 class FusedKeywords(HeadKeywords, TBKeywords, total=False):
-    """The keywords of the fused loss: of the head, and of the objective."""
+    """Of the head, and of the objective."""
 
 
 TB_KEYWORDS = ("log_z", "alpha", "ref_logps", "ref_bias", *TBKeywords.__annotations__)
@@ -377,7 +377,6 @@ def _metrics(
     """Health of the run: means over non-empty sequences, or over counted tokens; all 0-dim."""
     counted = lengths > 0
     sequences, tokens = counted.sum().clamp(min=1), lengths.sum().clamp(min=1)
-    log_z = _on_device(log_z, residual)
 
     def mean(values: Tensor) -> Tensor:
         return values.where(counted, 0.0).sum() / sequences
@@ -389,7 +388,7 @@ def _metrics(
         "residual_std": mean((residual - residual_mean).square()).sqrt(),
         "policy_logp": logps.sum() / tokens,
         "ref_logp": ref_logps.sum() / tokens,
-        "log_z": mean(log_z.expand(len(residual))),
+        "log_z": mean(_on_device(log_z, residual).expand(len(residual))),
         # Schulman's k3 estimator of KL(policy || reference) per token: unbiased, never negative.
         "kl": (gap.expm1() - gap).sum() / tokens,
         "importance_mean": mean(weight),

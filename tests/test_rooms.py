@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "kernels": [],
     "data": [],
     "logprobs": ["kernels"],
-    "door": ["logprobs"],
+    "door": ["logprobs", "kernels"],
     "models": ["door", "logprobs"],
     "planning": ["models", "logprobs", "kernels"],
     "evaluation": ["models", "data", "door", "logprobs"],

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.gpu import lines
 from benchmarks.gpu.worker import Run, work
 
-PRELOAD = ["benchmarks.gpu.worker", "powerflow_fast", "triton"]
+PRELOAD = ["benchmarks.gpu.worker", "powerflow_fast", "triton", "torch._dynamo", "transformers"]
 GRACE = 5.0  # seconds that a process has to end once it is done or killed
 
 

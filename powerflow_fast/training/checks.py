@@ -165,7 +165,7 @@ def check_policy(trainer, policy) -> None:
     _warn_of_text(trainer)
     check_pair(policy, lambda: trainer.as_reference(policy))
     if trainer.ref_model is not None:
-        check_copy(policy, trainer.ref_model)
+        check_copy(policy, trainer.accelerator.unwrap_model(trainer.ref_model))
     devices = set(getattr(trainer.ref_model, "hf_device_map", {}).values())
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or len(devices) > 1
     if trainer.args.offload_reference and sharded:

@@ -144,7 +144,7 @@ def check_copy(policy: nn.Module, copy: Any) -> None:
     others = dict(copy.named_parameters())
     for name, parameter in policy.named_parameters():
         other = others.get(name)
-        if parameter.is_meta or not parameter.numel() or (other is not None and other.is_meta):
+        if any(p.is_meta or not p.numel() for p in (parameter, other) if p is not None):
             return  # sharded or offloaded: the first step's KL tells
         if (
             other is None

@@ -9,7 +9,7 @@ import transformers  # noqa: E402
 from peft import IA3Config, LNTuningConfig, get_peft_model  # noqa: E402
 
 from powerflow_fast.models.parameters import disable_dropout  # noqa: E402
-from powerflow_fast.training.trials import check_pair, hidden_trial  # noqa: E402
+from powerflow_fast.training.trials import check_copy, check_pair, hidden_trial  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
 ACTING = {
@@ -100,3 +100,11 @@ def test_sums_in_no_fixed_order_are_not_taken_for_a_reference_that_moves():
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="norm.weight is trained but is no part"):
         check_pair(model, trial=trial)
+
+
+def test_a_copy_that_is_sharded_is_left_to_the_first_step():
+    """ZeRO leaves empty tensors; a DeepSpeed engine around the copy is taken off before."""
+    policy, copy = tiny.model(), tiny.model()
+    for parameter in copy.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    check_copy(policy, copy)
