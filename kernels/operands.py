@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-Rows = TypeVar("Rows", bound=tuple)
+Fields = TypeVar("Fields", bound=tuple)
 
 # Of the objective: whether policy and reference log-probs of a sequence are averaged, not summed.
 BALANCES = {"length": (True, True), "trajectory": (False, False), "token": (False, True)}
@@ -20,6 +20,6 @@ class Head(NamedTuple):
     bias: torch.Tensor | None  # [V]
 
 
-def of_rows(values: Rows, rows: slice | torch.Tensor) -> Rows:
+def of_rows(values: Fields, rows: slice | torch.Tensor) -> Fields:
     """A NamedTuple of tensors [..., N] (or None) for some of their N rows."""
     return type(values)(*(None if x is None else x[..., rows] for x in values))

@@ -66,46 +66,46 @@ def unit_gradient_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
 def start_search(heads: Heads) -> Search | None:
     """Of the policy; None where it is so flat that the exact route is cheaper."""
     options = replace(heads.options, entropy=False)  # the pass that follows forms it
-    policy = heads._replace(reference=None, options=options)
-    return _search(policy) if _looks_sharp(policy) else None
+    heads = heads._replace(reference=None, options=options)
+    return _search(heads) if _looks_sharp(heads) else None
 
 
-def _search(policy: Heads) -> Search:
-    blocks = -(-len(policy.targets) // policy.tile.rows)
-    shape = (blocks, policy.num_v)
-    column_max = policy.targets.new_full(shape, -torch.inf, dtype=torch.float16)
-    return Search(_estimated_lse(policy), column_max)
+def _search(heads: Heads) -> Search:
+    blocks = -(-len(heads.targets) // heads.tile.rows)
+    shape = (blocks, heads.num_v)
+    column_max = heads.targets.new_full(shape, -torch.inf, dtype=torch.float16)
+    return Search(_estimated_lse(heads), column_max)
 
 
-def _estimated_lse(policy: Heads) -> Tensor:
+def _estimated_lse(heads: Heads) -> Tensor:
     """[N] log-sum-exp over up to SAMPLE columns: targets, each once, and others in their place."""
-    (_, weight, bias), num_v = policy.policy, policy.num_v
-    tokens = policy.targets[:: max(1, -(-len(policy.targets) // SAMPLE))].sort().values
+    (_, weight, bias), num_v = heads.policy, heads.num_v
+    tokens = heads.targets[:: max(1, -(-len(heads.targets) // SAMPLE))].sort().values
     evenly = torch.linspace(0, num_v - 1, len(tokens), device=tokens.device).long()
     usable = (tokens >= 0) & (tokens < num_v)
     usable[1:] &= tokens[1:] != tokens[:-1]
     columns = tokens.where(usable, evenly)
     bias = None if bias is None else bias[columns]
-    sample = policy._replace(policy=policy.policy._replace(weight=weight[columns], bias=bias))
+    sample = heads._replace(policy=heads.policy._replace(weight=weight[columns], bias=bias))
     results = new_results(sample)
     combine(logit_statistics(sample, sample.active_blocks()), sample, results)
     return results.lse[0]
 
 
-def _looks_sharp(policy: Heads) -> bool:
+def _looks_sharp(heads: Heads) -> bool:
     """Whether blocks made of rows all over the batch would keep so few columns that it pays."""
-    num_n, block = len(policy.targets), policy.tile.rows
+    num_n, block = len(heads.targets), heads.tile.rows
     if num_n < 4 * block:  # the look would cost as much as it saves
         return True
     rows = max(1, num_n // (PROBE * block)) * block  # whole blocks
     stride = num_n // rows
-    sample = policy.of_rows(slice(0, rows * stride, stride))
+    sample = heads.of_rows(slice(0, rows * stride, stride))
     sample = sample._replace(targets=sample.targets.contiguous())
     search = _search(sample)
     logit_statistics(sample, sample.active_blocks(), search=search)
-    budget = OVERSHOOTS[0] * policy.options.grad_tolerance
+    budget = OVERSHOOTS[0] * heads.options.grad_tolerance
     counts = choose_columns(search.column_max, budget, most=1).counts
-    return bool(counts.float().mean() <= PAYS * policy.num_v)
+    return bool(counts.float().mean() <= PAYS * heads.num_v)
 
 
 class Attempt(NamedTuple):
@@ -118,20 +118,20 @@ class Attempt(NamedTuple):
 
 
 def sparse_unit_gradient(
-    policy: Heads,
+    heads: Heads,
     column_max: Tensor,  # [row blocks, V] as the statistics kernel left them
     totals: RowTotals,
 ) -> tuple[SparseUnitGradient, Tensor]:
     """-> what torch_sparse.py's gives, and the rows whose unit gradient is left to be done."""
-    targets, options, block = policy.targets, policy.options, policy.tile.rows
+    targets, options, block = heads.targets, heads.options, heads.tile.rows
     block_of_row = torch.arange(len(targets), device=targets.device) // block
     first, *others = OVERSHOOTS
-    done = _attempt(policy, column_max, totals, first)
+    done = _attempt(heads, column_max, totals, first)
     failed, rows = _failed(done.skipped, options.grad_tolerance, block_of_row, len(column_max))
     for overshoot in others:
         if len(rows) == 0:
             break
-        part = policy.of_rows(rows), column_max[failed], of_rows(totals, rows)
+        part = heads.of_rows(rows), column_max[failed], of_rows(totals, rows)
         for whole, new in zip(done, _attempt(*part, overshoot), strict=True):
             whole[rows] = new
         failed, rows = _failed(done.skipped, options.grad_tolerance, block_of_row, len(column_max))
@@ -143,7 +143,7 @@ def sparse_unit_gradient(
     if options.route == "sparse":
         # Not `>=`: a NaN's column is kept.
         kept_columns = ~(column_max < done.threshold[::block, None])
-        kept_columns[block_of_row, targets.clamp(0, policy.num_v - 1)] = True
+        kept_columns[block_of_row, targets.clamp(0, heads.num_v - 1)] = True
         kept_columns = _per_block(kept_columns, block, len(targets))
     return SparseUnitGradient(done.unit_gradient, sparsity, kept_columns), rows
 
@@ -167,24 +167,24 @@ def _failed(
 
 
 def _attempt(
-    policy: Heads,
+    heads: Heads,
     column_max: Tensor,  # [row blocks, V]
     totals: RowTotals,
     overshoot: float,
 ) -> Attempt:
-    num_n, num_v, block = len(policy.targets), policy.num_v, policy.tile.rows
+    num_n, num_v, block = len(heads.targets), heads.num_v, heads.tile.rows
     most = max(1, int(LARGEST_SHARE * num_v))
-    budget = overshoot * policy.options.grad_tolerance
+    budget = overshoot * heads.options.grad_tolerance
     columns, counts, threshold = choose_columns(column_max, budget, most)
     counts = counts.where(counts <= most, 0)  # such a block keeps nothing and fails the check
-    hidden = policy.policy.hidden
-    dtype = unit_gradient_dtype(hidden, policy.options)
+    hidden = heads.policy.hidden
+    dtype = unit_gradient_dtype(hidden, heads.options)
     unit_gradient = hidden.new_empty(hidden.shape, dtype=dtype)
     kept_mass = torch.empty_like(totals.one_minus_p)
     room = table.KEPT_BYTES // (block * hidden.element_size())
     for first, last, width in _chunks(counts.tolist(), room):
         rows = slice(first * block, min(last * block, num_n))
-        chunk, shift_and_total = policy.of_rows(rows), (totals.shift[rows], totals.total[rows])
+        chunk, shift_and_total = heads.of_rows(rows), (totals.shift[rows], totals.total[rows])
         kept = KeptColumns(columns[first:last], counts[first:last], threshold[first:last])
         exp_logits, kept_mass[rows] = kept_probabilities(chunk, *shift_and_total, kept, width)
         at_target = totals.one_minus_p[rows], totals.target_logit[rows]
@@ -192,7 +192,7 @@ def _attempt(
         write_unit_gradients(exp_logits, chunk, target_rows, unit_gradient[rows], kept=kept)
         del exp_logits  # its memory is the next chunk's
     skipped = (totals.one_minus_p - kept_mass).clamp_min(0.0)
-    skipped = skipped.where(policy.targets != policy.options.ignore_index, 0.0)
+    skipped = skipped.where(heads.targets != heads.options.ignore_index, 0.0)
     share, threshold = (x.repeat_interleave(block)[:num_n] for x in (counts / num_v, threshold))
     return Attempt(unit_gradient, skipped, share, threshold)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from powerflow_fast.loss import BALANCES
+
 # Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
 # than the default would be silently ignored; it is refused instead.
 NOT_HONOURED = {
@@ -131,7 +133,7 @@ class PowerFlowConfig(GRPOConfig):
     balance: str = _option(
         "length",
         "'length' is LA-TB (eq. 10); the others are for comparison.",
-        *("length", "trajectory", "token"),
+        *BALANCES,
     )
     # Ablations: with and without clipping, and without weights, end within each other's spread.
     clip_eps: float = _option(0.2, "Importance weights are clipped to 1 - this .. 1 + this, >= 0.")
