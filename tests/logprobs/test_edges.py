@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from powerflow_fast import linear_logprobs, tb_loss
 from powerflow_fast.logprobs import softmax_cache, torch_backend
 from powerflow_fast.logprobs.torch_tiles import has_bf16_units
-from tests.logprobs.test_vocab_parallel import dist, finish, spawn, start
+from tests.logprobs.test_vocab_parallel import dist, spawn
 
 N, H, V = 5, 16, 300
 GAPS = (0.0, 10.0, 20.0, 30.0, 40.0)  # nats of the target above the largest other logit
@@ -115,9 +115,8 @@ def test_confident_tokens_keep_their_digits(route, bias, softcap, monkeypatch):
 CUTS = (slice(0, 150), slice(150, 300))
 
 
-def confident_worker(rank, port, results):
-    start(rank, port)
-    group = dist.group.WORLD
+def confident_worker(rank):
+    results, group = {}, dist.group.WORLD
     for route in ("frozen", "trained", "entropy"):
         found = []
         for row in range(N):
@@ -128,8 +127,8 @@ def confident_worker(rank, port, results):
             options = dict(bias=own_bias, process_group=group, backend="torch")
             logps, entropy = linear_logprobs(hidden, own, targets, return_entropy=True, **options)
             (logps[row] + (entropy[row] if route == "entropy" else 0.0)).backward()
-            found.append(hidden.grad[row].numpy())
-        results[route, rank] = logps.detach().numpy(), entropy.detach().numpy(), found
+            found.append(hidden.grad[row])
+        results[route, rank] = logps.detach(), entropy.detach(), found
     # A vocabulary padded with -inf, of which a rank has nothing else.
     hidden, weight, bias, targets = confident(bias=True)
     bias[150:] = -torch.inf
@@ -140,16 +139,12 @@ def confident_worker(rank, port, results):
         options = dict(bias=bias[CUTS[rank]], process_group=group, return_entropy=True)
         logps, entropy = linear_logprobs(x, own, targets, backend="torch", **options)
         logps.sum().backward()
-        results["padded", trained, rank] = (
-            logps.detach().numpy(),
-            entropy.detach().numpy(),
-            x.grad.numpy(),
-        )
-    finish()
+        results["padded", trained, rank] = logps.detach(), entropy.detach(), x.grad
+    return results
 
 
-def test_ranks_keep_the_digits_and_a_slice_of_nothing_has_no_share():
-    results = spawn(confident_worker)
+def test_ranks_keep_the_digits_and_a_slice_of_nothing_has_no_share(tmp_path):
+    results = spawn(confident_worker, tmp_path)
     hidden, weight, bias, targets = (
         x.double() if x.is_floating_point() else x for x in confident(bias=True)
     )
@@ -162,17 +157,17 @@ def test_ranks_keep_the_digits_and_a_slice_of_nothing_has_no_share():
             expected.append(x.grad[row])
         for rank in range(2):
             logps, entropy, gradients = results[route, rank]
-            assert_digits(torch.from_numpy(logps), wide_logps.detach())
-            assert_digits(torch.from_numpy(entropy), wide_entropy.detach())
+            assert_digits(logps, wide_logps.detach())
+            assert_digits(entropy, wide_entropy.detach())
             for got, wanted in zip(gradients, expected, strict=True):
-                assert_digits(torch.from_numpy(got)[None], wanted[None])
+                assert_digits(got[None], wanted[None])
     targets = targets.clamp(max=149)
     x = hidden.clone().requires_grad_()
     wide_logps, wide_entropy = truth(x, weight[:150], bias[:150], targets)
     wide_logps.sum().backward()
     for trained in (False, True):
         for rank in range(2):
-            logps, entropy, gradient = map(torch.from_numpy, results["padded", trained, rank])
+            logps, entropy, gradient = results["padded", trained, rank]
             torch.testing.assert_close(logps.double(), wide_logps.detach(), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(
                 entropy.double(), wide_entropy.detach(), rtol=1e-4, atol=1e-6
