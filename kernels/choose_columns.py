@@ -72,7 +72,7 @@ def choose_columns(
     budget: float,  # sum of the bounds of the columns that are left out
     most: int,
 ) -> KeptColumns:
-    """Of a block that would keep more than `most` columns the count is right, the list cut."""
+    """A block that would keep more than `most` columns has the right count and a cut list."""
     blocks, num_v = column_max.shape
     columns = torch.empty((blocks, most), dtype=torch.int32, device=column_max.device)
     counts = torch.empty(blocks, dtype=torch.int32, device=column_max.device)

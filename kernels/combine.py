@@ -121,7 +121,7 @@ def combine_kernel(
         tl.store(misled.blocks + block, block, mask=wrong)
         tl.store(misled.count + 0 * block, tl.cdiv(num_n, misled.block), mask=wrong)
 
-    # The total's own power of two goes to the shift: what is left to round is small.
+    # The total's own power of two goes to the shift: the rest that is rounded is small.
     power = tl.where((total > 0.0) & (log_total < HIGHEST), tl.floor(log_total), 0.0)
     near = total * tl.exp2(-power)
     log_near = tl.log2(near)
@@ -171,7 +171,7 @@ def new_misled(shift: torch.Tensor, heads: Heads) -> Misled:
 
 
 class Results(NamedTuple):
-    """Of both models, to be filled; unit stride along N, one stride along the models."""
+    """To be filled for both models; unit stride along N, one stride along the models."""
 
     logps: torch.Tensor  # [models, N]
     lse: torch.Tensor  # [models, N]

@@ -14,10 +14,11 @@ from functools import cache
 
 import torch
 
-# Bytes one row chunk of exp-logits (exact route), of those of kept columns (certified
-# route), of per-tile statistics (forward), and of d loss / d logits (backward) may take. A quarter
-# GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the product
-# over the vocabulary. Twice as much takes 1 to 9 % off a step on an H100, half adds 4 to 80 %.
+# Bytes that one chunk of rows may take for exp-logits (exact route), for exp-logits of kept columns
+# (certified route), for per-tile statistics (forward) and for d loss / d logits (backward). A
+# quarter GiB leaves 1,024 rows at V = 131k: with H = 4096 enough tiles to fill a large chip in the
+# product over the vocabulary. Twice as much takes 1 to 9 % off a step on an H100, half adds 4 to
+# 80 %.
 EXP_LOGITS_BYTES = 256 << 20
 KEPT_BYTES = 64 << 20
 STATISTICS_BYTES = 64 << 20
@@ -29,7 +30,7 @@ CACHE_TILE, CACHE_MULTIPLE = 64, 256
 # Row blocks that walk the vocabulary together, both models counted. 16 blocks of 128 rows of
 # H = 4096 in bf16 are 16 MiB: they stay in L2, and all 16 read each weight tile at once.
 GROUP = 16
-# Of every launch: a product and a sum become one instruction. Triton up to 3.9 does so unasked,
+# For every launch: a product and a sum become one instruction. Triton up to 3.9 does so unasked,
 # 3.9 warns that 3.10 will not.
 LAUNCH = {"enable_fp_fusion": True}
 
@@ -61,7 +62,7 @@ class Tile:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Of a kernel whose product is hidden @ weight.T."""
+        """Constants of a kernel whose product is hidden @ weight.T."""
         sizes = {"BLOCK_N": self.rows, "BLOCK_V": self.columns, "BLOCK_H": self.depth}
         return sizes | {"PARTS": self.parts}
 
@@ -112,7 +113,7 @@ TABLE = {
     ),
     "gfx942": CDNA,
     "gfx950": CDNA,
-    # With a depth of 64 the statistics spill 45 registers, with one part those of all options 210.
+    # With a depth of 64 the statistics spill 45 registers, with one part and all options 210.
     "gfx1151": same_tiles(Tile(128, 128, 32, num_warps=8, num_stages=2, parts=2)),
     # float32 operands use no matrix unit (no tf32), so any chip gets one shape.
     "float32": same_tiles(Tile(64, 64, 16, num_warps=8, num_stages=2)),
@@ -157,7 +158,7 @@ def chip_name(device: torch.device) -> str:
 
 
 def compilers_name(device: torch.device) -> str:
-    """Of a GPU's chip: "sm_90", "gfx942"."""
+    """The name of a GPU's chip among compilers: "sm_90", "gfx942"."""
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
         return name.split(":")[0]
@@ -166,7 +167,7 @@ def compilers_name(device: torch.device) -> str:
 
 
 def table_row(chip: str) -> str:
-    """The row of TABLE that serves a chip, by its name among compilers.
+    """The row of TABLE that serves a chip.
 
     Refused are chips before Ampere, and of AMD's all that no row was compiled for: their registers,
     shared memory and matrix units differ so much that another's tiles spill or do not fit.
@@ -204,7 +205,7 @@ def ceil_div(a: int, b: int) -> int:
 def balanced_rows(num_rows: int, limit: int, block: int, columns: int, processors: int) -> int:
     """Rows per chunk: at most `limit`, filling whole waves of `processors` tiles best.
 
-    A chunk's product has (rows / block) * columns tiles, of which every wave computes `processors`.
+    A chunk's product has (rows / block) * columns tiles; every wave computes `processors` of them.
     """
     most = max(1, min(limit // block, ceil_div(num_rows, block)))
 
@@ -212,6 +213,6 @@ def balanced_rows(num_rows: int, limit: int, block: int, columns: int, processor
         tiles = blocks * columns
         return tiles / (ceil_div(tiles, processors) * processors)
 
-    # Rounded, so that of equally good sizes the largest wins: fewer launches.
+    # Rounded, so that among equally good sizes the largest wins: fewer launches.
     best = max(range(1, most + 1), key=lambda blocks: (round(utilisation(blocks), 2), blocks))
     return best * block

@@ -142,7 +142,7 @@ def kept_probabilities_kernel(
 
 
 def kept_probabilities(
-    heads: Heads,  # of which the policy
+    heads: Heads,  # the policy alone is read
     row_shift: torch.Tensor,  # [N] as `combine` left it
     row_total: torch.Tensor,  # [N] likewise
     kept: KeptColumns,

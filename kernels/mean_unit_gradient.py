@@ -70,7 +70,7 @@ def mean_unit_gradient_kernel(
 
 def write_mean_unit_gradients(
     mean: torch.Tensor,  # [N, H] float32, unit stride along H
-    heads: Heads,  # of which the policy
+    heads: Heads,  # the policy alone is read
     rows: TargetRows,
     factor: torch.Tensor,  # [N] p of an exp-logit of 1
     unit_gradient: torch.Tensor,  # [N, H] of any float type, to be filled; may be `mean`

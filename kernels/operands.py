@@ -8,7 +8,8 @@ import torch
 
 Fields = TypeVar("Fields", bound=tuple)
 
-# Of the objective: whether policy and reference log-probs of a sequence are averaged, not summed.
+# The objective's balances: whether a sequence's policy and reference log-probs are averaged, or
+# summed.
 BALANCES = {"length": (True, True), "trajectory": (False, False), "token": (False, True)}
 
 

@@ -41,7 +41,7 @@ def pilot_shift(heads: Heads, active: ActiveBlocks) -> torch.Tensor:
 
 
 def _pilot(model: Head) -> Head:
-    """Of the same hidden states, with the pilot columns alone; a view of the weight."""
+    """The same head with the pilot columns alone, a view of the weight."""
     step = max(1, len(model.weight) // PILOT)
     columns = slice(0, PILOT * step, step)
     bias = None if model.bias is None else model.bias[columns].contiguous()

@@ -14,7 +14,7 @@ left out, as a sum with it would lose the digits of 1 - p: `combine` adds it.
 
 * bfloat16 and float32 have 8 bits of exponent. Their rows have one shift each, which is known
   before the pass (row_shift.py) and may be off by 100 powers of two.
-* float16 has 5. Its shift is that of a row in one part of a tile: ceil(z_part.amax(1)).
+* float16 has 5. A row has a shift for each part of a tile: ceil(z_part.amax(1)).
 
 Every vocabulary tile is a unit of its own: few tokens still fill the chip, and nothing is carried
 from tile to tile, which at this tile size would spill registers. A program takes one tile, or, with
@@ -78,8 +78,8 @@ class Heads(NamedTuple):
 class Statistics(NamedTuple):
     """What the kernel leaves for `combine`; a row is one token of one model.
 
-    Of a row with a shift of its own one number a tile, else one a part of a tile. Nothing is
-    written for a block of rows of which none counts.
+    A row with one shift has one number a tile, a row with a shift for each part one number a part.
+    Nothing is written for a block in which no row counts.
     """
 
     row_shift: torch.Tensor | None  # [rows]
@@ -94,7 +94,7 @@ class Search(NamedTuple):
 
     lse_estimate: torch.Tensor  # [N] rough log-sum-exp
     # [row blocks, V] float16 to be filled: largest log2 p by the estimate. -inf to begin with, as
-    # blocks of which no row counts are passed by.
+    # blocks in which no row counts are passed by.
     column_max: torch.Tensor
 
     def of_rows(self, rows: slice, block: int) -> Search:

@@ -1,4 +1,4 @@
-"""The kernel of statistics.py: one tile of logits after another, and what is kept of each."""
+"""The kernel of statistics.py: tiles of logits, one after another, and what each leaves."""
 
 from __future__ import annotations
 

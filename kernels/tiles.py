@@ -125,7 +125,7 @@ def write_idle_zeros(
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The result's tile for a block of rows of which none counts."""
+    """The result's tile for a block in which no row counts."""
     num_tiles = tl.cdiv(num_columns, WIDTH)
     block = tl.load(blocks_ptr + num_active + idle // num_tiles)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)

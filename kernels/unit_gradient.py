@@ -231,7 +231,7 @@ class KeptColumns(NamedTuple):
 
 def write_unit_gradients(
     exp_logits: torch.Tensor,  # [N, padded columns]
-    heads: Heads,  # of which the policy
+    heads: Heads,  # the policy alone is read
     rows: TargetRows,
     unit_gradient: torch.Tensor,  # [N, H] contiguous, of any float type, to be filled
     shifts: Shifts | None = None,  # None: `exp_logits` is relative to its row's total

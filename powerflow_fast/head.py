@@ -323,7 +323,7 @@ def _route(policy: Head, options: HeadOptions) -> Route:
 def _flat(head: Head, dtype: torch.dtype) -> Head:
     """hidden [..., H] -> [N, H] in the product's type; weight [V, H] and bias [V] in their own.
 
-    Of a weight in another type a back end converts what it multiplies: nothing of [V, H] is kept. A
+    A back end converts the rows of a weight that it multiplies: no [V, H] copy is kept. A
     bias is added to a product in float32: a rounding to bf16 would move logits by up to 1 in 256.
     """
     hidden, weight, bias = head

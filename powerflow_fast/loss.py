@@ -40,7 +40,7 @@ class TBKeywords(TypedDict, total=False):
 
 
 class FusedKeywords(HeadKeywords, TBKeywords, total=False):
-    """Of the head, and of the objective."""
+    """The head's keywords, and the objective's."""
 
 
 TB_KEYWORDS = ("log_z", "alpha", "ref_logps", "ref_bias", *TBKeywords.__annotations__)

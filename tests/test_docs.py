@@ -17,7 +17,7 @@ from tests.cli.test_commands import CHAT  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.S
 )

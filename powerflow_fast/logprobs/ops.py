@@ -202,7 +202,7 @@ def _backward(ctx, grad_logps, _grad_ref, grad_entropy, *_):
     if grad_logps is None and grad_entropy is None:
         return (None,) * 8
     targets, unit_gradient, *saved = ctx.saved_tensors
-    # The unit gradient is that of logps. A gradient of the entropy takes logits.
+    # The unit gradient belongs to logps; a gradient of the entropy needs logits.
     use_unit_gradient = options.wants_unit_gradient and grad_entropy is None
 
     def counted_only(grad: Tensor | None) -> Tensor | None:

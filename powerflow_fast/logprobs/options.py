@@ -14,7 +14,7 @@ BACKENDS = ("auto", "torch", "triton")
 # How a gradient comes about, in what the forward pass leaves for the backward pass:
 # none           nothing: no gradient is wanted
 # unit_gradient  d logps / d hidden, which the upstream gradient of logps scales row by row
-# sparse         likewise, and the columns that the gradients of weight and bias are formed of
+# sparse         the unit gradient, and the columns that weight and bias get their gradients from
 # cache          the softmax of the first rows (softmax_cache.py); logits of the rest are recomputed
 # recompute      statistics alone: all logits are recomputed
 Route = Literal["none", "unit_gradient", "sparse", "cache", "recompute"]

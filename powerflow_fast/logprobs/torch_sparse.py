@@ -28,7 +28,7 @@ from powerflow_fast.logprobs.torch_tiles import (
 
 # The bound adds the largest p_v of each skipped column over the block. No single row has them all:
 # its mass is smaller, by 4 to 16 on the text of SmolLM2. These factors are tried in this order, and
-# each adds its columns to those of the one before; the last fails by rounding at most.
+# each adds columns to the choice before it; the last fails by rounding at most.
 OVERSHOOTS = (16.0, 8.0, 4.0, 1.0)
 # Gathering and forming the logits again cost more than they save beyond this share of the columns.
 LARGEST_SHARE = 0.4

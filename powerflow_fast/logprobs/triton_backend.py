@@ -126,8 +126,7 @@ def _with_sparse_gradient(
         part = policy.of_rows(failed)
         again = forward(part.policy, None, part.targets, exact, config=heads.config)
         unit_gradient[failed] = again.unit_gradient.to(unit_gradient.dtype)
-    gradient = {"unit_gradient": unit_gradient, "kept_columns": kept_columns}
-    return out._replace(sparsity=sparsity, **gradient)
+    return out._replace(unit_gradient=unit_gradient, sparsity=sparsity, kept_columns=kept_columns)
 
 
 def backward(
@@ -253,7 +252,7 @@ class _Chunk(NamedTuple):
         return statistics, policy, TargetRows(heads.targets, *at_target)
 
     def row_totals(self) -> RowTotals:
-        """Of the policy, for the certified route; fills the results."""
+        """What the certified route needs of the policy; fills the results."""
         _, rows, targets = self.log_probs(None)
         return RowTotals(rows.shift, rows.total, *targets[1:])
 
@@ -276,7 +275,7 @@ def _chunks(
             spans.append((slice(first, min(first + rows, stop)), active))
     shift = None
     if spans and has_row_shift(heads.policy.hidden.dtype):
-        # Of all rows at once: a launch takes the host as long as a chunk the device.
+        # One launch for all rows: it takes the host as long as a chunk takes the device.
         shift = pilot_shift(heads, spans[0][1] if len(spans) == 1 else heads.active_blocks())
     for span, active in spans:
         yield _Chunk(

@@ -64,7 +64,7 @@ def unit_gradient_dtype(hidden: Tensor, options: HeadOptions) -> torch.dtype:
 
 
 def start_search(heads: Heads) -> Search | None:
-    """Of the policy; None where it is so flat that the exact route is cheaper."""
+    """The policy's search; None where it is so flat that the exact route is cheaper."""
     options = replace(heads.options, entropy=False)  # the pass that follows forms it
     heads = heads._replace(reference=None, options=options)
     return _search(heads) if _looks_sharp(heads) else None
@@ -149,7 +149,7 @@ def sparse_unit_gradient(
 
 
 def _per_block(kept_columns: Tensor, rows: int, num_n: int) -> Tensor:
-    """[blocks, V] for blocks of BLOCK rows, from those of `rows`, one a multiple of the other."""
+    """[blocks, V] for blocks of BLOCK rows, from blocks of `rows`; one divides the other."""
     if rows >= BLOCK:  # of the last `rows`, some blocks may lie past the last row
         return kept_columns.repeat_interleave(rows // BLOCK, 0)[: num_blocks(num_n)]
     several = BLOCK // rows
@@ -215,7 +215,7 @@ def few(kept_columns: Tensor) -> bool:
 
 
 def kept_gradients(
-    heads: Heads,  # of which the policy
+    heads: Heads,  # the policy alone is read
     rows: UpstreamRows,
     kept_columns: Tensor,  # [blocks, V] bool as the forward pass left it
     out_scale: Tensor,  # [1]

@@ -116,7 +116,7 @@ def _group(options: HeadOptions) -> dist.ProcessGroup:
 
 
 def _local_options(options: HeadOptions) -> HeadOptions:
-    """Of a slice, whose targets are relative; always exact."""
+    """Options for one slice: its targets are relative, and it is always exact."""
     return replace(options, ignore_index=IGNORED, grad_tolerance=0.0)
 
 
@@ -192,7 +192,7 @@ def _combine(
 
 
 def _entropy_of_others(entropy: Tensor, logps: Tensor) -> Tensor:
-    """Of a distribution without its target; 0 where the target has everything."""
+    """Entropy of a distribution without its target; 0 where the target has all the mass."""
     log_others = (-logps.expm1()).log()
     others = log_others.exp()
     rest = (entropy + logps.exp() * logps + others * log_others.clamp_min(-1e30)) / others

@@ -18,7 +18,6 @@ from powerflow_fast.data.prompts import (  # noqa: E402
     read_questions,
 )
 from powerflow_fast.evaluation.scores import words  # noqa: E402
-from powerflow_fast.rewards import missing_boxed, missing_pattern, truncated  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 
 
@@ -179,19 +178,6 @@ def test_committed_open_prompts():
     prompts = read_questions(OPEN_PROMPTS)
     assert len(prompts) >= 40 and len({p.prompt for p in prompts}) == len(prompts)
     assert {p.split for p in prompts} == {"train", "heldout"}
-
-
-def test_psi_functions():
-    boxed = missing_boxed()
-    texts = [r"so \boxed{5}", "so 5", r"\boxed{ }", r"\boxed {x}"]
-    assert boxed(completions=texts, prompts=[""] * 4) == [0.0, -0.5, -0.5, 0.0]
-    chat = [[{"role": "assistant", "content": r"\boxed{1}"}], [{"role": "assistant"}]]
-    assert boxed(completions=chat) == [0.0, -0.5]
-    ends = missing_pattern(r"\.$", penalty=-1.0)
-    assert ends(completions=["Yes.", "Yes"]) == [0.0, -1.0]
-    assert truncated([1, 2])(completion_ids=[[5, 1], [5, 2], [5], []]) == [0.0, 0.0, -0.5, -0.5]
-    with pytest.raises(ValueError, match="penalty"):
-        missing_boxed(penalty=0.5)
 
 
 def test_a_line_separator_within_json_is_no_end_of_line(tmp_path):

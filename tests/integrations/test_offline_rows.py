@@ -12,7 +12,7 @@ from datasets import Dataset  # noqa: E402
 
 from powerflow_fast.integrations.transformers import LATBTrainer  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import ROWS, adapted, arguments, offline  # noqa: E402
+from tests.integrations.test_offline_trainer import ROWS, adapted, arguments, offline  # noqa: E402
 
 
 def as_messages(row):

@@ -7,7 +7,6 @@ import torch
 
 from powerflow_fast import linear_logprobs, reference
 from powerflow_fast.kernels import config
-from powerflow_fast.kernels.choose_columns import LOWEST, STEPS, choose_columns
 from powerflow_fast.logprobs import triton_backend, triton_sparse
 from powerflow_fast.logprobs.options import HeadOptions
 from tests.helpers.numerics import gradient_tolerance, relative_error
@@ -121,34 +120,6 @@ def test_the_route_is_taken_where_it_pays(kept, device, monkeypatch):
     head.hidden[:, 0], head.weight[:, 0] = 1, torch.where(likely, 0.0, -30.0)
     sparsity = run(head, targets.clamp(max=9), HeadOptions(grad_tolerance=1e-3)).sparsity
     assert sparsity[0] == pytest.approx(kept if kept < triton_sparse.PAYS else 1.0, rel=0.05)
-
-
-def test_chosen_columns_are_those_above_a_threshold_within_the_budget(device):
-    column_max = (torch.rand(3, 5000, device=device) * -30).half()
-    column_max[1] = -50.0  # everything may go
-    column_max[2, :10] = float("nan")
-    columns, counts, threshold = choose_columns(column_max, budget=0.05, most=4000)
-    assert torch.equal(counts.long(), (~(column_max < threshold[:, None])).sum(1))
-    step = (1 - LOWEST) / 2**STEPS
-    for block, count in enumerate(counts.tolist()):
-        chosen = columns[block, : min(count, 4000)].long()
-        assert (chosen.diff() > 0).all()
-        left = torch.ones(5000, dtype=torch.bool, device=device)
-        left[chosen] = False
-        if count > 4000:
-            continue
-        # Sums of 5000 numbers in another order, of powers of two that a GPU knows to 2^-22.
-        assert column_max[block, left].float().exp2().sum() <= 0.05 * (1 + 1e-4)
-        # One step of the threshold further, it would have left out too much.
-        more = column_max[block].float() < column_max[block, left].float().max() + 2 * step
-        assert count == 0 or column_max[block, more].float().exp2().sum() > 0.05
-    assert counts[1] == 0 and set(range(10)) <= set(columns[2, : counts[2]].tolist())
-
-
-def test_the_count_of_a_cut_list_is_right(device):
-    column_max = torch.zeros(2, 300, dtype=torch.float16, device=device)
-    columns, counts, _ = choose_columns(column_max, budget=0.5, most=7)
-    assert counts.tolist() == [300, 300] and columns.tolist() == [list(range(7))] * 2
 
 
 def test_every_row_ignored(device):

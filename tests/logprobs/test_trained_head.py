@@ -10,7 +10,7 @@ from powerflow_fast.logprobs import softmax_cache, torch_backend, torch_tiles
 from powerflow_fast.logprobs.ops import head_forward
 from powerflow_fast.logprobs.options import HeadOptions
 from powerflow_fast.logprobs.products import uses_onednn
-from powerflow_fast.logprobs.softmax_cache import VocabTiling, new_softmax_cache
+from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 from tests.conftest import TILES, use_tiles
 from tests.helpers.numerics import EPS32, gradient_tolerance, logps_error_bound, relative_error
 from tests.test_head import TRANSFORMS, draw, reference_gradients
@@ -271,30 +271,6 @@ def test_memory_kept_stays_within_the_weights_gradient(device, dtype, backend, n
     assert saved_bytes(hidden, weight, targets, backend, return_entropy=True) <= small
     weight.requires_grad_(False)
     assert saved_bytes(hidden, weight, targets, backend) <= small
-
-
-@pytest.mark.parametrize("tiling", [VocabTiling(1024, 1), VocabTiling(64, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "n,h,v",
-    [
-        (256, 576, 49152),  # all rows
-        (8192, 896, 151936),  # as many as the weight's gradient allows
-        (16384, 4096, 131072),  # as many as the constant allows
-        (4, 8, 1),
-        (0, 8, 50),
-    ],
-)
-def test_budget_of_any_shape(tiling, dtype, n, h, v):
-    hidden = torch.empty(n, h, dtype=dtype, device="meta")
-    weight = torch.empty(v, h, dtype=dtype, device="meta")
-    budget = min(4 * v * h, 2 << 30)
-    out = new_softmax_cache(hidden, weight, tiling)
-    row_bytes = out.exp_logits.shape[1] * dtype.itemsize
-    assert out.exp_logits.nbytes <= budget
-    assert out.rows == n or out.exp_logits.nbytes + row_bytes > budget
-    assert out.exp_logits.shape[1] >= v and len(out.factors) * tiling.tile_columns >= v
-    assert out.factors.nbytes <= out.exp_logits.nbytes // 16 + 8 * n
 
 
 def test_opcheck(backend, keep_rows, device):

@@ -12,7 +12,7 @@ from peft import get_peft_model  # noqa: E402
 from powerflow_fast import sample  # noqa: E402
 from powerflow_fast.models.context import Context  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import offline  # noqa: E402
+from tests.integrations.test_offline_trainer import offline  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 LONG = dict(rope_type="longrope", rope_theta=1e4, factor=4.0, original_max_position_embeddings=10)

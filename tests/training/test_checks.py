@@ -19,7 +19,7 @@ from peft import (  # noqa: E402
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from powerflow_fast.training import checks  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import offline  # noqa: E402
+from tests.integrations.test_offline_trainer import offline  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 VIRTUAL = dict(task_type="CAUSAL_LM", num_virtual_tokens=2)

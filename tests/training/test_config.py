@@ -9,7 +9,7 @@ pytest.importorskip("trl")
 
 from powerflow_fast import PowerFlowConfig  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import offline  # noqa: E402
+from tests.integrations.test_offline_trainer import offline  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 REFUSED_OPTIONS = [

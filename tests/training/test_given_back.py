@@ -9,7 +9,7 @@ from peft import get_peft_model  # noqa: E402
 
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import offline  # noqa: E402
+from tests.integrations.test_offline_trainer import offline  # noqa: E402
 from tests.training.test_checks import beside, outputs  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 

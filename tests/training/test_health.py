@@ -15,7 +15,7 @@ from powerflow_fast.training.health import (  # noqa: E402
     distinct_token_ngrams,
 )
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import spoil  # noqa: E402
+from tests.integrations.test_offline_trainer import spoil  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 

@@ -18,7 +18,7 @@ from powerflow_fast.evaluation.record import RunRecord  # noqa: E402
 from powerflow_fast.training.config import FULL_RATE, LORA_RATE  # noqa: E402
 from powerflow_fast.training.progress import LinePrinter, duration, line  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.integrations.test_transformers import offline  # noqa: E402
+from tests.integrations.test_offline_trainer import offline  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 LOGS = {
