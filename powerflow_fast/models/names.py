@@ -60,7 +60,7 @@ SAME_SIZES = {
 # Words after which a model has the same sizes: how it was trained, how a copy of it is stored.
 WORDS = set("instruct it pt base chat hf thinking preview 1m unsloth bnb 4bit gguf awq".split())
 VERSION = re.compile(r"v\d+(\.\d+)*|\d{4}")  # v0.3, 2507: dropped where the name with it is unknown
-EXPERTS = re.compile(
+MIXTURES = re.compile(
     r"mixtral|moe\b|-a\d+(\.\d+)?b\b|gpt-?oss|deepseek-(v[23]|r1(?!-distill))|llama-4|kimi-k2"
 )
 
@@ -83,7 +83,7 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
     if name is not None:
         same = model.rsplit("/", 1)[-1] == name
         return name if same else f"{model}, the sizes of {name}", MODEL_SHAPES[name]
-    if EXPERTS.search(model.lower()):
+    if MIXTURES.search(model.lower()):
         raise ValueError(f"model: {model} {NO_EXPERTS}")
     tried = "no name of the table, no folder with a config.json"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):

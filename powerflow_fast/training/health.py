@@ -30,7 +30,7 @@ EMPTY = 0.5  # share of completions that hold nothing but an end token, above wh
 SHORT = 2  # mean length in tokens up to which a warning asks whether that is meant
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # nats/token between the two above which a run warns
-SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ by, from rounding
+LARGEST_SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ by, from rounding
 NOT_FINITE = (
     "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
     "sampler's or psi's values"
@@ -112,7 +112,7 @@ def _plain(tensor: Any) -> torch.Tensor:
 
 
 def check_sampler(gap: float) -> None:
-    """Warns where the sampler's log-probs are more than SAMPLER_GAP off the policy's.
+    """Warns where the sampler's log-probs are more than LARGEST_SAMPLER_GAP off the policy's.
 
     `gap` is the mean distance [nats/token].
 
@@ -123,7 +123,7 @@ def check_sampler(gap: float) -> None:
         raise TrainingStopped(
             "the sampler gave a log-prob of -inf for a token that it drew; expected finite numbers"
         )
-    if gap > SAMPLER_GAP:
+    if gap > LARGEST_SAMPLER_GAP:
         warnings.warn(
             f"the sampler's log-probs are {gap:.3g} nats/token off the policy's: importance "
             "weights will be clipped. Is the temperature the same, are they of the processed "

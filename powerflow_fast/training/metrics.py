@@ -142,7 +142,7 @@ class LossFigures(Trainer):
         return self.accelerator.gather(values.to(self.accelerator.device))
 
 
-SIZES = "rollout sizes"  # among a trainer's lists of figures: completions of each rollout
+ROLLOUT_SIZES = "rollout sizes"  # among a trainer's lists of figures: completions of each rollout
 
 
 def over_rollouts(figures: dict[str, list[float]]) -> dict[str, float]:
@@ -151,13 +151,13 @@ def over_rollouts(figures: dict[str, list[float]]) -> dict[str, float]:
     That is the mean weighted by completions (an evaluation's last rollout is smaller), or for a
     name that begins with min or max the smallest or largest. NaN, which is no value, is left out.
     """
-    sizes = figures.get(SIZES, [])
+    sizes = figures.get(ROLLOUT_SIZES, [])
     whole = {}
     for name, values in figures.items():
         weights = sizes if len(sizes) == len(values) else [1.0] * len(values)
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
         kind = name.rsplit("/", 1)[-1]
-        if name == SIZES or not pairs:
+        if name == ROLLOUT_SIZES or not pairs:
             continue
         if kind.startswith(("min", "max")):
             pick = min if kind.startswith("min") else max

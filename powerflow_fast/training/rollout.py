@@ -21,7 +21,7 @@ from powerflow_fast.training.completion_table import CompletionTable
 from powerflow_fast.training.data_checks import LONG, check_prompt
 from powerflow_fast.training.forward import LossInForward, counted_mask
 from powerflow_fast.training.health import RolloutFigures, SoundSteps, check_sampler
-from powerflow_fast.training.metrics import SIZES
+from powerflow_fast.training.metrics import ROLLOUT_SIZES
 
 SAMPLER_GAP = "sampling/sampling_logp_difference"  # in the logs, as TRL's
 
@@ -134,7 +134,7 @@ class ScoredRollouts(LossInForward):
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
             figures |= sampler_gap(output, self.accelerator)
         figures["alpha"] = output["alpha"][0].item()
-        figures[SIZES] = float(len(ids) * self.accelerator.num_processes)
+        figures[ROLLOUT_SIZES] = float(len(ids) * self.accelerator.num_processes)
         for name, value in figures.items():
             metrics[name].append(value)
         if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from powerflow_fast import tb_loss
-from powerflow_fast.training.metrics import METRICS, SIZES, MetricSums, over_rollouts
+from powerflow_fast.training.metrics import METRICS, ROLLOUT_SIZES, MetricSums, over_rollouts
 
 
 def batch(sequences=12, width=9):
@@ -72,7 +72,7 @@ def test_they_travel_in_a_checkpoint():
 
 def test_figures_of_rollouts_count_by_their_size_and_extremes_stay():
     figures = {
-        SIZES: [8.0, 8.0, 4.0],
+        ROLLOUT_SIZES: [8.0, 8.0, 4.0],
         "completions/mean_length": [2.0, 4.0, 9.0],
         "completions/min_length": [2.0, 1.0, 9.0],
         "sampling/gap/max": [0.5, 0.25, 0.125],
