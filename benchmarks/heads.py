@@ -40,7 +40,7 @@ def check(
 def row(case: Case, setting: str, times: list[float], error: float, extra: int | None) -> dict:
     """A line of the results; its floor's seconds are set when the ceilings are known."""
     flops, moved = GROUPS[case.group].floor(case.shape, case.dtype.itemsize)
-    timed = method.spread(times)
+    timed = method.quartiles(times)
     return {
         "group": case.group,
         "peer": case.peer,

@@ -113,7 +113,7 @@ def rounds_within(budget: float, one: float) -> int:
     return max(1, min(15, int(budget / max(one, 1e-9))))
 
 
-def spread(seconds: list[float]) -> dict[str, float | int | None]:
+def quartiles(seconds: list[float]) -> dict[str, float | int | None]:
     """Median, minimum, interquartile range (None below 4 rounds) and number of rounds."""
     quarters = statistics.quantiles(seconds, n=4) if len(seconds) >= 4 else None
     return {

@@ -57,7 +57,7 @@ def measure(benchmark, session, device, model: StepCase, peer: str) -> dict:
     else:
         del step  # the child builds its own
         peak = memory.in_child(_peak_on_cpu, model, peer, setting)
-    timed = method.spread(times)
+    timed = method.quartiles(times)
     return {
         "group": "training-step",
         "peer": peer,

@@ -30,7 +30,7 @@ def ceilings(run: Run) -> Iterator[None]:
 
     def times(left: torch.Tensor, right: torch.Tensor, wide: bool = False) -> Line:
         multiply = matmul if wide else torch.mm
-        spent = method.spread(
+        spent = method.quartiles(
             method.repeat(lambda: multiply(left, right), device, run.budget(SECONDS))
         )
         flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
@@ -59,5 +59,7 @@ def ceilings(run: Run) -> Iterator[None]:
 def _copy(run: Run, device: torch.device) -> Line:
     source = torch.ones(1 << (12 if run.tiny else 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    spent = method.spread(method.repeat(lambda: target.copy_(source), device, run.budget(SECONDS)))
+    spent = method.quartiles(
+        method.repeat(lambda: target.copy_(source), device, run.budget(SECONDS))
+    )
     return spent | {"bandwidth": 2 * source.numel() / spent["seconds"]}

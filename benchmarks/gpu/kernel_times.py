@@ -63,13 +63,13 @@ class Work:
 
 def timed(case: Callable[[Chunks], Work], chunks: Chunks, budget: float) -> Line:
     work = case(chunks)
-    line: Line = dict(method.spread(method.repeat(work.launch, chunks.device, budget)))
+    line: Line = dict(method.quartiles(method.repeat(work.launch, chunks.device, budget)))
     line |= {"rows": work.rows, "bytes": work.moved}
     line["bandwidth"] = work.moved / line["seconds"]
     if work.flops:
         line |= {"flops": work.flops, "tflops": work.flops / line["seconds"] / 1e12}
     if work.vendor is not None:
-        beside = method.spread(method.repeat(work.vendor, chunks.device, budget))
+        beside = method.quartiles(method.repeat(work.vendor, chunks.device, budget))
         line |= {"vendor_seconds": beside["seconds"]}
         line["vendor_tflops"] = work.flops / beside["seconds"] / 1e12
     return line

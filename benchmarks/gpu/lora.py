@@ -54,7 +54,7 @@ def _measure(case: training_step.StepCase, device: torch.device, budget: float) 
     if on_gpu:
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
-    timed = method.spread(method.repeat(one, device, budget))
+    timed = method.quartiles(method.repeat(one, device, budget))
     return timed | {
         "model": case.id,
         "tokens": case.tokens,

@@ -132,7 +132,7 @@ def _certified(run: Run, shape: Shape, sharpening: float) -> Line:
         )
     )
     timed = {
-        name: method.spread(method.repeat(lambda m=m: group.run(m, inputs), device, budget))
+        name: method.quartiles(method.repeat(lambda m=m: group.run(m, inputs), device, budget))
         for name, m in (("exact", exact), ("certified", sparse))
     }
     flops, _ = group.floor(shape, inputs.weight.element_size())

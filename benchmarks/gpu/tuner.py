@@ -40,7 +40,7 @@ def _tune(run: Run, name: str, shape: Shape) -> Line:
     policy = Head(inputs.hidden.detach(), inputs.weight, None)
 
     def seconds(call) -> float:
-        return method.spread(method.repeat(call, device, run.budget(SECONDS)))["seconds"]
+        return method.quartiles(method.repeat(call, device, run.budget(SECONDS)))["seconds"]
 
     def watch(field: str, tile: Tile, spent: float) -> None:
         fits = {"seconds": spent} if spent < float("inf") else {"skipped": "does not fit"}

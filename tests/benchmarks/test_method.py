@@ -20,13 +20,13 @@ def test_rounds_follow_the_budget():
 
 
 def test_spread():
-    assert method.spread([3.0, 1.0, 2.0]) == {
+    assert method.quartiles([3.0, 1.0, 2.0]) == {
         "seconds": 2.0,
         "seconds_min": 1.0,
         "seconds_iqr": None,
         "rounds": 3,
     }
-    assert method.spread([1.0, 2.0, 3.0, 4.0, 5.0])["seconds_iqr"] == 3.0
+    assert method.quartiles([1.0, 2.0, 3.0, 4.0, 5.0])["seconds_iqr"] == 3.0
 
 
 def test_floor_is_the_slower_of_operations_and_bytes():
