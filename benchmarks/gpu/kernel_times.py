@@ -238,10 +238,10 @@ def _column_maxima(chunks: Chunks) -> Tensor:
     """[row blocks, V] of which about KEPT lie above the threshold that is found."""
     num_v = len(chunks.weight)
     blocks = -(-len(chunks.inputs.hidden) // chunks.config.statistics.rows)
-    generator = torch.Generator(chunks.device).manual_seed(0)
-    low = torch.rand(blocks, num_v, generator=generator, device=chunks.device) * -10 - 30
-    high = torch.rand(blocks, num_v, generator=generator, device=chunks.device) < KEPT
-    return torch.where(high, -5.0, low).half()
+    generator = torch.Generator().manual_seed(0)  # one of the CPU: chunks may have no storage
+    low = torch.rand(blocks, num_v, generator=generator) * -10 - 30
+    high = torch.rand(blocks, num_v, generator=generator) < KEPT
+    return torch.where(high, -5.0, low).half().to(chunks.device)
 
 
 def _columns(chunks: Chunks) -> Work:

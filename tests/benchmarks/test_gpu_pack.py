@@ -42,6 +42,19 @@ absent.use("sm_90", lambda *_: None)
 absent.launch_residual(12, 2)
 print(hits.count(True), hits.count(False))
 """
+ALL = """
+from benchmarks.gpu.pack import launches
+from benchmarks.kernels import absent
+from triton import knobs
+
+launched = []
+knobs.runtime.jit_cache_hook = lambda **_: launched.append(1) or True  # not compiled
+absent.use("sm_90")
+for launch in launches.GROUPS.values():
+    before = len(launched)
+    launch()
+    print(len(launched) - before)
+"""
 
 
 def run(code: str, *arguments, path: str = "", **environment) -> str:
@@ -116,6 +129,11 @@ def test_kernels_are_found_by_another_build_of_triton(tmp_path):
     cache = str(target / "triton")
     assert run(LAUNCH, path=str(other), TRITON_CACHE_DIR=cache).split() == [said[0], "0"]
     assert not list(Path(cache).rglob("*.ptx")), "only what a launch needs travels"
+
+
+def test_every_group_is_launched_to_its_end():
+    numbers = run(ALL).split()
+    assert len(numbers) == len(command.GROUPS) and min(map(int, numbers)) > 100
 
 
 def test_one_line_sets_a_shell_up_and_does_it_once(tmp_path):
