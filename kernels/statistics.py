@@ -99,9 +99,8 @@ class Search(NamedTuple):
 
     def of_rows(self, rows: slice, block: int) -> Search:
         """`rows` starts at a multiple of `block`."""
-        return Search(
-            self.lse_estimate[rows], self.column_max[rows.start // block : -(-rows.stop // block)]
-        )
+        blocks = slice(rows.start // block, ceil_div(rows.stop, block))
+        return Search(self.lse_estimate[rows], self.column_max[blocks])
 
 
 def has_row_shift(dtype: torch.dtype) -> bool:

@@ -223,11 +223,10 @@ class LogitForm(NamedTuple):
 
 
 def logit_form(options) -> LogitForm:
-    dlogit_dproduct = options.logit_scale / options.temperature
     if options.softcap is None:
-        return LogitForm(dlogit_dproduct, None, dlogit_dproduct)
+        return LogitForm(options.scale, None, options.scale)
     cap = options.softcap
-    return LogitForm(options.logit_scale / cap, cap / options.temperature, dlogit_dproduct)
+    return LogitForm(options.logit_scale / cap, cap / options.temperature, options.scale)
 
 
 def rounding(options, dtype: torch.dtype):

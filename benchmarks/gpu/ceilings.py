@@ -12,7 +12,7 @@ from benchmarks.gpu.shapes import dtype_of, shapes
 from benchmarks.gpu.worker import Run
 from powerflow_fast.logprobs.products import matmul
 
-ROWS = 1024  # of softmax exp-logits that are alive at a time
+ROWS = 1024  # of exp-logits that are alive at a time
 SECONDS = 0.3  # of rounds for each case
 
 

@@ -137,7 +137,7 @@ def distinct_word_ngrams(completions: Sequence[str], n: int = 2) -> float:
 
 def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
     """Different word n-grams / all, over the completions of all prompts; a group is a prompt's."""
-    grams = [[gram for text in group for gram in _ngrams(words(text), n)] for group in groups]
+    grams = [[gram for text in group for gram in ngrams(words(text), n)] for group in groups]
     holders = Counter(gram for group in grams for gram in set(group))  # prompts that have it
     alone = torch.tensor([sum(holders[g] == 1 for g in set(group)) for group in grams])
     counts = torch.tensor([len(group) for group in grams])
@@ -145,7 +145,8 @@ def _distinct_share(groups: Sequence[Sequence[str]], n: int = 2) -> Figure:
     return Figure(len(holders) / max(int(counts.sum()), 1), without.double())
 
 
-def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(tokens: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+    """Every n tokens that follow each other, in order."""
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
@@ -211,19 +212,8 @@ def complete(
         torch.manual_seed(sampling.seed)
         for start in range(0, len(order), sampling.batch_size):
             batch = order[start : start + sampling.batch_size]
-            rows = {"input_ids": [repeated[i] for i in batch]}
-            inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-            inputs = inputs.to(model.device)
-            drawn = sample(
-                model,
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                greedy=greedy,
-                end_token_ids=end_tokens(model, tokenizer),
-            )
-            ids, mask = drawn.completion(inputs["input_ids"].shape[1])
+            drawn, width = _draw(model, tokenizer, [repeated[i] for i in batch], sampling, greedy)
+            ids, mask = drawn.completion(width)
             for i, text in zip(batch, _decode(tokenizer, ids, mask), strict=True):
                 texts[i] = text
             if likelihood:
@@ -236,6 +226,24 @@ def complete(
             if start == 0 and bar.disable and not hidden and left > 10:  # in a log file
                 print(f"{progress}: about {left:.0f} s more", file=sys.stderr, flush=True)
     return Completions(texts, lengths, base_logps)
+
+
+def _draw(
+    model, tokenizer, prompts: list[list[int]], sampling: Sampling, greedy: bool
+) -> tuple[Sample, int]:
+    """One completion of each prompt's token ids, and the width of the padded prompts."""
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
+    drawn = sample(
+        model,
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        greedy=greedy,
+        end_token_ids=end_tokens(model, tokenizer),
+    )
+    return drawn, inputs["input_ids"].shape[1]
 
 
 class Evaluation(NamedTuple):

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from powerflow_fast.kernels.config import ceil_div
+
 LARGEST_BYTES = 2 << 30
 
 
@@ -50,11 +52,11 @@ def new_softmax_cache(hidden: Tensor, weight: Tensor, tiling: VocabTiling) -> So
     """Uninitialised; the sizes depend on shapes and types alone."""
     (num_n, num_h), num_v = hidden.shape, weight.shape[0]
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    columns = -(-num_v // tiling.padded_to) * tiling.padded_to
+    columns = ceil_div(num_v, tiling.padded_to) * tiling.padded_to
     budget = min(LARGEST_BYTES, 4 * num_v * num_h)
     rows = torch.sym_min(num_n, budget // (columns * hidden.element_size()))
     return SoftmaxCache(
         hidden.new_empty(rows, columns),
-        hidden.new_empty(-(-columns // tiling.tile_columns), rows, dtype=statistics),
+        hidden.new_empty(ceil_div(columns, tiling.tile_columns), rows, dtype=statistics),
         hidden.new_empty(rows, dtype=statistics),
     )

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from powerflow_fast.kernels.config import stored_exponent
+from powerflow_fast.kernels.config import ceil_div, stored_exponent
 from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.options import HeadOptions
 from powerflow_fast.logprobs.products import add_product_, has_bf16_units, matmul, uses_onednn
@@ -50,7 +50,7 @@ class ColumnMax:
 
 
 def num_blocks(rows: int) -> int:
-    return -(-rows // BLOCK)
+    return ceil_div(rows, BLOCK)
 
 
 def exact_sparsity(rows: int, block: int, like: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def exact_sparsity(rows: int, block: int, like: Tensor) -> Tensor:
     report = like.new_zeros(3)
     # fill_ takes the number along; an assignment would copy it from the host, which waits.
     report[:1].fill_(1.0)
-    report[2:].fill_(-(-rows // block))
+    report[2:].fill_(ceil_div(rows, block))
     return report
 
 

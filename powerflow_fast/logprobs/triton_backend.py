@@ -13,7 +13,6 @@ Importing this module imports Triton.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -140,14 +139,11 @@ def backward(
 ) -> Gradients:
     """See `Backend.backward`. Where the kept columns are few, hidden's gradient is not formed."""
     head = _checked(head)
-    grad_logps, grad_entropy, targets, logps, lse, entropy = upstream
+    grad_logps, grad_entropy, targets, *_ = upstream
     config = config or tile_config(head, targets, options, tuned_calls)
     (num_n, _), num_v = head.hidden.shape, len(head.weight)
-    active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
-    active &= targets != options.ignore_index
-    entropy = None if grad_entropy is None else entropy
-    vectors = (grad_logps, grad_entropy, logps, -torch.expm1(logps), lse, entropy, active)
-    rows = UpstreamRows(*(None if x is None else x.contiguous() for x in vectors))
+    rows = _upstream_rows(upstream, options)
+    active = rows.active
     out_scale = grad_logps.new_ones(1, dtype=torch.float32)
     if head.hidden.dtype == torch.float16 and num_n:  # the other types have float32's range
         out_scale = dlogits_scale(grad_logps, grad_entropy, num_v, options)
@@ -168,6 +164,7 @@ def backward(
         stop = min(start + columns, num_v)
         dlogits = buffer[:, : stop - start]
         if cached_rows:
+            assert start % table.CACHE_TILE == 0
             write_cached_dlogits(
                 cache.exp_logits[:, start:],
                 cache.factors[start // table.CACHE_TILE :],
@@ -190,6 +187,16 @@ def backward(
             sums.add(dlogits, slice(None), None, weight)
         sums.store()
     return sums.results()
+
+
+def _upstream_rows(upstream: Upstream, options: HeadOptions) -> UpstreamRows:
+    """As the kernels take them; a row is active where it counts and has a gradient."""
+    grad_logps, grad_entropy, targets, logps, lse, entropy = upstream
+    active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
+    active &= targets != options.ignore_index
+    entropy = None if grad_entropy is None else entropy
+    vectors = (grad_logps, grad_entropy, logps, -torch.expm1(logps), lse, entropy, active)
+    return UpstreamRows(*(None if x is None else x.contiguous() for x in vectors))
 
 
 def tuned_calls(head: Head, targets: Tensor, options: HeadOptions, config: Config) -> Calls:
@@ -308,7 +315,7 @@ def forward_rows(heads: Heads, store_exp_logits: bool) -> int:
             num_n,
             limit,
             block=product.rows,
-            columns=math.ceil(num_h / product.columns),
+            columns=table.ceil_div(num_h, product.columns),
             processors=table.num_processors(heads.policy.hidden.device),
         )
     blocks, group = max(limit // tile.rows, 1), table.GROUP // models
@@ -363,4 +370,4 @@ def backward_columns(head: Head, need_weight: bool, config: Config) -> int:
     if need_weight:
         column_bytes = max(column_bytes, 4 * num_h)
     tiles = max(1, table.DLOGITS_BYTES // (column_bytes * block))
-    return min(tiles, math.ceil(len(head.weight) / block)) * block
+    return min(tiles, table.ceil_div(len(head.weight), block)) * block

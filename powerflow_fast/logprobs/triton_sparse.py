@@ -71,8 +71,7 @@ def start_search(heads: Heads) -> Search | None:
 
 
 def _search(heads: Heads) -> Search:
-    blocks = -(-len(heads.targets) // heads.tile.rows)
-    shape = (blocks, heads.num_v)
+    shape = (table.ceil_div(len(heads.targets), heads.tile.rows), heads.num_v)
     column_max = heads.targets.new_full(shape, -torch.inf, dtype=torch.float16)
     return Search(_estimated_lse(heads), column_max)
 
@@ -80,7 +79,7 @@ def _search(heads: Heads) -> Search:
 def _estimated_lse(heads: Heads) -> Tensor:
     """[N] log-sum-exp over up to SAMPLE columns: targets, each once, and others in their place."""
     (_, weight, bias), num_v = heads.policy, heads.num_v
-    tokens = heads.targets[:: max(1, -(-len(heads.targets) // SAMPLE))].sort().values
+    tokens = heads.targets[:: max(1, table.ceil_div(len(heads.targets), SAMPLE))].sort().values
     evenly = torch.linspace(0, num_v - 1, len(tokens), device=tokens.device).long()
     usable = (tokens >= 0) & (tokens < num_v)
     usable[1:] &= tokens[1:] != tokens[:-1]
@@ -232,7 +231,7 @@ def kept_gradients(
     finite = hidden.where(rows.active[:, None], 0)  # 0 * inf is NaN: such rows must be 0
     sums = GradientSums(Head(finite, weight, bias), (False, *needs[1:]), out_scale)
     spans = [slice(first, min(first + CHUNK, num_n)) for first in range(0, num_n, CHUNK)]
-    unions = [kept_columns[r.start // BLOCK : -(-r.stop // BLOCK)].any(0) for r in spans]
+    unions = [kept_columns[r.start // BLOCK : num_blocks(r.stop)].any(0) for r in spans]
     of_spans = [of_rows(rows, r) for r in spans]
     blocks = [active_blocks(x.active, 0, config.dlogits.rows) for x in of_spans]
     width = max(1, min(num_v, table.DLOGITS_BYTES // (4 * num_h)))

@@ -38,6 +38,16 @@ class Sample(NamedTuple):
         ids, labels = self.input_ids[:, prompt_width:], self.labels[:, prompt_width:]
         return ids, labels != -100
 
+    @classmethod
+    def of(cls, ids: Tensor, prompts: Tensor, ends: list[int]) -> Sample:
+        """From generated `ids` [B, P + T], the mask [B, P] bool of prompts, and end tokens."""
+        width = prompts.shape[1]
+        ended = torch.isin(ids[:, width:], torch.tensor(ends, device=ids.device))
+        mask = torch.cat([prompts, (ended.cumsum(1) - ended.long()) == 0], 1)
+        labels = ids.masked_fill(~mask, -100)
+        labels[:, :width] = -100
+        return cls(ids, mask.long(), positions(mask), labels)
+
 
 def end_tokens(model: PreTrainedModel, tokenizer=None) -> list[int]:
     """Every token that ends a text: by the model's two configurations, and by its tokenizer."""
@@ -107,14 +117,8 @@ def sample(
     with modes_kept(base), generation_config(base, **options):
         base.eval()
         ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
-    width = input_ids.shape[1]
-    ended = torch.isin(ids[:, width:], torch.tensor(ends, device=ids.device))
-    up_to_end = (ended.cumsum(1) - ended.long()) == 0
     prompts = attention_mask.bool().repeat_interleave(num_return_sequences, 0)
-    mask = torch.cat([prompts, up_to_end], 1)
-    labels = ids.masked_fill(~mask, -100)
-    labels[:, :width] = -100
-    return Sample(ids, mask.long(), positions(mask), labels)
+    return Sample.of(ids, prompts, ends)
 
 
 @contextmanager

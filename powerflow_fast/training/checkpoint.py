@@ -28,6 +28,9 @@ from transformers.trainer_utils import (
 )
 from trl import GRPOTrainer
 
+from powerflow_fast.models.lm_head import base_model
+from powerflow_fast.models.parameters import trained_parameters
+
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk comes as any of them
 STAGING = ".saving"
 LOG_Z_FILE = "log_z.pt"
@@ -209,11 +212,10 @@ def last_checkpoint(folder: str) -> str | None:
 
 def describe(policy) -> dict[str, str]:
     """What a checkpoint of `policy` fits: configuration, base weights, trainable parameters."""
-    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    base = base_model(policy)
     names = sorted(
         f"{name} {list(getattr(p, 'ds_shape', p.shape))}"
-        for name, p in policy.named_parameters()
-        if p.requires_grad
+        for name, p in trained_parameters(policy).items()
     )
     facts = config_facts(base.config)
     facts["trainable"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from powerflow_fast.models.lm_head import base_model, check_acts, check_head
 from powerflow_fast.models.packing import check_packing
+from powerflow_fast.models.parameters import trained_parameters
 from powerflow_fast.training.config import PowerFlowConfig
 from powerflow_fast.training.trials import check_copy, check_pair
 
@@ -144,7 +145,7 @@ def check_policy(trainer, policy) -> None:
         raise ValueError("vision models are not supported: pass a tokenizer, not a processor")
     if trainer.aux_loss_enabled:
         raise ValueError("no support for the MoE auxiliary loss: set router_aux_loss_coef=0.0")
-    if not any(p.requires_grad for p in policy.parameters()):
+    if not trained_parameters(policy):
         raise ValueError(
             "model: nothing to train, every parameter is frozen; pass peft_config=, or load "
             "the adapter with is_trainable=True"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from powerflow_fast.logprobs.options import BACKENDS
 from powerflow_fast.loss import BALANCES
 
 # Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
@@ -145,7 +146,7 @@ class PowerFlowConfig(GRPOConfig):
     loss_backend: str = _option(
         "auto",
         "Kernels of the head: 'auto' is triton on a GPU and torch elsewhere.",
-        *("auto", "torch", "triton"),
+        *BACKENDS,
     )
     # Ablations: up to 1e-3 the rollouts are the exact run's, token for token; it saves time on a
     # sharp policy alone (benchmarks/README.md, certified gradient).

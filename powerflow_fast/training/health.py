@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from powerflow_fast.data.prompts import text_of
+from powerflow_fast.evaluation.scores import ngrams
 
 SAMPLES = "samples.txt"
 NGRAM = 4  # tokens
@@ -323,8 +324,7 @@ def distinct_token_ngrams(sequences: Sequence[Sequence[int]], n: int = NGRAM) ->
     """Mean over sequences of different token n-grams / all; 1 where none has n tokens."""
     shares = []
     for ids in sequences:
-        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
-        if grams:
+        if grams := ngrams(ids, n):
             shares.append(len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else 1.0
 
