@@ -1,5 +1,6 @@
 """A bad input gets an error that names the argument and says what was expected."""
 
+import inspect
 import warnings
 
 import pytest
@@ -12,6 +13,8 @@ from powerflow_fast import (
     paired_linear_logprobs,
     tb_loss,
 )
+from powerflow_fast.head import HeadKeywords
+from powerflow_fast.loss import TBKeywords
 from tests.test_head import draw
 from tests.test_loss import CU_SEQLENS, head_inputs, tokens
 
@@ -199,3 +202,28 @@ def test_a_trainer_may_watch_for_nan_by_itself():
     ref_hidden[4] = torch.nan
     with pytest.raises(ValueError, match=r"^ref_logps: expected finite numbers .* at \[4\]"):
         fused_linear_tb_loss(hidden, weight, targets, ref_hidden, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ignore_index": None}, "ignore_index: expected an integer, got None"),
+        ({"grad_tolerance": "a"}, "grad_tolerance: expected a finite number, got 'a'"),
+        ({"temperature": None}, "temperature: expected a finite number, got None"),
+    ],
+)
+def test_options_of_another_type_are_named(options, said):
+    hidden, weight, targets, _ = draw()
+    with pytest.raises(ValueError, match=said):
+        linear_logprobs(hidden, weight, targets, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords"), [(linear_logprobs, HeadKeywords), (tb_loss, TBKeywords)]
+)
+def test_keywords_that_are_passed_on_are_those_of_the_function(function, keywords):
+    """Beside what the fused loss has as parameters of its own, and hands to both."""
+    parameters = inspect.signature(function).parameters.values()
+    taken = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    own = {"log_z", "alpha", "backend", "validate", "check_finite"} - set(keywords.__annotations__)
+    assert taken - own == set(keywords.__annotations__)
