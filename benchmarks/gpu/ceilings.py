@@ -44,7 +44,7 @@ def ceilings(run: Run) -> Iterator[None]:
         size * (n * h + v * h + n * v),
     )
     run.case(
-        f"numerators [{rows}, {v}] @ weight [{v}, {h}], float32 result",
+        f"exp-logits [{rows}, {v}] @ weight [{v}, {h}], float32 result",
         lambda: times(draw(rows, v), draw(v, h), True),
         size * (rows * v + v * h),
     )

@@ -83,7 +83,7 @@ def _unit_gradient(n: int, h: int, v: int, dtype: torch.dtype, device: torch.dev
     targets = torch.randint(v, (n,), device=device)
     out = triton_backend.forward(head.operands(), None, targets, UNIT_GRADIENT)
     error = relative_error(out.unit_gradient, unit_gradient(head, targets, PLAIN))
-    return _bounded({"direction": (error, max(torch.finfo(dtype).eps, 5e-6))})
+    return _bounded({"unit gradient": (error, max(torch.finfo(dtype).eps, 5e-6))})
 
 
 def _gradients(head: Head, targets: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ def _certified(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device)
     errors = (out.unit_gradient.double() - unit_gradient(head, targets, PLAIN)).norm(dim=1)
     columns, skipped, dense = out.sparsity.tolist()
     share = (errors / bounds).max().item()
-    checked = _bounded({"direction": (share, 1.0), "skipped": (skipped, TOLERANCE)})
+    checked = _bounded({"unit gradient": (share, 1.0), "skipped": (skipped, TOLERANCE)})
     return checked | {"columns_kept": columns, "dense_blocks": dense}
 
 
@@ -171,10 +171,10 @@ def _residual(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) 
 PLAIN, UNIT_GRADIENT = HeadOptions(), HeadOptions(route="unit_gradient")
 CHECKS: dict[str, Callable[..., Line]] = {
     "log-probs of policy and reference": _pair,
-    "direction": _unit_gradient,
+    "unit gradient": _unit_gradient,
     "backward, logits recomputed": _recomputed,
-    "backward, stored numerators": _stored,
-    "certified direction": _certified,
+    "backward, stored exp-logits": _stored,
+    "certified unit gradient": _certified,
     "residual": _residual,
 }
 

@@ -299,14 +299,14 @@ def _kept_chunk(chunks: Chunks) -> tuple[statistics.Heads, KeptColumns, int, com
 CASES: dict[str, Callable[[Chunks], Work]] = {
     "pilot of the pair": _pilot,
     "statistics of the pair": _statistics,
-    "statistics of the pair, numerators stored": partial(_statistics, stored=True),
-    "direction": _unit_gradient,
+    "statistics of the pair, exp-logits stored": partial(_statistics, stored=True),
+    "unit gradient": _unit_gradient,
     "dlogits": _dlogits,
     "combine": _combine,
     "guard": _guard,
     "statistics of the pair, column peaks": partial(_statistics, column_max=True),
     "columns": _columns,
     "kept probabilities": _kept,
-    "kept direction": _kept_unit_gradient,
+    "unit gradient, kept columns": _kept_unit_gradient,
     "kept dlogits": _cached_dlogits,
 }

@@ -42,7 +42,7 @@ LINES = [
     {
         "stage": "kernels",
         "part": "ours",
-        "case": "direction, anchor",
+        "case": "unit gradient, anchor",
         "seconds": 2e-3,
         "tflops": 590.0,
         "vendor_tflops": 760.0,
@@ -110,7 +110,7 @@ def test_every_table(folder):
     for row in (
         "| copy | 1 ms | 3.00 TB/s |",
         "2 checks within their bounds, the nearest at 80 % of its bound (b); 1 tests of CUDA pass.",
-        "| direction, anchor | 2 ms | 590 | 760 | 1.50 TB/s |",
+        "| unit gradient, anchor | 2 ms | 590 | 760 | 1.50 TB/s |",
         "| combine, anchor | 0.1 ms | - | - | 2.50 TB/s |",
         # Three products of 17.6 TFLOP at 800 TFLOP/s; the faster peer stands first.
         "| anchor: bfloat16, N=16384, H=4096, V=131072 | pair | LA-TB step "

@@ -201,7 +201,7 @@ def test_what_goes_wrong_in_a_case_is_its_line(tmp_path):
     good, ended, found = run_parts(tmp_path, "goes_wrong", "is_absent")
     assert not good and set(ended.values()) == {"done"}
     lines_ = {x.get("case"): x for x in found if "ended" not in x}
-    assert lines_["wrong"]["failed"] == "ArithmeticError: direction 1e-1 > 1e-2"
+    assert lines_["wrong"]["failed"] == "ArithmeticError: unit gradient 1e-1 > 1e-2"
     assert lines_["too large"]["skipped"] == "out of memory"
     assert re.fullmatch(
         r"needs about 1e\+09 GB, [\d.]+ GB are free", lines_["larger than memory"]["skipped"]

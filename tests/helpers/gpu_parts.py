@@ -65,7 +65,7 @@ def goes_wrong(run):
     yield
 
     def wrong():
-        raise ArithmeticError("direction 1e-1 > 1e-2")
+        raise ArithmeticError("unit gradient 1e-1 > 1e-2")
 
     def too_large():
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
