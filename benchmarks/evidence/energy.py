@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from powerflow_fast import linear_logprobs
-from powerflow_fast.models.lm_head import last_hidden_state, read_head
-from powerflow_fast.training.forward import completion_states
+from powerflow_fast.models.lm_head import read_head
+from powerflow_fast.training.forward import rows_of
 
 
 @dataclass
@@ -60,12 +60,8 @@ def padded(tokenizer, prompts: Sequence[str], completion_ids) -> dict[str, torch
 
 def token_logps(model, rollout: dict[str, torch.Tensor]) -> torch.Tensor:
     """[B, T] log-probs of the completions' tokens, 0 where there is none."""
-    mask, head = rollout["completion_mask"].bool(), read_head(model)
-    ids, attention = (
-        torch.cat([rollout[f"prompt_{kind}"], rollout[f"completion_{kind}"]], dim=1)
-        for kind in ("ids", "mask")
-    )
-    hidden = completion_states(last_hidden_state(model, ids, attention), mask, head)
+    mask, head, rows = rollout["completion_mask"].bool(), read_head(model), rows_of(rollout)
+    hidden = rows.predicting(rows.hidden_states(model), mask)
     targets = rollout["completion_ids"][mask]
     logps = torch.zeros(mask.shape)
     logps[mask] = linear_logprobs(hidden, head.weight, targets, bias=head.bias, **head.transform)

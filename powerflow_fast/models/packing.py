@@ -1,57 +1,192 @@
-"""Padding-free forward passes: the real tokens of a batch as one row, nothing else computed.
+"""The rows in which a model computes a micro-batch of prompts and completions.
 
-Position ids that start again at 0 tell transformers where a sequence begins: flash-attention runs
-on the sequences' offsets, other kernels get a block-diagonal mask.
+Padded: a sequence a row. Packed: all real tokens in one row, each sequence a segment of its own.
+Packed with shared prompts: a prompt of several completions lies there once, and each of them is a
+segment that sees it. The states are the same, within rounding; what differs is how many tokens pass
+through the model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from powerflow_fast.models.lm_head import backbone, modes_kept, positions, trial_ids
-from powerflow_fast.models.parameters import is_sharded
+from powerflow_fast.models.lm_head import backbone, last_hidden_state, positions
+from powerflow_fast.models.packed_attention import PACKED, Block, Segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-def packed_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """[B, L, H] final hidden states of ids [B, L]; 0 where mask [B, L] is 0."""
-    real = mask.bool()
-    inputs = {"input_ids": ids[real][None], "position_ids": positions(mask)[real][None]}
-    hidden = backbone(model)(**inputs, **_offsets(real), use_cache=False).last_hidden_state
-    real = real.to(hidden.device)
-    return hidden.new_zeros(*real.shape, hidden.shape[-1]).masked_scatter(real[..., None], hidden)
+Layout = Literal["padded", "packed", "shared"]
+PADDED = 2  # times the tokens of a shorter segment, that a block may pad it to
 
 
-def _offsets(real: Tensor) -> dict[str, Any]:
-    """Where sequences begin, for kernels that take it: flash-attn, linear attention."""
-    lengths = real.sum(1)
-    cu_seq_lens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    longest = int(lengths.max()) if len(lengths) else 0
-    lens = {f"cu_seq_lens_{side}": cu_seq_lens for side in "qk"}
-    return lens | {f"max_length_{side}": longest for side in "qk"}
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of B sequences, given as [B, W], laid out in rows [R, L].
 
-
-def check_packing(model: PreTrainedModel) -> None:
-    """ValueError where packed sequences of `model` see each other (recurrent layers, say).
-
-    A model whose parameters are sharded already (ZeRO-3) is not tried: that would need a gather.
+    Indices count through all R * L places. Where a token is not real, or has none before it, they
+    are 0.
     """
-    if is_sharded(model):
-        return
-    ids = trial_ids(model, rows=2)
-    mask = torch.ones_like(ids)
-    with modes_kept(model), torch.no_grad():
-        model.eval()
-        packed = packed_hidden_state(model, ids, mask)[1].float()
-        alone = packed_hidden_state(model, ids[1:], mask[1:])[0].float()
-    error = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
-    if not error < 0.05:  # bf16 rounding stays far below, a leak far above
-        raise ValueError(
-            f"padding_free: in {type(model).__name__} packed sequences influence each other "
-            f"(relative difference {error:.2g}); leave it off"
+
+    input_ids: Tensor  # [R, L]
+    position_ids: Tensor  # [R, L]
+    attention_mask: Tensor  # [R, L]; of a packed row all 1
+    segments: Segments | None  # of a packed row, R = 1
+    index: Tensor  # [B, W] where each token lies
+    predictors: Tensor  # [B, W] where the token before it lies, whose state predicts it
+    saved: int  # real tokens that are not computed, as they are of a shared prompt
+
+    def hidden_states(self, model: PreTrainedModel) -> Tensor:
+        """[R * L, H] final hidden states of the backbone; the head is not run."""
+        if self.segments is None:
+            return last_hidden_state(model, self.input_ids, self.attention_mask).flatten(0, 1)
+        options: dict[str, Any] = {PACKED: self.segments}
+        if self.segments.keys is None:  # recurrent layers begin anew at these
+            options |= self.segments.offsets
+        # A mask that is there already: transformers makes none of [L, L].
+        given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
+        return backbone(model)(
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            attention_mask=given,
+            use_cache=False,
+            **options,
+        ).last_hidden_state.flatten(0, 1)
+
+    def predicting(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """[N, H]: the states that predict the tokens where mask [B, T] is true.
+
+        `hidden` is what `hidden_states` gave; the mask is of the last T columns.
+        """
+        predictors = self.predictors[:, self.predictors.shape[1] - mask.shape[1] :]
+        return hidden.index_select(0, predictors[mask].to(hidden.device))
+
+    def first_states(self, hidden: Tensor, count: int) -> Tensor:
+        """[B, count, H]: the states of the first columns; anything where a token is not real."""
+        return hidden[self.index[:, :count].to(hidden.device)]
+
+
+class _Sequence(NamedTuple):
+    """The real tokens of one sequence."""
+
+    tokens: list[int]
+    columns: list[int]
+    prompt: int  # how many of them are its prompt
+
+    @property
+    def completion(self) -> list[int]:
+        return self.tokens[self.prompt :]
+
+
+def lay_out(ids: Tensor, mask: Tensor, prompt_lengths: Tensor, layout: Layout = "padded") -> Rows:
+    """The rows of a micro-batch.
+
+    Args:
+        ids, mask: [B, W] token ids, prompt and completion, real where the mask is 1; padding may be
+            anywhere.
+        prompt_lengths: [B] real tokens of each prompt.
+        layout: "padded"; "packed": every sequence by itself; "shared": equal prompts once. Where no
+            two prompts are equal, "shared" is "packed". Both wait for the tokens on the host.
+    """
+    if layout == "padded":
+        index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        return Rows(ids, positions(mask), mask, None, index, _places_before(index, mask), 0)
+    sequences = []
+    for row, real, prompt in zip(
+        ids.tolist(), mask.bool().tolist(), prompt_lengths.tolist(), strict=True
+    ):
+        columns = [column for column, is_real in enumerate(real) if is_real]
+        sequences.append(_Sequence([row[c] for c in columns], columns, prompt))
+    return _Packing(sequences, share=layout == "shared").rows(ids)
+
+
+def _places_before(index: Tensor, mask: Tensor) -> Tensor:
+    """[B, W] the index of the real token before each; 0 where there is none."""
+    last = index.where(mask.bool(), -1).cummax(1).values
+    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=0).clamp(min=0)
+
+
+class _Packing:
+    """One row: segments without a prefix first, then the completions of each shared prompt."""
+
+    def __init__(self, sequences: list[_Sequence], share: bool) -> None:
+        self.sequences = sequences
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.blocks: list[Block] = []
+        self.prompts = [0] * len(sequences)  # where each one's prompt begins
+        self.completions = [0] * len(sequences)  # and its completion
+        groups: dict[Any, list[int]] = defaultdict(list)  # numbers of sequences with one prompt
+        for number, sequence in enumerate(sequences):
+            prompt = tuple(sequence.tokens[: sequence.prompt])
+            groups[prompt if share else number].append(number)
+        for numbers in sorted(groups.values(), key=self._whole_length, reverse=True):
+            self._add_whole(numbers)
+        for numbers in groups.values():
+            if len(numbers) > 1:
+                self._add_completions(numbers)
+
+    def _whole(self, numbers: list[int]) -> list[int]:
+        """The segment without a prefix: a prompt of several, or a sequence to its end."""
+        first = self.sequences[numbers[0]]
+        return first.tokens if len(numbers) == 1 else first.tokens[: first.prompt]
+
+    def _whole_length(self, numbers: list[int]) -> int:
+        return len(self._whole(numbers))
+
+    def _add(self, tokens: list[int], start: int) -> None:
+        self.ids += tokens
+        self.positions += range(start, start + len(tokens))
+
+    def _add_whole(self, numbers: list[int]) -> None:
+        tokens, begin = self._whole(numbers), len(self.ids)
+        if not tokens:
+            return
+        if not self.blocks or PADDED * len(tokens) < self.blocks[-1].lengths[0]:
+            self.blocks.append(Block(begin, ()))
+        self.blocks[-1] = self.blocks[-1]._replace(lengths=(*self.blocks[-1].lengths, len(tokens)))
+        for number in numbers:
+            self.prompts[number] = begin
+            self.completions[number] = begin + self.sequences[number].prompt
+        self._add(tokens, 0)
+
+    def _add_completions(self, numbers: list[int]) -> None:
+        prompt, begin = self.sequences[numbers[0]].prompt, len(self.ids)
+        for number in numbers:
+            self.completions[number] = len(self.ids)
+            self._add(self.sequences[number].completion, prompt)
+        lengths = [len(self.sequences[number].completion) for number in numbers]
+        if any(lengths):
+            filled = tuple(length for length in lengths if length)
+            self.blocks.append(Block(begin, filled, self.prompts[numbers[0]], prompt))
+
+    def rows(self, given: Tensor) -> Rows:
+        """For a batch [B, W], whose shape and device the indices take."""
+        index, predictors = torch.zeros(2, *given.shape, dtype=torch.long)
+        for number, sequence in enumerate(self.sequences):
+            begin, prompt = self.prompts[number], sequence.prompt
+            after = self.completions[number]
+            places = [*range(begin, begin + prompt)]
+            places += range(after, after + len(sequence.completion))
+            where = torch.tensor(places, dtype=torch.long)
+            index[number, sequence.columns] = where
+            predictors[number, sequence.columns[1:]] = where[:-1]
+        device = given.device
+        ids, positions = (
+            torch.tensor([row], dtype=torch.long, device=device)
+            for row in (self.ids, self.positions)
+        )
+        return Rows(
+            ids,
+            positions,
+            torch.ones_like(ids),
+            Segments.of(tuple(self.blocks), device),
+            index.to(device),
+            predictors.to(device),
+            sum(len(sequence.tokens) for sequence in self.sequences) - len(self.ids),
         )

@@ -11,7 +11,6 @@ import warnings
 from transformers.integrations import get_reporting_integration_callbacks
 
 from powerflow_fast.models.lm_head import base_model, check_acts, check_head
-from powerflow_fast.models.packing import check_packing
 from powerflow_fast.models.parameters import trained_parameters
 from powerflow_fast.training.config import PowerFlowConfig
 from powerflow_fast.training.trials import check_copy, check_pair
@@ -153,16 +152,6 @@ def check_policy(trainer, policy) -> None:
     base = base_model(policy)
     _check_engine(trainer, base)
     check_head(base)
-    if trainer.args.padding_free:
-        check_packing(base)
-        kernel = base.config._attn_implementation or ""
-        if "flash" not in kernel:
-            warnings.warn(
-                f"padding_free: with attn_implementation={kernel!r} every packed batch builds a "
-                "mask of tokens x tokens (1 GB at 32k), slower than padding; load the model with "
-                "flash_attention_2, or leave padding_free off",
-                stacklevel=4,
-            )
     _warn_of_text(trainer)
     check_pair(policy, lambda: trainer.as_reference(policy))
     if trainer.ref_model is not None:

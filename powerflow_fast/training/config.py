@@ -62,6 +62,7 @@ def _count(low: int):
 # 3e-4 and 1e-3 on a model of 135M; larger ones want less. All parameters: TRL's default for GRPO.
 LORA_RATE, FULL_RATE = 2e-4, 1e-6
 POSITIVE, NOT_NEGATIVE, SHARE = _number(0, above=True), _number(0), _number(0, high=1)
+SHARED_PROMPT = ("auto", "on", "off")
 SWITCH = ("True or False", lambda x: isinstance(x, bool))
 # Options of this trainer, and those of TRL and transformers that would fail late or do nothing.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -160,8 +161,14 @@ class PowerFlowConfig(GRPOConfig):
         "Round logits to the model's type before they are scored, as a sampler without a float32 "
         "head does.",
     )
+    shared_prompt: str = _option(
+        "auto",
+        "Compute a prompt once for all of its completions in a micro-batch: 'auto' where the model "
+        "can, 'on' or an error, 'off'.",
+        *SHARED_PROMPT,
+    )
     padding_free: bool = _option(
-        False, "Compute real tokens only, packed into one row (best with flash-attn)."
+        False, "Compute real tokens only, packed into one row; shared_prompt does so anyway."
     )
     learning_rate: float | None = _option(  # type: ignore[assignment]  # until `for_run`
         None,
@@ -193,7 +200,9 @@ class PowerFlowConfig(GRPOConfig):
                 continue
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        for name in ("log_z", "balance", "loss_backend"):
+        if isinstance(self.shared_prompt, bool):  # YAML reads on and off so
+            self.shared_prompt = "on" if self.shared_prompt else "off"
+        for name in ("log_z", "balance", "loss_backend", "shared_prompt"):
             choices, value = fields[name].metadata["choices"], getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -5,6 +5,7 @@ A batch is TRL's dictionary of a rollout: prompts and completions, [B, P] and [B
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,10 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
 
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
-from powerflow_fast.models.lm_head import (
-    ModelHead,
-    base_model,
-    last_hidden_state,
-    read_head,
-    through_head,
-)
-from powerflow_fast.models.packing import packed_hidden_state
+from powerflow_fast.models.lm_head import ModelHead, base_model, read_head, through_head
+from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packing import Layout, Rows, lay_out
+from powerflow_fast.models.packing_check import choose_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,13 +29,13 @@ def counted_mask(inputs) -> Tensor:  # [B, T] bool
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def completion_states(hidden: Tensor, mask: Tensor, head: ModelHead) -> Tensor:
-    """[N, H]: the states that predict the counted completion tokens, on the device of the head.
-
-    `hidden` is [B, P + T, H], and `mask` [B, T] says which completion tokens count.
-    """
-    hidden = hidden[:, -mask.shape[1] - 1 : -1]
-    return hidden[mask.to(hidden.device)].to(head.weight.device)
+def rows_of(inputs, layout: Layout = "padded") -> Rows:
+    """Prompts and completions as rows for a model; masked completion tokens are not computed."""
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1)
+        for kind in ("ids", "mask")
+    )
+    return lay_out(ids, mask, inputs["prompt_mask"].sum(1), layout)
 
 
 class LossInForward(GRPOTrainer):
@@ -49,10 +46,21 @@ class LossInForward(GRPOTrainer):
     health: Any
     log_z: Any = None  # the learned log Z', a `LearnedLogZ`
     ref_model: Any  # the second copy, for full fine-tuning
+    layout: Layout = "padded"  # of the rows in which both models compute
+    pass_tokens = (0, 0)  # of the last pass: computed, and saved by shared prompts
     _redirect = _ForwardRedirection()
 
     def _policy(self):
         return self.accelerator.unwrap_model(self.model)
+
+    def choose_layout(self) -> None:
+        """ValueError where the model cannot do what `shared_prompt` or `padding_free` asks for."""
+        args, base = self.args, base_model(self._policy())
+        self.layout, reason = choose_layout(base, args.shared_prompt, args.padding_free)
+        if reason:
+            warnings.warn(reason, stacklevel=4)
+        if self.ref_model is not None and self.layout != "padded":
+            packed_kernels(base_model(self.accelerator.unwrap_model(self.ref_model)))
 
     @staticmethod
     def as_reference(policy: PeftModel):
@@ -67,18 +75,20 @@ class LossInForward(GRPOTrainer):
 
     def _loss_in_forward(self, policy, inputs, *, log_z=None, normalizer=None) -> TBOutput:
         args = self.args
-        prompt_length = inputs["prompt_ids"].shape[1]
         mask = counted_mask(inputs)  # [B, T]
         base = base_model(policy)
         head = read_head(base)
-        reference = self._reference(policy, inputs, mask, head)
-        hidden = self._hidden(base, inputs)
+        rows = rows_of(inputs, self.layout)
+        self.pass_tokens = rows.input_ids.numel(), rows.saved
+        reference = self._reference(policy, rows, inputs, mask, head)
+        hidden = rows.hidden_states(base)
+        states = rows.predicting(hidden, mask).to(head.weight.device)
         # A model split over devices (`device_map`) may end on another one than it starts.
         device = head.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
         mask = mask.to(device)
         if log_z is None:
-            log_z = self._estimate_log_z(hidden[:, :prompt_length], inputs)
+            log_z = self._estimate_log_z(rows, hidden, inputs)
         out: TBOutput
 
         def loss_of_head(hidden, head) -> Tensor:
@@ -110,40 +120,35 @@ class LossInForward(GRPOTrainer):
 
         ref_head = [reference[name] for name in ("ref_weight", "ref_bias") if name in reference]
         with maybe_gather_lm_head_ctx(*ref_head):
-            rows = completion_states(hidden, mask, head)
-            loss = through_head(base, head, loss_of_head, rows)
+            loss = through_head(base, head, loss_of_head, states)
         return out._replace(loss=loss)
 
-    def _hidden(self, base, inputs) -> Tensor:  # [B, P + T, H]
-        forward = packed_hidden_state if self.args.padding_free else last_hidden_state
-        pairs = (("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask"))
-        return forward(base, *(torch.cat([inputs[a], inputs[b]], dim=1) for a, b in pairs))
-
-    def _reference(self, policy, inputs, mask, policy_head: ModelHead) -> dict[str, Any]:
+    def _reference(self, policy, rows, inputs, mask, policy_head: ModelHead) -> dict[str, Any]:
         """The loss's tensors of the reference, by keyword; its pass is before the policy's."""
         if "ref_per_token_logps" in inputs:
             return {"ref_logps": inputs["ref_per_token_logps"][mask]}
         with torch.no_grad(), self.health.phase("reference"):
             if self.ref_model is not None:
                 base = self.accelerator.unwrap_model(self.ref_model)
-                hidden = self._redirect(self.ref_model, base, self._hidden, base, inputs)
+                hidden = self._redirect(self.ref_model, base, rows.hidden_states, base)
                 head = read_head(base)
             else:
                 base = base_model(policy)
                 with self.as_reference(policy):
-                    hidden = self._hidden(base, inputs)
+                    hidden = rows.hidden_states(base)
                     head = read_head(base)
-        tensors = {"ref_hidden": completion_states(hidden, mask, head)}
+        tensors = {"ref_hidden": rows.predicting(hidden, mask).to(head.weight.device)}
         if head.weight is not policy_head.weight:
             tensors["ref_weight"] = head.weight
             if head.bias is not None:
                 tensors["ref_bias"] = head.bias
         return tensors
 
-    def _estimate_log_z(self, prompt_hidden: Tensor, inputs) -> Tensor | str:
+    def _estimate_log_z(self, rows: Rows, hidden: Tensor, inputs) -> Tensor | str:
         if self.log_z is not None:
             mask = inputs["prompt_mask"].to(self.accelerator.device)
-            log_z = self.log_z.head(prompt_hidden.detach().to(mask.device), mask)
+            states = rows.first_states(hidden.detach(), mask.shape[1])
+            log_z = self.log_z.head(states.to(mask.device), mask)
             return log_z.to(inputs["prompt_mask"].device)
         return inputs.get("group_log_z", "group")
 

@@ -38,8 +38,10 @@ class ScoredRollouts(LossInForward):
     _context: Context
 
     def _prepare_inputs(self, generation_batch):
-        """As TRL's, but without its shuffle where that would break up groups that log Z' needs."""
-        if not (self.model.training and self._groups_are_whole()):
+        """As TRL's, but without its shuffle where that would break up groups: log Z' needs them
+        whole, and those that lie together share a prompt."""
+        together = self._groups_are_whole() or self.layout == "shared"
+        if not (self.model.training and together):
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:

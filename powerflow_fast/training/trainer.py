@@ -106,7 +106,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
             self.log_z = LearnedLogZ(size, args, self.accelerator)
             self.add_callback(self.log_z)
         self.start_figures()
-        self._tokens: Tensor | None = None  # of training passes since the last log
+        # Of training passes since the last log: [real, computed, saved by shared prompts].
+        self._tokens: Tensor | None = None
         self.table = CompletionTable()
         self.health = Health(args)
         self.add_callback(self.health)
@@ -147,6 +148,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
             if part is not None:
                 disable_dropout(part)
         check_policy(self, self._policy())
+        self.choose_layout()
 
     def _compute_loss(self, model, inputs) -> Tensor:
         training = self.model.training
@@ -167,7 +169,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
             return
         if self.log_completions:
             self.table.add(out, inputs["row"], self._gather)
-        tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+        real = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+        tokens = torch.stack([real, *real.new_tensor(self.pass_tokens)])
         self._tokens = tokens if self._tokens is None else self._tokens + tokens.to(self._tokens)
         names = ("residual_mean", "residual_std", "kl")
         watched = torch.stack([out.metrics[name].float() for name in names])
@@ -191,9 +194,7 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
         steps = self.state.global_step - self._logged_step
         figures = whole | self.loss_figures()
         if mode == "train" and "loss" in logs:
-            tokens = 0 if self._tokens is None else int(self._gather(self._tokens[None]).sum())
-            self._tokens = None
-            figures |= self.health.figures(tokens, steps)
+            figures |= self._token_figures(steps)
             if self.accelerator.is_main_process:
                 shown = min(self.args.sample_completions, self.num_generations)
                 texts = self._logs["prompt"], self._logs["completion"]
@@ -201,6 +202,16 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
         logs.update(figures)  # in place: what `evaluate` returns
         with self.table.in_place_of_rewards(self._logs, mode == "train"):
             super().log(logs, start_time)
+
+    def _token_figures(self, steps: int) -> dict[str, float]:
+        """Tokens of training passes over all ranks: a second, and a step where models computed."""
+        real, computed, saved = 0, 0, 0
+        if self._tokens is not None:
+            real, computed, saved = self._gather(self._tokens[None]).sum(0).tolist()
+            self._tokens = None
+        a_step = {"computed": computed / max(steps, 1), "saved": saved / max(steps, 1)}
+        figures = {f"tokens/{name}": value for name, value in a_step.items()}
+        return self.health.figures(real, steps) | figures
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our own in place of TRL's: alpha, prompts, and what was measured before and after."""

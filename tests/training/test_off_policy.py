@@ -11,11 +11,11 @@ from peft import get_peft_model  # noqa: E402
 from peft.tuners.trainable_tokens import TrainableTokensLayer  # noqa: E402
 from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
-from powerflow_fast.models.packing import check_packing, packed_hidden_state  # noqa: E402
+from powerflow_fast.models.packing import Rows  # noqa: E402
 from powerflow_fast.training import forward as forward_module  # noqa: E402
 from powerflow_fast.training.checks import check_policy  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.training.test_trainer import assert_close, make, start_from_nonzero_adapter  # noqa: E402
+from tests.training.test_trainer import assert_close, make  # noqa: E402
 
 
 def sampler(shift):
@@ -66,13 +66,13 @@ def test_a_log_prob_the_sampler_does_not_know_is_the_policys_own(tmp_path):
 
 def test_the_reference_is_computed_once_for_several_updates(tmp_path, monkeypatch):
     calls = []
-    forward = forward_module.last_hidden_state
+    forward = Rows.hidden_states
 
-    def counting(model, *args):
+    def counting(rows, model):
         calls.append(torch.is_grad_enabled())
-        return forward(model, *args)
+        return forward(rows, model)
 
-    monkeypatch.setattr(forward_module, "last_hidden_state", counting)
+    monkeypatch.setattr(Rows, "hidden_states", counting)
     trainer, seen = make(tmp_path, num_iterations=3, max_steps=3)
     trainer.train()
     assert calls == [False, False, True, True, True]  # reference and policy once; three updates
@@ -177,37 +177,6 @@ def test_the_learning_rate_of_log_z_follows_the_scheduler_only_when_asked(tmp_pa
     assert rates[True] == pytest.approx([0.02, 0.015, 0.01, 0.005])
 
 
-@pytest.mark.parametrize("log_z", ["group", "learned"])
-def test_padding_free_gives_the_same_loss_and_gradient(tmp_path, log_z):
-    runs = {}
-    for padding_free in (False, True):
-        trainer, seen = make(tmp_path, padding_free=padding_free, log_z=log_z)
-        start_from_nonzero_adapter(trainer)
-        trainer.train()
-        runs[padding_free] = seen
-    assert runs[True].logs[0]["loss"] == pytest.approx(runs[False].logs[0]["loss"], rel=1e-5)
-    assert_close(runs[True].steps[0], runs[False].steps[0])
-
-
-def test_padding_free_computes_real_tokens_only():
-    model, rows = tiny.model(), []
-    model.model.layers[0].register_forward_hook(lambda m, a, out: rows.append(a[0].shape[:2]))
-    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
-    hidden = packed_hidden_state(model, torch.randint(2, 10, (2, 5)), mask)
-    assert rows == [(1, 6)]
-    assert torch.equal(hidden.abs().sum(-1) > 0, mask.bool())
-
-
-def test_packing_is_refused_where_sequences_would_see_each_other():
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    sizes = dict(hidden_size=16, num_hidden_layers=2, vocab_size=32, num_heads=4, head_dim=8)
-    model = Mamba2ForCausalLM(Mamba2Config(**sizes, state_size=4, n_groups=1, expand=2))
-    with pytest.raises(ValueError, match="padding_free.*influence each other"):
-        check_packing(model)
-    check_packing(tiny.model())
-
-
 @pytest.mark.parametrize("kind", ["dora", "checkpointing"])
 def test_other_ways_to_train_start_at_the_reference_and_learn(tmp_path, kind):
     from powerflow_fast import PowerFlowTrainer
@@ -292,8 +261,3 @@ def test_a_head_with_trained_tokens_is_merged_as_often_as_it_is_used(tmp_path, m
     monkeypatch.setattr(TrainableTokensLayer, "get_merged_weights", counting)
     trainer.train()
     assert len(seen.steps) == 1 and len(merges) == 4
-
-
-def test_packing_without_flash_attention_is_said_to_be_slow(tmp_path):
-    with pytest.warns(UserWarning, match="padding_free: with attn_implementation='sdpa'"):
-        make(tmp_path, padding_free=True)

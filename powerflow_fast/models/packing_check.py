@@ -1,0 +1,120 @@
+"""Which layout a model's rows take, decided once by a trial on a few tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from powerflow_fast.models.lm_head import TOKENS, modes_kept, trial_ids
+from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packing import Layout, Rows, lay_out
+from powerflow_fast.models.parameters import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = {"full_attention", "sliding_attention"}  # layer types whose masks are known here
+LEAK = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; what comes in through a wrong mask
+LEAK_HALF = 0.05  # rounding of bf16 stays far below, a leak far above
+
+
+def choose_layout(
+    model: PreTrainedModel, shared_prompt: str, padding_free: bool
+) -> tuple[Layout, str]:
+    """The layout for `model`, and where "auto" came to nothing the reason.
+
+    Args:
+        model: the transformers model, unwrapped.
+        shared_prompt: "on", "off", or "auto" for "on" where the model can.
+        padding_free: compute real tokens only, also where prompts are not shared.
+
+    Raises:
+        ValueError: for a model that cannot do what is "on".
+    """
+    reason = ""
+    if shared_prompt != "off":
+        try:
+            check_packing(model, "shared")
+            return "shared", ""
+        except ValueError as error:
+            if shared_prompt == "on":
+                raise ValueError(f"shared_prompt: {error}; leave it 'auto'") from error
+            reason = f"shared_prompt: each completion computes its prompt: {error}"
+    if not padding_free:
+        return "padded", reason
+    try:
+        check_packing(model, "packed")
+    except ValueError as error:
+        raise ValueError(f"padding_free: {error}; leave it off") from error
+    return "packed", reason
+
+
+def check_packing(model: PreTrainedModel, layout: Layout) -> None:
+    """ValueError where `layout` would give `model` other states than a row for each sequence.
+
+    A model whose parameters are sharded already (ZeRO-3) is judged by its configuration alone: a
+    trial would need a gather.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    if layout == "shared":
+        others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
+        if others:
+            raise ValueError(f"{name} has layers of type {', '.join(others)}")
+        capacity = [k for k, v in config.to_dict().items() if "capacity" in k and v is not None]
+        if capacity:
+            raise ValueError(f"{name} drops tokens by how many there are ({', '.join(capacity)})")
+    before = model.config._attn_implementation
+    packed_kernels(model)
+    if is_sharded(model):
+        return
+    try:
+        _try(model, layout)
+    except Exception as error:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+        if isinstance(error, ValueError):
+            raise
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"{name} takes no packed rows ({type(error).__name__}: {line})") from error
+
+
+def _try(model: PreTrainedModel, layout: Layout) -> None:
+    """Two completions of one prompt and one of another, padded and packed."""
+    ids, prompt = trial_ids(model, rows=3), TOKENS // 2
+    ids[1, :prompt] = ids[0, :prompt]
+    prompts = torch.full((len(ids),), prompt)
+
+    def states(layout: Layout) -> tuple[Rows, torch.Tensor]:
+        rows = lay_out(ids, torch.ones_like(ids), prompts, layout)
+        return rows, rows.first_states(rows.hidden_states(model), TOKENS).float()
+
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        _, expected = states("padded")
+        rows, got = states(layout)
+    if layout == "shared":
+        _check_layers(model, rows)
+    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not error < LEAK.get(model.dtype, LEAK_HALF):
+        raise ValueError(
+            f"in {type(model).__name__} packed sequences influence each other (relative difference "
+            f"{error:.2g})"
+        )
+
+
+def _check_layers(model: PreTrainedModel, rows: Rows) -> None:
+    """ValueError where a layer does not attend by the segments, or hides its window from them."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    windows = {} if rows.segments is None else rows.segments.windows
+    count = config.num_hidden_layers
+    if len(windows) != count:
+        raise ValueError(
+            f"{name} has {count} layers, of which {len(windows)} attend by transformers' registry"
+        )
+    types = getattr(config, "layer_types", None)
+    slides = bool(getattr(config, "sliding_window", None))
+    for place, window in enumerate(windows.values()):
+        sliding = types[place] == "sliding_attention" if types else slides
+        if sliding and window is None:
+            raise ValueError(f"{name}: layer {place} does not say how far its window reaches")
