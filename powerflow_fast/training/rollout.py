@@ -38,10 +38,9 @@ class ScoredRollouts(LossInForward):
     _context: Context
 
     def _prepare_inputs(self, generation_batch):
-        """As TRL's, but without its shuffle where that would break up groups: log Z' needs them
-        whole, and those that lie together share a prompt."""
-        together = self._groups_are_whole() or self.layout == "shared"
-        if not (self.model.training and together):
+        """As TRL's, but without its shuffle: the completions of a prompt stay together, for group
+        log Z' and for what they share."""
+        if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
@@ -78,7 +77,7 @@ class ScoredRollouts(LossInForward):
         return values
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's rollout plus per-sequence tensors, which survive its shuffle and split.
+        """TRL's rollout plus per-sequence tensors, which survive its split.
 
         Always: psi, alpha, group and row [B], and num_sequences (not empty, over all ranks).
         Where micro-batches split a prompt's completions, or a rollout serves several updates:
