@@ -1,8 +1,9 @@
 """PowerFlow's length-aware Trajectory-Balance loss, fused with the language-model head.
 
 The public names are `linear_logprobs`, `paired_linear_logprobs`, `tb_loss`, `fused_linear_tb_loss`,
-`FusedLinearTBLoss`, `LogZHead` and `sample`, and with the extra `train` also `PowerFlowTrainer` and
-`PowerFlowConfig`. All are loaded on first use, so importing the package imports nothing heavy.
+`FusedLinearTBLoss`, `LogZHead`, `sample` and `shared_prompt_hidden_states`, and with the extra
+`train` also `PowerFlowTrainer` and `PowerFlowConfig`. All are loaded on first use, so importing the
+package imports nothing heavy.
 """
 
 from importlib import import_module
@@ -21,6 +22,7 @@ __all__ = [
     "linear_logprobs",
     "paired_linear_logprobs",
     "sample",
+    "shared_prompt_hidden_states",
     "tb_loss",
 ]
 
@@ -33,6 +35,7 @@ _HOME = {
     "TBOutput": "loss",
     "LogZHead": "log_z",
     "sample": "models.sampling",
+    "shared_prompt_hidden_states": "models.shared_prompt",
     "PowerFlowTrainer": "training.trainer",
     "PowerFlowConfig": "training.config",
 }
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from powerflow_fast.log_z import LogZHead
     from powerflow_fast.loss import FusedLinearTBLoss, TBOutput, fused_linear_tb_loss, tb_loss
     from powerflow_fast.models.sampling import sample
+    from powerflow_fast.models.shared_prompt import shared_prompt_hidden_states
     from powerflow_fast.training.config import PowerFlowConfig
     from powerflow_fast.training.trainer import PowerFlowTrainer
 

@@ -5,6 +5,7 @@ Both models are patched with `patch_head`; no completion is drawn and nothing el
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from powerflow_fast.integrations.offline_rows import Item, RowReader
 from powerflow_fast.integrations.patch_head import patch_head
-from powerflow_fast.logprobs.validation import check_number, is_finite
+from powerflow_fast.logprobs.validation import check_choice, check_number, is_finite
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model, trial_ids
+from powerflow_fast.models.packing_check import SHARED_PROMPT, choose_layout
 from powerflow_fast.models.parameters import disable_dropout, keep_gradient, trained_parameters
 from powerflow_fast.models.sampling import end_tokens
 from powerflow_fast.training.checks import check_adapter, check_arguments
@@ -39,11 +41,24 @@ def _scores(model: PreTrainedModel) -> Tensor:
     return model(**inputs, fused_lm_head=True).log_probs
 
 
-def _check_options(alpha: float, log_z: float | str, clip_eps: float) -> None:
+def _check_options(alpha: float, log_z: float | str, clip_eps: float, shared_prompt: str) -> None:
+    check_choice("shared_prompt", shared_prompt, SHARED_PROMPT)
     check_number("alpha", alpha, positive=True)
     check_number("clip_eps", clip_eps)
     if log_z != "group" and (not is_finite(log_z) or isinstance(log_z, bool)):
         raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
+
+
+def _try(models: list[PreTrainedModel], shared_prompt: str) -> bool:
+    """Whether all of them share prompts; ValueError for one that is no policy or no reference."""
+    layouts = set()
+    for model in models:
+        check_pair(model, trial=partial(_scores, model))
+        layout, reason = choose_layout(base_model(model), shared_prompt, padding_free=False)
+        if reason:
+            warnings.warn(reason, stacklevel=4)
+        layouts.add(layout)
+    return layouts == {"shared"}
 
 
 def _check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None) -> None:
@@ -90,6 +105,8 @@ class LATBTrainer(LossFigures):
         ref_model: the frozen reference where it is not the base of `model`.
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
         temperature: the one the completions were sampled at, > 0.
+        shared_prompt: compute a prompt once for its completions in a micro-batch: "auto" where the
+            models can, "on" or an error, "off".
         head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Options
             of an earlier `patch_head` of the model stay.
         **kwargs: every other argument of Trainer.
@@ -113,11 +130,12 @@ class LATBTrainer(LossFigures):
         log_z: float | str = "group",
         clip_eps: float = 0.2,
         temperature: float = 1.0,
+        shared_prompt: str = "auto",
         head: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_models(model, ref_model)
-        _check_options(alpha, log_z, clip_eps)
+        _check_options(alpha, log_z, clip_eps, shared_prompt)
         self._grouped, self._pad = log_z == "group", processing_class.pad_token_id or 0
         check_arguments(args)
         config, ends = base_model(model).config, end_tokens(model, processing_class)
@@ -141,8 +159,7 @@ class LATBTrainer(LossFigures):
                 processing_class=processing_class,
                 **kwargs,
             )
-            for part in parts:
-                check_pair(part, trial=partial(_scores, part))
+            self._shares = _try(parts, shared_prompt)
         sound = SoundSteps(self.accelerator)
         sound.alpha = alpha
         self.add_callback(sound)
@@ -198,6 +215,8 @@ class LATBTrainer(LossFigures):
             batch["group_ids"] = torch.arange(len(groups)).repeat_interleave(sizes)
         if items[0]["old_logps"] is not None:
             batch["old_logps"] = old
+        if self._shares:
+            batch["prompt_lengths"] = torch.tensor([len(item["prompt"]) for item in items])
         return batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,8 @@ from powerflow_fast.models.lm_head import (
     through_head,
     with_positions,
 )
+from powerflow_fast.models.packing import lay_out
+from powerflow_fast.models.packing_check import check_shared
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 LABELS = ("labels", "shift_labels", "num_items_in_batch")
@@ -93,6 +95,8 @@ def patch_head(
     """Let `model(..., labels=labels, fused_lm_head=True)` return log-probs instead of logits.
 
     Only hidden states that predict a label other than -100 reach the head; the logits never exist.
+    With `prompt_lengths=` [B], how many real tokens of each row are its prompt, equal prompts are
+    computed once; input_ids and attention_mask are then all else that is taken.
     Such a call returns a `FusedHeadOutput`, or with `return_dict=False` the tuple of its fields
     that are not None. Other calls, and so generation, are unchanged. `unpatch_head` undoes it.
 
@@ -209,21 +213,15 @@ def _score(
     as_tuple = inputs.pop("return_dict", None) is False
     if getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    inner = backbone(model)
-    out = inner(*args, **with_positions(inner, inputs))
-    hidden = out.last_hidden_state
-    if labels.shape != hidden.shape[:-1]:
-        expected = tuple(hidden.shape[:-1])
-        raise ValueError(f"{name}: expected [B, T] = {expected}, got {tuple(labels.shape)}")
-    if name == "labels":
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    of_model = _shared_states if "prompt_lengths" in inputs else _states
+    hidden, labels, router_logits = of_model(model, name, labels, *args, **inputs)
     # A model split over devices (`device_map`) may end on another one than its head.
     head = read_head(model)
     hidden, labels = (x.to(head.weight.device) for x in (hidden, labels))
     mask = labels != -100
     context = torch.autocast(hidden.device.type, enabled=False) if in_fp32 else nullcontext()
     with context:
-        rows = hidden[mask].float() if in_fp32 else hidden[mask]
+        rows = hidden.float() if in_fp32 else hidden
         targets = labels[mask]
         fields = through_head(model, head, lambda rows, head: statistics(rows, targets, head), rows)
     # Scattered with a graph, so that a batch with nothing to score gives a connected zero.
@@ -231,10 +229,62 @@ def _score(
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss, aux_loss = -fields["log_probs"].sum() / count, None
     if inputs.get("output_router_logits"):
-        aux_loss = _aux_loss(model, out.router_logits, inputs.get("attention_mask"))
+        aux_loss = _aux_loss(model, router_logits, inputs.get("attention_mask"))
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
     found = FusedHeadOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
     return found.to_tuple() if as_tuple else found
+
+
+def _states(
+    model: PreTrainedModel, name: str, labels: Tensor, *args: Tensor, **inputs: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """States [N, H] that predict labels other than -100, the labels by state [B, T], and what the
+    routers of experts gave."""
+    inner = backbone(model)
+    out = inner(*args, **with_positions(inner, inputs))
+    hidden = out.last_hidden_state
+    _check_labels(name, labels, hidden.shape[:-1])
+    if name == "labels":
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    scored = (labels != -100).to(hidden.device)
+    return hidden[scored], labels, getattr(out, "router_logits", None)
+
+
+def _shared_states(
+    model: PreTrainedModel,
+    name: str,
+    labels: Tensor,
+    input_ids: Tensor,
+    *,
+    prompt_lengths: Tensor,
+    attention_mask: Tensor | None = None,
+    use_cache: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor, None]:
+    """As `_states`, with equal prompts computed once."""
+    if others:
+        raise ValueError(f"prompt_lengths: expected no {', '.join(sorted(others))} beside it")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check_labels(name, labels, input_ids.shape)
+    real = mask.sum(1)
+    fits = prompt_lengths.shape == real.shape and bool((prompt_lengths <= real).all())
+    if not fits or bool((prompt_lengths < 1).any()):
+        raise ValueError(
+            "prompt_lengths: expected a number for each row, 1 to its real tokens "
+            f"{real.tolist()}, got {prompt_lengths.tolist()}"
+        )
+    check_shared(model)
+    rows = lay_out(input_ids, mask, prompt_lengths, "shared")
+    hidden = rows.hidden_states(model)
+    if name == "labels":
+        labels = labels[:, 1:]
+        return rows.predicting(hidden, labels != -100), labels, None
+    return hidden[rows.index[labels != -100].to(hidden.device)], labels, None
+
+
+def _check_labels(name: str, labels: Tensor, expected: Sequence[int]) -> None:
+    if labels.shape != expected:
+        raise ValueError(f"{name}: expected [B, T] = {tuple(expected)}, got {tuple(labels.shape)}")
 
 
 def _statistics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,6 +15,7 @@ from powerflow_fast.models.parameters import is_sharded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SHARED_PROMPT = ("auto", "on", "off")  # the option of trainers
 ATTENTION = {"full_attention", "sliding_attention"}  # layer types whose masks are known here
 LEAK = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; what comes in through a wrong mask
 LEAK_HALF = 0.05  # rounding of bf16 stays far below, a leak far above
@@ -50,6 +52,15 @@ def choose_layout(
     return "packed", reason
 
 
+def check_shared(model: PreTrainedModel) -> None:
+    """`check_packing` for "shared", once for a model and its attention function."""
+    if _sharing.get(model) != model.config._attn_implementation:
+        check_packing(model, "shared")
+
+
+_sharing: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
 def check_packing(model: PreTrainedModel, layout: Layout) -> None:
     """ValueError where `layout` would give `model` other states than a row for each sequence.
 
@@ -66,10 +77,9 @@ def check_packing(model: PreTrainedModel, layout: Layout) -> None:
             raise ValueError(f"{name} drops tokens by how many there are ({', '.join(capacity)})")
     before = model.config._attn_implementation
     packed_kernels(model)
-    if is_sharded(model):
-        return
     try:
-        _try(model, layout)
+        if not is_sharded(model):
+            _try(model, layout)
     except Exception as error:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
@@ -77,6 +87,8 @@ def check_packing(model: PreTrainedModel, layout: Layout) -> None:
             raise
         line = str(error).partition("\n")[0]
         raise ValueError(f"{name} takes no packed rows ({type(error).__name__}: {line})") from error
+    if layout == "shared":
+        _sharing[model] = model.config._attn_implementation
 
 
 def _try(model: PreTrainedModel, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 
 from powerflow_fast.logprobs.options import BACKENDS
 from powerflow_fast.loss import BALANCES
+from powerflow_fast.models.packing_check import SHARED_PROMPT
 
 # Options of GRPO's own loss, which this trainer replaces, by what takes their place. A value other
 # than the default would be silently ignored; it is refused instead.
@@ -62,7 +63,6 @@ def _count(low: int):
 # 3e-4 and 1e-3 on a model of 135M; larger ones want less. All parameters: TRL's default for GRPO.
 LORA_RATE, FULL_RATE = 2e-4, 1e-6
 POSITIVE, NOT_NEGATIVE, SHARE = _number(0, above=True), _number(0), _number(0, high=1)
-SHARED_PROMPT = ("auto", "on", "off")
 SWITCH = ("True or False", lambda x: isinstance(x, bool))
 # Options of this trainer, and those of TRL and transformers that would fail late or do nothing.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -382,3 +382,49 @@ def test_options_that_a_door_would_drop_are_refused(name):
     for door in (lambda **head: patch_head(tiny.model(), **head), verl.register):
         with pytest.raises(ValueError, match=f"^{name}: no such option of the head"):
             door(**{name: 1})
+
+
+@pytest.mark.parametrize("referee", [False, True], ids=["adapter off", "a second copy"])
+def test_offline_groups_share_their_prompt(referee, tmp_path):
+    """Three completions of each prompt: its tokens pass once, with the same losses."""
+    runs, passed = {}, {}
+    for way in ("off", "on"):
+        model = adapted()
+        options = dict(ref_model=tiny.model()) if referee else {}
+        trainer = offline(tmp_path / way, model=model, shared_prompt=way, **options)
+        tokens = passed.setdefault(way, [])
+        model.get_base_model().model.embed_tokens.register_forward_hook(
+            lambda m, args, out, tokens=tokens: tokens.append(args[0].numel())
+        )
+        trainer.train()
+        runs[way] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert runs["on"] == pytest.approx(runs["off"], rel=1e-4)
+    assert all(on < off for on, off in zip(passed["on"], passed["off"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_prompt_lengths_of_a_patched_model(name):
+    model = tiny.model().eval()
+    patch_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.tensor(
+        [[2, 3, 4, 5, 6, 0], [2, 3, 4, 7, 0, 0], [2, 3, 4, 8, 9, 10], [5, 6, 7, 8, 0, 0]]
+    )
+    mask = (ids != 0).long()
+    labels = ids.where(mask.bool() & (torch.arange(6) > 0), -100)  # of prompts, too
+    if name == "shift_labels":
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    batch = {"input_ids": ids, "attention_mask": mask, name: labels, "fused_lm_head": True}
+    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3, 3, 2]))
+    assert torch.equal(plain.label_mask, shared.label_mask)
+    for field in ("log_probs", "entropy", "loss"):
+        torch.testing.assert_close(plain[field], shared[field], rtol=1e-5, atol=1e-5)
+    for given, said in (
+        ({"prompt_lengths": torch.tensor([3, 3, 3])}, "prompt_lengths: expected a number for each"),
+        ({"prompt_lengths": torch.tensor([3, 5, 3, 2])}, "1 to its real tokens"),
+        (
+            {"prompt_lengths": torch.tensor([3, 3, 3, 2]), "position_ids": mask},
+            "expected no position_ids beside it",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model(**batch | given)
