@@ -8,6 +8,7 @@ is the same wherever the benchmark runs; PEFT's does the same arithmetic.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import Inputs
 from benchmarks.peers import Composed
+from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packing import Layout, lay_out
 from powerflow_fast.models.shapes import ModelShape, model_shape
 
 RANK = 16
@@ -107,14 +110,13 @@ class TrainingStep:
         )
 
     def __call__(self) -> Tensor:
-        text = next(self.texts)
-        hidden = self._hidden(text[:, :-1])
+        states, targets = self._pass(next(self.texts))
+        hidden = states()
         self.switch["on"] = False
         with torch.no_grad():
-            ref_hidden = self._hidden(text[:, :-1])
+            ref_hidden = states()
         self.switch["on"] = True
         weight = self.model.get_output_embeddings().weight
-        targets = text[:, 1:].reshape(-1)
         inputs = Inputs(hidden, weight, targets, ref_hidden, self.cu_seqlens)
         loss = self.method.tb(inputs).loss
         loss.backward()
@@ -122,6 +124,48 @@ class TrainingStep:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def _hidden(self, ids: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1])
+    def _pass(self, text: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
+        """A pass of the model to the states [N, H] that predict targets [N], and these."""
+
+        def states() -> Tensor:
+            out = self.model.model(input_ids=text[:, :-1], use_cache=False)
+            return out.last_hidden_state.flatten(0, 1)
+
+        return states, text[:, 1:].reshape(-1)
+
+
+@dataclass(frozen=True)
+class PromptCase(StepCase):
+    """Completions of one prompt, which is the first `prompt` tokens of each sequence."""
+
+    prompt: int
+    layout: Layout
+
+    @property
+    def id(self) -> str:
+        sizes = f"prompt {self.prompt}, {self.sequences} completions of {self.length - self.prompt}"
+        return f"{super().id}, {sizes}"
+
+
+class PromptStep(TrainingStep):
+    """A step on the completions alone; `case.layout` says how often the prompt is computed."""
+
+    def __init__(self, case: PromptCase, method: Composed, device: torch.device) -> None:
+        super().__init__(case, method, device)
+        self.prompt, self.layout = case.prompt, case.layout
+        scored = case.length - case.prompt
+        ends = torch.arange(0, case.sequences * scored + 1, scored, device=device)
+        self.cu_seqlens = ends.int()
+        packed_kernels(self.model)
+
+    def _pass(self, text: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
+        text = text[:, :-1].clone()
+        text[:, : self.prompt] = text[:1, : self.prompt]
+        lengths = text.new_full((len(text),), self.prompt)
+        rows = lay_out(text, torch.ones_like(text), lengths, self.layout)
+        scored = torch.ones_like(text[:, self.prompt :], dtype=torch.bool)
+
+        def states() -> Tensor:
+            return rows.predicting(rows.hidden_states(self.model), scored)
+
+        return states, text[:, self.prompt :].reshape(-1)

@@ -125,3 +125,52 @@ def test_two_runs_are_equal_bit_by_bit():
         loss_of(hidden, weight, *rest).backward()
         grads.append((hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+SHARED = {
+    "Llama": {},  # PyTorch's kernel for segments, in half precision
+    "Gemma3Text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "Gemma2": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_prompt_computed_once(name, dtype):
+    """States and gradients beside those of a row for each completion, in float64 on a CPU."""
+    transformers = pytest.importorskip("transformers")
+    from powerflow_fast.models.packed_attention import _takes_varlen
+    from powerflow_fast.models.packing import lay_out
+    from powerflow_fast.models.packing_check import check_packing
+
+    config = getattr(transformers, f"{name}Config")(
+        **dict(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=2),
+        **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.2),
+        **SHARED[name],
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to("cuda", dtype).eval()
+    exact = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    check_packing(model, "shared")
+    half = torch.zeros(1, 4, 3, 16, device="cuda", dtype=dtype)
+    assert _takes_varlen(half, half) is (dtype == torch.bfloat16)
+    ids = torch.randint(1, 60, (5, 17))
+    ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
+    mask = torch.ones_like(ids)
+    mask[1, 12:], mask[2, 9:] = 0, 0
+
+    def run(model, layout):
+        device = next(model.parameters()).device
+        rows = lay_out(*(x.to(device) for x in (ids, mask, torch.full((5,), 9))), layout)
+        states = rows.predicting(rows.hidden_states(model), mask[:, 9:].bool().to(device))
+        toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
+        (states * toward).sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return states.detach().cpu().double(), torch.cat(grads).cpu().double()
+
+    expected, padded, shared = run(exact, "padded"), run(model, "padded"), run(model, "shared")
+    for one, other, truth in zip(shared, padded, expected, strict=True):
+        floor = 1e-5 if dtype == torch.float32 else 1e-2
+        assert relative_error(one, truth) < 2 * relative_error(other, truth) + floor

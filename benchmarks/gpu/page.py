@@ -166,12 +166,31 @@ def _lora(rows: list[Line], found: list[Line]) -> list[str]:
     for row in rows:
         if "tokens_per_second" in row:
             name = row.get("model") or f"{row['part']}, {row['case']}"
-            peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
             rate = f"{row['tokens_per_second']:.0f}"
             planned = f"{plans[row['part']] / 1e9:.1f} GB"
-            cells.append((name, _seconds(row["seconds"]), rate, peak, planned))
+            cells.append((name, _seconds(row["seconds"]), rate, _peak(row), planned))
     head = ("training step, LoRA", "one step", "tokens/s", "peak memory", "`plan` says")
     return [table(head, cells)]
+
+
+def _prompts(rows: list[Line], found: list[Line]) -> list[str]:
+    """A line for each size: a prompt for each completion, and once."""
+    by_model: dict[str, dict[str, Line]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["layout"]] = row
+    cells = []
+    for model, ways in by_model.items():
+        if ways.keys() == {"padded", "shared"}:
+            each, once = ways["padded"], ways["shared"]
+            gain = f"{each['seconds'] / once['seconds']:.2f}x"
+            times = _seconds(each["seconds"]), _seconds(once["seconds"])
+            cells.append((model, *times, gain, *(_peak(way) for way in (each, once))))
+    head = ("training step, LoRA", "prompt for each completion", "prompt once", "gain")
+    return [table((*head, "peak for each", "peak once"), cells)]
+
+
+def _peak(row: Line) -> str:
+    return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
 
 
 def _compiled(found: list[Line]) -> list[str]:
@@ -231,4 +250,5 @@ TABLES = {
     "counters": _counters,
     "sanitizer": _sanitizer,
     "lora": _lora,
+    "prompts": _prompts,
 }

@@ -66,6 +66,13 @@ STAGES = (
         early=True,
     ),
     Stage(
+        "prompts",
+        "whole steps, a prompt computed once or for each completion",
+        _parts("prompts:step", ("Llama-3.2-1B", "Llama-3-8B"), {"default": 45}),
+        prepare_seconds=20,
+        early=True,
+    ),
+    Stage(
         "tuner",
         "candidate tiles, timed",
         _parts("tuner:tuner", ("ours",), {"default": 25}),
