@@ -21,6 +21,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     option("--weights", choices=("bf16", "fp32", "fp8", "nf4"), help="type of the base")
     option("--lora-rank", type=int, help="0 trains all parameters (16)")
     option("--tokens", type=int, help="of a sequence (8192)")
+    option("--prompt-tokens", type=int, help="of these, a prompt that a group shares (0: unknown)")
+    option("--group", type=int, help="completions of a prompt (8)")
     option("--completions", type=int, help="sampled at once per GPU (8)")
     option("--sharding", choices=("ddp", "fsdp"))
     option("--offload", action="store_true", help="FSDP shards in main memory")

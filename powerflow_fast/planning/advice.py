@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from powerflow_fast.planning.memory import QUANTIZED, Run, largest_micro_batch, plan
 
 SHOWN = 4  # ways to fit
-GENERATIONS = 8  # completions of a prompt, the trainer's default
 FEWEST_COMPLETIONS = 2  # of a prompt
 STEP = 64  # completions of an optimizer step, over all GPUs: 8 prompts
 MOST_GPUS, FEWEST_TOKENS = 64, 256  # that are suggested
@@ -73,7 +72,8 @@ def _changes(run: Run, sequences: int) -> Iterator[Run]:
             yield from (replace(sharded, offload=offload) for offload in (False, True))
         more = (replace(sharded, gpus=n) for n in range(run.gpus + 1, MOST_GPUS + 1))
         yield from _first_that_fits(more, sequences)
-    shorter = (replace(run, tokens=n) for n in _halves(run.tokens, FEWEST_TOKENS))
+    fewest_tokens = max(FEWEST_TOKENS, run.prompt_tokens + 1)
+    shorter = (replace(run, tokens=n) for n in _halves(run.tokens, fewest_tokens))
     yield from _first_that_fits(shorter, sequences)
 
 
@@ -100,7 +100,7 @@ def trainer_options(run: Run, fits: int) -> str:
             f"trainer: no group has 1 completion; plan --completions {FEWEST_COMPLETIONS} or more"
         )
     size = _largest_divisor(run.completions, fits)
-    group = _largest_divisor(rollout, GENERATIONS)
+    group = _largest_divisor(rollout, run.group)
     group = group if group >= FEWEST_COMPLETIONS else rollout
     sampled = run.completions // size  # micro-batches of one rollout
     rollouts = -(-STEP // rollout)  # of an optimizer step

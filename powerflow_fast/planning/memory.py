@@ -50,6 +50,9 @@ class Run:
         lora_rank: LoRA on every linear layer; 0 trains all parameters, with a frozen second copy as
             the reference.
         tokens: of a sequence, prompt and completion, with padding where padding is computed.
+        prompt_tokens: of these, the prompt that the completions of a group share: computed once a
+            group and micro-batch, and not scored. 0: unknown, all tokens count.
+        group: completions of a prompt.
         completions: sequences that one GPU samples at a time.
         sharding: "fsdp" divides weights, gradients and optimizer over the GPUs, "ddp" copies them.
         offload: with "fsdp": shards rest in main memory.
@@ -68,6 +71,8 @@ class Run:
     weights: str = "bf16"
     lora_rank: int = 16
     tokens: int = 8192
+    prompt_tokens: int = 0
+    group: int = 8
     completions: int = 8
     sharding: str = "ddp"
     offload: bool = False
@@ -76,8 +81,13 @@ class Run:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "memory_gb", "tokens", "completions"):
+        for name in ("gpus", "memory_gb", "tokens", "group", "completions"):
             _check_positive(name, getattr(self, name))
+        if not 0 <= self.prompt_tokens < self.tokens:
+            raise ValueError(
+                f"prompt_tokens: expected 0 to {self.tokens - 1:g}, less than tokens, got "
+                f"{reprlib.repr(self.prompt_tokens)}"
+            )
         if not 0 <= self.lora_rank <= LARGEST_SIZE:
             raise ValueError(
                 f"lora_rank: expected 0 to {LARGEST_SIZE:.0e}, got {reprlib.repr(self.lora_rank)}"
@@ -98,6 +108,15 @@ class Run:
     def width(self) -> float:
         """Bytes of a number in activations."""
         return BYTES["fp32" if self.weights == "fp32" else "bf16"]
+
+    def computed_tokens(self, sequences: int) -> int:
+        """Tokens that pass through the layers for a micro-batch: each prompt once a group."""
+        completions = (self.tokens - self.prompt_tokens) * sequences
+        return completions + self.prompt_tokens * -(-sequences // self.group)
+
+    def scored_tokens(self, sequences: int) -> int:
+        """Tokens that reach the head: those of completions."""
+        return (self.tokens - self.prompt_tokens) * sequences
 
     @property
     def copies_inputs(self) -> bool:
@@ -160,12 +179,33 @@ def layer_activations(run: Run) -> float:
     return run.width * (numbers + layers * run.lora_rank) + 4 * normed + scaled
 
 
+def micro_batch_activations(run: Run, sequences: int) -> float:
+    """Bytes that the backward pass of one decoder layer needs of a micro-batch.
+
+    Where prompts are shared, each completion has a copy of its prompt's keys and values, and the
+    prompt keeps those of the whole row.
+    """
+    shape, computed = run.shape, run.computed_tokens(sequences)
+    a_layer = layer_activations(run) * computed
+    if run.prompt_tokens:
+        copied = shape.num_heads * (run.tokens * sequences - computed)
+        a_layer += 2 * shape.head_dim * run.width * (copied + shape.num_kv_heads * computed)
+    return a_layer
+
+
 def activation_bytes(run: Run, sequences: int) -> float:
-    """Bytes that layers and last norm keep from forward to backward pass of a micro-batch."""
-    shape = run.shape
-    a_layer = run.width * shape.hidden_size if run.checkpointing else layer_activations(run)
-    last_norm = (4 + run.width) * shape.hidden_size
-    return (a_layer * shape.num_layers + last_norm) * run.tokens * sequences
+    """Bytes that layers and last norm keep from forward to backward pass of a micro-batch.
+
+    With shared prompts also the last states, of which those that predict are copied.
+    """
+    shape, computed = run.shape, run.computed_tokens(sequences)
+    if run.checkpointing:
+        a_layer = run.width * shape.hidden_size * computed
+    else:
+        a_layer = micro_batch_activations(run, sequences)
+    widths = 4 + run.width * (2 if run.prompt_tokens else 1)
+    last_norm = widths * shape.hidden_size * computed
+    return a_layer * shape.num_layers + last_norm
 
 
 def backward_bytes(run: Run, sequences: int) -> float:
@@ -177,8 +217,8 @@ def backward_bytes(run: Run, sequences: int) -> float:
     """
     fused = FAMILIES[run.shape.model_type].fused
     passing = (4 if fused or run.copies_inputs else 3) * run.shape.intermediate_size
-    again = layer_activations(run) if run.checkpointing else 0.0
-    return (run.width * passing + again) * run.tokens * sequences
+    again = micro_batch_activations(run, sequences) if run.checkpointing else 0.0
+    return run.width * passing * run.computed_tokens(sequences) + again
 
 
 def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
@@ -192,7 +232,7 @@ def head_bytes(run: Run, sequences: int, fused: bool = True) -> float:
     Not fused: logits in the run's width, in float32, and their gradient (the reference's pass is
     over then).
     """
-    n, h, v = run.tokens * sequences, run.shape.hidden_size, run.shape.vocab_size
+    n, h, v = run.scored_tokens(sequences), run.shape.hidden_size, run.shape.vocab_size
     width, on_cpu = run.width, run.device == "cpu"
     packed = n * h * (2 * width) + 64 * n  # and a few [N] vectors
     if not fused:
@@ -260,14 +300,28 @@ def flops_per_token(run: Run) -> float:
 
     Products of the layers: policy and reference forward, the gradient of the inputs, recomputation
     with checkpointing, the gradient of the weights where they train; causal attention, forward once
-    a pass and twice in the gradient; the head's three products (four where it trains).
+    a pass and twice in the gradient; the head's three products (four where it trains). A prompt
+    counts once a group, and not for the head.
     """
     shape, full = run.shape, run.lora_rank == 0
+    prompt, others = run.prompt_tokens / run.tokens, 1 - 1 / run.group
     layers = 2 * shape.num_layers * shape.layer_parameters()
     attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * run.tokens
     passes = 2 + run.checkpointing
     head = (4 if full else 3) * 2 * shape.hidden_size * shape.vocab_size
-    return layers * (passes + 1 + full) + attention * (passes + 2) + head
+    of_layers = layers * (1 - prompt * others) * (passes + 1 + full)
+    of_attention = attention * (1 - prompt * prompt * others) * (passes + 2)
+    return of_layers + of_attention + head * (1 - prompt)
+
+
+def _shared(run: Run, sequences: int) -> list[str]:
+    if not run.prompt_tokens:
+        return []
+    computed, tokens = run.computed_tokens(sequences), run.tokens * sequences
+    return [
+        f"{run.group} completions share a prompt of {run.prompt_tokens} tokens: {computed} of "
+        f"{tokens} tokens are computed"
+    ]
 
 
 LEGEND = """\
@@ -311,6 +365,7 @@ def report(run: Run, sequences: int | None = None, tflops: float | None = None) 
     lines = [
         f"{run.gpus} GPU(s) of {run.memory_gb:g} GB, {run.sharding}{', offload' * run.offload}; "
         f"{shown} sequence(s) of {run.tokens} tokens a micro-batch",
+        *_shared(run, shown),
         f"{'GB per GPU':<36}{'fused head':>12}{'plain logits':>14}",
     ]
     for name, title in titles.items():

@@ -89,6 +89,7 @@ class LossInForward(GRPOTrainer):
         mask = mask.to(device)
         if log_z is None:
             log_z = self._estimate_log_z(rows, hidden, inputs)
+        del hidden  # of every token; the head needs those that predict
         out: TBOutput
 
         def loss_of_head(hidden, head) -> Tensor:

@@ -1,7 +1,8 @@
 """Every causal language model of transformers at toy size: our log-probs against its own logits.
 
 `python -m tests.integrations.architectures` walks them all and writes architectures.json beside
-this file: per model type "passes", "refused: ...", or why no toy model of it was built.
+this file: per model type "passes", "refused: ...", or why no toy model of it was built; and whether
+it computes a prompt once for several completions, or why not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from powerflow_fast.integrations.transformers import patch_head
+from powerflow_fast.models.packing import lay_out
+from powerflow_fast.models.packing_check import choose_layout
 from tests.helpers.numerics import EPS32
 
 RESULTS = Path(__file__).with_name("architectures.json")
@@ -37,6 +40,7 @@ SIZES = {  # toy value: the names that configurations give to it
     "word_embed_proj_dim moe_intermediate_size shared_expert_intermediate_size ffn_hidden_size "
     "attention_hidden_size expert_ffn_hidden_size moe_shared_expert_intermediate_size",
     16: "q_lora_rank kv_lora_rank o_lora_rank",
+    5: "sliding_window",
     8: "head_dim global_head_dim dim_head attention_head_dim kv_channels qk_nope_head_dim "
     "qk_rope_head_dim v_head_dim rotary_dim",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads num_experts "
@@ -126,16 +130,46 @@ def check(model_type: str) -> str:
     return "passes"
 
 
+def check_sharing(model_type: str) -> str:
+    """One line on shared prompts; raises AssertionError where states or gradients differ."""
+    model = build(model_type)
+    layout, reason = choose_layout(model, "auto", False)
+    if layout != "shared":
+        return reason.removeprefix("shared_prompt: ")
+    ids = torch.randint(3, VOCAB, (5, 17), generator=torch.Generator().manual_seed(0))
+    ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
+    mask = torch.ones_like(ids)
+    mask[1, 12:], mask[2, 9:], mask[4, 15:] = 0, 0, 0
+    found = []
+    for layout in ("padded", "shared"):
+        rows = lay_out(ids, mask, torch.full((5,), 9), layout)
+        states = rows.predicting(rows.hidden_states(model), mask[:, 1:].bool())
+        toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+        model.zero_grad()
+        (states * toward).sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((states.detach(), torch.cat(grads)))
+    for apart, together, limit in zip(*found, (1e-4, 1e-3), strict=True):
+        error = float((together - apart).norm() / apart.norm())
+        assert error < limit, f"{model_type}: a shared prompt differs by {error:.2g} > {limit:.2g}"
+    return "computed once"
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    results = {}
+    results, sharing = {}, {}
     for model_type in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         results[model_type] = check(model_type)
-        print(f"{model_type}: {results[model_type]}", flush=True)
+        if not results[model_type].startswith("no toy model"):
+            sharing[model_type] = check_sharing(model_type)
+        print(f"{model_type}: {results[model_type]}; {sharing.get(model_type)}", flush=True)
     print(Counter(line.split(":")[0] for line in results.values()))
+    once = sum(line == "computed once" for line in sharing.values())
+    print(f"a prompt is computed once by {once} of {len(sharing)}")
     if not sys.argv[1:]:
         result = {"transformers": transformers.__version__, "architectures": results}
+        result["shared_prompt"] = sharing
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
