@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.inputs import Inputs
+from benchmarks.inputs import INPUT_SETS, Inputs
 from benchmarks.peers import Composed
 from powerflow_fast.models.packed_attention import packed_kernels
 from powerflow_fast.models.packing import Layout, lay_out
@@ -99,15 +99,19 @@ class TrainingStep:
         options = {"use_reentrant": False}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        size = (case.sequences, case.length + 1)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.draw(case, case.length)
+
+    def draw(self, case: StepCase, scored: int) -> None:
+        """Texts of the case's sizes, of which the last `scored` tokens of each sequence count."""
+        device = self.model.device
+        size = (INPUT_SETS, case.sequences, case.length + 1)
         self.texts = itertools.cycle(
-            torch.randint(case.shape.vocab_size, (3, *size), device=device).unbind()
+            torch.randint(case.shape.vocab_size, size, device=device).unbind()
         )
-        self.cu_seqlens = torch.arange(
-            0, case.tokens + 1, case.length, dtype=torch.int32, device=device
-        )
+        ends = torch.arange(0, case.sequences * scored + 1, scored, device=device)
+        self.cu_seqlens = ends.int()
 
     def __call__(self) -> Tensor:
         states, targets = self._pass(next(self.texts))
@@ -152,11 +156,19 @@ class PromptStep(TrainingStep):
 
     def __init__(self, case: PromptCase, method: Composed, device: torch.device) -> None:
         super().__init__(case, method, device)
-        self.prompt, self.layout = case.prompt, case.layout
-        scored = case.length - case.prompt
-        ends = torch.arange(0, case.sequences * scored + 1, scored, device=device)
-        self.cu_seqlens = ends.int()
         packed_kernels(self.model)
+        self.start = [p.detach().clone() for p in self.trained]
+        self.use(case)
+
+    def use(self, case: PromptCase) -> None:
+        """Start again, with other sizes or another layout; the same sizes draw the same texts."""
+        torch.manual_seed(0)
+        self.prompt, self.layout = case.prompt, case.layout
+        self.draw(case, case.length - case.prompt)
+        with torch.no_grad():
+            for parameter, start in zip(self.trained, self.start, strict=True):
+                parameter.copy_(start)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
 
     def _pass(self, text: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
         text = text[:, :-1].clone()

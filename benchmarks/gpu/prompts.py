@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,13 +34,14 @@ def step(run: Run) -> Iterator[None]:
         found = dict.fromkeys([run.part], next(iter(found.values())))
     if run.part not in found:
         raise Unavailable(f"no layer of the {run.part} shape fits into {free / 1e9:.3g} GB")
+    one = None
     for prompt, completion in TINY_SIZES if run.tiny else SIZES:
         losses: dict[Layout, float] = {}
         for layout, words in LAYOUTS.items():
             case = prompt_case(found[run.part], prompt, completion, layout)
-            run.case(
-                f"{case.id}, computed {words}", lambda c=case, seen=losses: _measure(run, c, seen)
-            )
+            one = one or PromptStep(case, PowerflowFast(), run.device)
+            name = f"{case.id}, computed {words}"
+            run.case(name, partial(_measure, run, one, case, losses))
 
 
 def prompt_case(model: StepCase, prompt: int, completion: int, layout: Layout) -> PromptCase:
@@ -47,16 +49,15 @@ def prompt_case(model: StepCase, prompt: int, completion: int, layout: Layout) -
     return PromptCase(**vars(replace(model, **sizes)), prompt=prompt, layout=layout)
 
 
-def _measure(run: Run, case: PromptCase, losses: dict[Layout, float]) -> Line:
-    gc.collect()  # the case before: optimizer and model refer to each other
-    one = PromptStep(case, PowerflowFast(), run.device)
+def _measure(run: Run, one: PromptStep, case: PromptCase, losses: dict[Layout, float]) -> Line:
+    one.use(case)
     losses[case.layout] = one().item()
-    rounding = torch.finfo(case.dtype).eps
-    first = losses["padded"]
+    first, rounding = losses["padded"], torch.finfo(case.dtype).eps
     if abs(losses[case.layout] - first) > 16 * rounding * abs(first):
         raise ArithmeticError(f"loss {losses[case.layout]:.6g}, with a row each {first:.6g}")
     on_gpu = run.device.type == "cuda"
     if on_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     timed = method.quartiles(method.repeat(one, run.device, run.budget(SECONDS)))

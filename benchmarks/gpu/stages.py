@@ -68,8 +68,11 @@ STAGES = (
     Stage(
         "prompts",
         "whole steps, a prompt computed once or for each completion",
-        _parts("prompts:step", ("Llama-3.2-1B", "Llama-3-8B"), {"default": 45}),
-        prepare_seconds=20,
+        (
+            Part("Llama-3.2-1B", HERE + "prompts:step", 12),
+            Part("Llama-3-8B", HERE + "prompts:step", 25),
+        ),
+        prepare_seconds=8,
         early=True,
     ),
     Stage(

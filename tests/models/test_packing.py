@@ -51,7 +51,8 @@ MAMBA = dict(hidden_size=16, num_hidden_layers=2, vocab_size=60, num_heads=4, he
 def build(name, dtype=torch.float32, **options):
     config = getattr(transformers, f"{name}Config")(**(MODELS.get(name, {}) | options))
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    eager = {"attn_implementation": "eager"} if name in ("Gemma2", "GptOss") else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
 
 
 def batch(*rows):

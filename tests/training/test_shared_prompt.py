@@ -106,7 +106,8 @@ def test_a_model_with_eager_attention(tmp_path, peft):
     AutoModelForCausalLM.from_config(given).save_pretrained(tmp_path / "model")
     runs = {}
     for way in ("off", "on"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        eager = dict(attn_implementation="eager")  # of older versions not the default
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **eager)
         trainer, seen = make(tmp_path / way, model=model, peft=peft, shared_prompt=way)
         trainer.train()
         names = [m.config._attn_implementation for m in (model, trainer.ref_model) if m is not None]
