@@ -127,50 +127,82 @@ def test_two_runs_are_equal_bit_by_bit():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-SHARED = {
-    "Llama": {},  # PyTorch's kernel for segments, in half precision
-    "Gemma3Text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-    "Gemma2": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-}
+SLIDING = dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+SHARED = {"Llama": {}, "Gemma3Text": SLIDING, "Gemma2": SLIDING}
+FLASH = ("flash_attention_2", "flash_attention_4")
+
+
+def packed_case():
+    """Five rows of two prompts of 9 tokens: ids, mask."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, 60, (5, 17))
+    ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
+    mask = torch.ones_like(ids)
+    mask[1, 14:], mask[2, 12:] = 0, 0  # padding within the window: eager attention needs a key
+    return ids, mask
+
+
+def states_and_gradients(model, layout):
+    from powerflow_fast.models.packing import lay_out
+
+    (ids, mask), device = packed_case(), next(model.parameters()).device
+    rows = lay_out(*(x.to(device) for x in (ids, mask, torch.full((5,), 9))), layout)
+    states = rows.predicting(rows.hidden_states(model), mask[:, 9:].bool().to(device))
+    toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
+    (states * toward).sum().backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return states.detach().cpu().double(), torch.cat(grads).cpu().double()
+
+
+def built(name, dtype, head=16, **options):
+    """A model on the device, and the same in float64 on the CPU."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        **dict(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=2),
+        **dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2),
+        **dict(head_dim=head, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        **SHARED[name],
+    )
+    torch.manual_seed(0)
+    make = transformers.AutoModelForCausalLM.from_config
+    exact = make(config).double().eval()
+    model = make(config, **options).to("cuda", dtype).eval()
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())
+    return model, exact
+
+
+def assert_as_right_as_rows_apart(model, exact, dtype):
+    expected = states_and_gradients(exact, "padded")
+    apart, shared = (states_and_gradients(model, layout) for layout in ("padded", "shared"))
+    floor = 1e-5 if dtype == torch.float32 else 1e-2
+    for one, other, truth in zip(shared, apart, expected, strict=True):
+        assert relative_error(one, truth) < 2 * relative_error(other, truth) + floor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SHARED)
 def test_a_prompt_computed_once(name, dtype):
-    """States and gradients beside those of a row for each completion, in float64 on a CPU."""
-    transformers = pytest.importorskip("transformers")
+    """In half precision by PyTorch's own kernel for segments."""
+    model, exact = built(name, dtype)
     from powerflow_fast.models.packed_attention import _takes_varlen
-    from powerflow_fast.models.packing import lay_out
     from powerflow_fast.models.packing_check import check_packing
 
-    config = getattr(transformers, f"{name}Config")(
-        **dict(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=2),
-        **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.2),
-        **SHARED[name],
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to("cuda", dtype).eval()
-    exact = transformers.AutoModelForCausalLM.from_config(config).double().eval()
-    exact.load_state_dict(model.state_dict())
     check_packing(model, "shared")
-    half = torch.zeros(1, 4, 3, 16, device="cuda", dtype=dtype)
-    assert _takes_varlen(half, half) is (dtype == torch.bfloat16)
-    ids = torch.randint(1, 60, (5, 17))
-    ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
-    mask = torch.ones_like(ids)
-    mask[1, 12:], mask[2, 9:] = 0, 0
+    query = torch.zeros(1, 4, 3, 16, device="cuda", dtype=dtype)
+    assert _takes_varlen(query, query) is (dtype == torch.bfloat16)
+    assert_as_right_as_rows_apart(model, exact, dtype)
 
-    def run(model, layout):
-        device = next(model.parameters()).device
-        rows = lay_out(*(x.to(device) for x in (ids, mask, torch.full((5,), 9))), layout)
-        states = rows.predicting(rows.hidden_states(model), mask[:, 9:].bool().to(device))
-        toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
-        (states * toward).sum().backward()
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        return states.detach().cpu().double(), torch.cat(grads).cpu().double()
 
-    expected, padded, shared = run(exact, "padded"), run(model, "padded"), run(model, "shared")
-    for one, other, truth in zip(shared, padded, expected, strict=True):
-        floor = 1e-5 if dtype == torch.float32 else 1e-2
-        assert relative_error(one, truth) < 2 * relative_error(other, truth) + floor
+@pytest.mark.parametrize("kernel", FLASH)
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
+def test_a_prompt_computed_once_by_flash_attention(name, kernel):
+    from powerflow_fast.models.packing_check import check_packing
+
+    try:
+        model, exact = built(name, torch.bfloat16, head=64, attn_implementation=kernel)
+    except ImportError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    check_packing(model, "shared")
+    assert_as_right_as_rows_apart(model, exact, torch.bfloat16)
