@@ -1,5 +1,7 @@
 """What only a GPU shows: CUDA graphs, streams, a second device, no synchronisation, no [V, H]."""
 
+import copy
+
 import pytest
 import torch
 
@@ -166,7 +168,7 @@ def built(name, dtype, head=16, **options):
     )
     torch.manual_seed(0)
     make = transformers.AutoModelForCausalLM.from_config
-    exact = make(config).double().eval()
+    exact = make(copy.deepcopy(config)).double().eval()  # options are written into the config
     model = make(config, **options).to("cuda", dtype).eval()
     model.load_state_dict(exact.state_dict())
     exact.load_state_dict(model.state_dict())

@@ -20,7 +20,7 @@ from powerflow_fast.logprobs.validation import check_choice, check_number, is_fi
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model, trial_ids
-from powerflow_fast.models.packing_check import SHARED_PROMPT, choose_layout
+from powerflow_fast.models.packing_check import SHARED_PROMPT, LayoutChoice, choose_layout
 from powerflow_fast.models.parameters import disable_dropout, keep_gradient, trained_parameters
 from powerflow_fast.models.sampling import end_tokens
 from powerflow_fast.training.checks import check_adapter, check_arguments
@@ -49,16 +49,16 @@ def _check_options(alpha: float, log_z: float | str, clip_eps: float, shared_pro
         raise ValueError(f"log_z: expected 'group' or a finite number, got {log_z!r}")
 
 
-def _try(models: list[PreTrainedModel], shared_prompt: str) -> bool:
-    """Whether all of them share prompts; ValueError for one that is no policy or no reference."""
-    layouts = set()
+def _try(models: list[PreTrainedModel], shared_prompt: str) -> LayoutChoice:
+    """The layout for all; ValueError for a model that is no policy or no reference."""
+    choices = []
     for model in models:
         check_pair(model, trial=partial(_scores, model))
-        layout, reason = choose_layout(base_model(model), shared_prompt, padding_free=False)
-        if reason:
-            warnings.warn(reason, stacklevel=4)
-        layouts.add(layout)
-    return layouts == {"shared"}
+        choices.append(choose_layout(base_model(model), shared_prompt))
+    worst = next((choice for choice in choices if choice.best == "padded"), choices[0])
+    if worst.reason:
+        warnings.warn(worst.reason, stacklevel=4)
+    return worst
 
 
 def _check_models(model: PreTrainedModel, ref_model: PreTrainedModel | None) -> None:
@@ -106,7 +106,7 @@ class LATBTrainer(LossFigures):
         alpha, log_z, clip_eps: as in `tb_loss`; "group" needs two completions of every prompt.
         temperature: the one the completions were sampled at, > 0.
         shared_prompt: compute a prompt once for its completions in a micro-batch: "auto" where the
-            models can, "on" or an error, "off".
+            models can and it pays, "on" or an error, "off".
         head: further options of `patch_head`: `backend`, `grad_tolerance`, `round_logits`. Options
             of an earlier `patch_head` of the model stay.
         **kwargs: every other argument of Trainer.
@@ -159,7 +159,7 @@ class LATBTrainer(LossFigures):
                 processing_class=processing_class,
                 **kwargs,
             )
-            self._shares = _try(parts, shared_prompt)
+            self._layout = _try(parts, shared_prompt)
         sound = SoundSteps(self.accelerator)
         sound.alpha = alpha
         self.add_callback(sound)
@@ -215,8 +215,7 @@ class LATBTrainer(LossFigures):
             batch["group_ids"] = torch.arange(len(groups)).repeat_interleave(sizes)
         if items[0]["old_logps"] is not None:
             batch["old_logps"] = old
-        if self._shares:
-            batch["prompt_lengths"] = torch.tensor([len(item["prompt"]) for item in items])
+        batch["prompt_lengths"] = torch.tensor([len(item["prompt"]) for item in items])
         return batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -230,6 +229,8 @@ class LATBTrainer(LossFigures):
         inputs = dict(inputs)
         names = ("old_logps", "psi", "group_ids")
         options = {name: inputs.pop(name) for name in names if name in inputs}
+        if self._layout.of(inputs["input_ids"]) != "shared":
+            del inputs["prompt_lengths"]
         normalizer = None  # an evaluation counts its own sequences
         if self.model.training:  # DDP averages gradients over ranks
             normalizer = num_items_in_batch / self.accelerator.num_processes

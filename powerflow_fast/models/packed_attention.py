@@ -179,7 +179,10 @@ def _by_blocks(
 
 
 def _gathered(segments: Segments, x: Tensor) -> Tensor:
-    return x if segments.keys is None else x.index_select(2, segments.keys)
+    """[1, heads, K, D], by tokens in memory, as they are."""
+    if segments.keys is None:
+        return x
+    return x.transpose(1, 2).index_select(1, segments.keys).transpose(1, 2)
 
 
 def _padded(x: Tensor, block: Block) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from powerflow_fast.models.lm_head import TOKENS, modes_kept, trial_ids
 from powerflow_fast.models.packed_attention import packed_kernels
@@ -17,39 +19,65 @@ if TYPE_CHECKING:
 
 SHARED_PROMPT = ("auto", "on", "off")  # the option of trainers
 ATTENTION = {"full_attention", "sliding_attention"}  # layer types whose masks are known here
+# Tokens times parameters of a layer, below which launching kernels takes longer than running them:
+# segments launch more. H200, 1B and 8B shapes with LoRA (benchmarks/README.md, GPUs): 0.75x at
+# 5.6e11 and below, 1.2 to 2.4x at 6.2e11 and above.
+HOST_BOUND = 6e11
 LEAK = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; what comes in through a wrong mask
 LEAK_HALF = 0.05  # rounding of bf16 stays far below, a leak far above
 
 
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The layout of a model's micro-batches."""
+
+    best: Layout  # that the model can do, of those that were asked for
+    plain: Layout = "padded"  # where the best does not pay
+    least_tokens: float = 0  # of a micro-batch on a GPU, from which the best pays
+    reason: str = ""  # where "auto" came to nothing
+
+    def of(self, ids: Tensor) -> Layout:
+        """The layout of a micro-batch of token ids [B, W]."""
+        return self.plain if ids.is_cuda and ids.numel() < self.least_tokens else self.best
+
+
 def choose_layout(
-    model: PreTrainedModel, shared_prompt: str, padding_free: bool
-) -> tuple[Layout, str]:
-    """The layout for `model`, and where "auto" came to nothing the reason.
+    model: PreTrainedModel, shared_prompt: str, padding_free: bool = False
+) -> LayoutChoice:
+    """Try what `model` can do.
 
     Args:
         model: the transformers model, unwrapped.
-        shared_prompt: "on", "off", or "auto" for "on" where the model can.
+        shared_prompt: "on", "off", or "auto" for "on" where the model can and it pays.
         padding_free: compute real tokens only, also where prompts are not shared.
 
     Raises:
         ValueError: for a model that cannot do what is "on".
     """
+    plain: Layout = "packed" if padding_free else "padded"
     reason = ""
     if shared_prompt != "off":
         try:
             check_packing(model, "shared")
-            return "shared", ""
         except ValueError as error:
             if shared_prompt == "on":
                 raise ValueError(f"shared_prompt: {error}; leave it 'auto'") from error
             reason = f"shared_prompt: each completion computes its prompt: {error}"
-    if not padding_free:
-        return "padded", reason
-    try:
-        check_packing(model, "packed")
-    except ValueError as error:
-        raise ValueError(f"padding_free: {error}; leave it off") from error
-    return "packed", reason
+        else:
+            least = least_tokens(model) if shared_prompt == "auto" else 0
+            return LayoutChoice("shared", plain, least)
+    if padding_free:
+        try:
+            check_packing(model, "packed")
+        except ValueError as error:
+            raise ValueError(f"padding_free: {error}; leave it off") from error
+    return LayoutChoice(plain, plain, reason=reason)
+
+
+def least_tokens(model: PreTrainedModel) -> float:
+    """Tokens of a micro-batch from which a GPU, not its host, sets the time of a step."""
+    layers = model.config.get_text_config().num_hidden_layers
+    return HOST_BOUND * layers / model.num_parameters(exclude_embeddings=True)
 
 
 def check_shared(model: PreTrainedModel) -> None:

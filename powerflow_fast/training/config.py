@@ -164,7 +164,7 @@ class PowerFlowConfig(GRPOConfig):
     shared_prompt: str = _option(
         "auto",
         "Compute a prompt once for all of its completions in a micro-batch: 'auto' where the model "
-        "can, 'on' or an error, 'off'.",
+        "can and it pays, 'on' or an error, 'off'.",
         *SHARED_PROMPT,
     )
     padding_free: bool = _option(

@@ -17,8 +17,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.models.lm_head import ModelHead, base_model, read_head, through_head
 from powerflow_fast.models.packed_attention import packed_kernels
-from powerflow_fast.models.packing import Layout, Rows, lay_out
-from powerflow_fast.models.packing_check import choose_layout
+from powerflow_fast.models.packing import Rows, lay_out
+from powerflow_fast.models.packing_check import LayoutChoice, choose_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,13 +29,13 @@ def counted_mask(inputs) -> Tensor:  # [B, T] bool
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def rows_of(inputs, layout: Layout = "padded") -> Rows:
+def rows_of(inputs, layout: LayoutChoice = LayoutChoice("padded")) -> Rows:  # noqa: B008
     """Prompts and completions as rows for a model; masked completion tokens are not computed."""
     ids, mask = (
         torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1)
         for kind in ("ids", "mask")
     )
-    return lay_out(ids, mask, inputs["prompt_mask"].sum(1), layout)
+    return lay_out(ids, mask, inputs["prompt_mask"].sum(1), layout.of(ids))
 
 
 class LossInForward(GRPOTrainer):
@@ -46,7 +46,7 @@ class LossInForward(GRPOTrainer):
     health: Any
     log_z: Any = None  # the learned log Z', a `LearnedLogZ`
     ref_model: Any  # the second copy, for full fine-tuning
-    layout: Layout = "padded"  # of the rows in which both models compute
+    layout = LayoutChoice("padded")  # of the rows in which both models compute
     pass_tokens = (0, 0)  # of the last pass: computed, and saved by shared prompts
     _redirect = _ForwardRedirection()
 
@@ -56,10 +56,10 @@ class LossInForward(GRPOTrainer):
     def choose_layout(self) -> None:
         """ValueError where the model cannot do what `shared_prompt` or `padding_free` asks for."""
         args, base = self.args, base_model(self._policy())
-        self.layout, reason = choose_layout(base, args.shared_prompt, args.padding_free)
-        if reason:
-            warnings.warn(reason, stacklevel=4)
-        if self.ref_model is not None and self.layout != "padded":
+        self.layout = choose_layout(base, args.shared_prompt, args.padding_free)
+        if self.layout.reason:
+            warnings.warn(self.layout.reason, stacklevel=4)
+        if self.ref_model is not None and self.layout.best != "padded":
             packed_kernels(base_model(self.accelerator.unwrap_model(self.ref_model)))
 
     @staticmethod

@@ -133,9 +133,9 @@ def check(model_type: str) -> str:
 def check_sharing(model_type: str) -> str:
     """One line on shared prompts; raises AssertionError where states or gradients differ."""
     model = build(model_type)
-    layout, reason = choose_layout(model, "auto", False)
-    if layout != "shared":
-        return reason.removeprefix("shared_prompt: ")
+    choice = choose_layout(model, "auto")
+    if choice.best != "shared":
+        return choice.reason.removeprefix("shared_prompt: ")
     ids = torch.randint(3, VOCAB, (5, 17), generator=torch.Generator().manual_seed(0))
     ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
     mask = torch.ones_like(ids)

@@ -1,5 +1,7 @@
 """Rows in which prompts lie once give what a row for each sequence gives: states and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM  # noqa: E402
 from powerflow_fast.models import packed_attention  # noqa: E402
 from powerflow_fast.models.packed_attention import EAGER, packed_kernels  # noqa: E402
 from powerflow_fast.models.packing import lay_out  # noqa: E402
-from powerflow_fast.models.packing_check import check_packing, choose_layout  # noqa: E402
+from powerflow_fast.models.packing_check import LayoutChoice, check_packing, choose_layout  # noqa: E402
 
 WORDS = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SIZE = WORDS | dict(
@@ -104,7 +106,7 @@ def assert_same(got, expected, dtype=torch.float32):
 @pytest.mark.parametrize("name", MODELS)
 def test_states_and_gradients_are_those_of_rows_apart(name, dtype):
     model = build(name, dtype)
-    assert choose_layout(model, "auto", False) == ("shared", "")
+    assert choose_layout(model, "auto").best == "shared"
     expected = states(model, ROWS, "padded")
     for layout, tokens in (("packed", 52), ("shared", 29)):
         got = states(model, ROWS, layout)
@@ -281,22 +283,23 @@ def test_models_that_cannot_share_fall_back_or_say_so(kind):
     name, config, why = REFUSED[kind]
     model = build(name, **config | dict(num_attention_heads=4) if name == "Falcon" else config)
     before = model.config._attn_implementation
-    layout, reason = choose_layout(model, "auto", False)
-    assert layout == "padded" and why in reason and "\n" not in reason
-    assert reason.startswith("shared_prompt: each completion computes its prompt")
+    choice = choose_layout(model, "auto")
+    assert choice.best == "padded" and why in choice.reason and "\n" not in choice.reason
+    assert choice.reason.startswith("shared_prompt: each completion computes its prompt")
     with pytest.raises(ValueError, match=f"shared_prompt: .*{why}.*leave it 'auto'"):
-        choose_layout(model, "on", False)
+        choose_layout(model, "on")
     with pytest.raises(ValueError, match="padding_free: .*leave it off"):
         choose_layout(model, "off", True)
-    assert choose_layout(model, "off", False) == ("padded", "")
+    assert choose_layout(model, "off") == LayoutChoice("padded")
     assert model.config._attn_implementation == before
 
 
 def test_experts_with_a_capacity_fall_back():
     model = build("Mixtral")
     model.config.expert_capacity = 4
-    layout, reason = choose_layout(model, "auto", True)
-    assert layout == "packed" and "drops tokens by how many there are (expert_capacity)" in reason
+    choice = choose_layout(model, "auto", padding_free=True)
+    assert choice.best == choice.plain == "packed"
+    assert "drops tokens by how many there are (expert_capacity)" in choice.reason
 
 
 def test_a_model_whose_segments_leak_is_found_out():
@@ -312,8 +315,8 @@ def test_a_model_whose_segments_leak_is_found_out():
 
     model = build("Llama")
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
-    layout, reason = choose_layout(model, "auto", False)
-    assert layout == "padded" and "packed sequences influence each other" in reason
+    choice = choose_layout(model, "auto")
+    assert choice.best == "padded" and "packed sequences influence each other" in choice.reason
 
 
 def test_a_window_that_is_not_told_is_found_out():
@@ -331,3 +334,17 @@ def test_an_attention_that_takes_no_segments():
     model.set_attn_implementation("of_somebody")
     with pytest.raises(ValueError, match="attn_implementation='of_somebody' takes no packed rows"):
         check_packing(model, "shared")
+
+
+def test_on_a_gpu_few_tokens_are_not_worth_it():
+    """The host sets the time there; a prompt is shared all the same where that is asked for."""
+    model = build("Llama")
+    auto, on = (choose_layout(model, way, padding_free=True) for way in ("auto", "on"))
+    assert auto.least_tokens == pytest.approx(
+        6e11 / (sum(p.numel() for p in model.model.layers.parameters()) / 3),
+        rel=0.2,  # the head counts, too
+    )
+    few, many = (SimpleNamespace(is_cuda=True, numel=lambda n=n: n) for n in (1e6, 1e9))
+    assert [auto.of(few), auto.of(many)] == ["packed", "shared"]
+    assert on.of(few) == "shared"
+    assert auto.of(torch.zeros(2, 2)) == "shared"
