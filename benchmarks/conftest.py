@@ -26,7 +26,7 @@ pytest_plugins = ["benchmarks.budget"]
 ORDER = ("tb-frozen", "certified", "forward", "pair", "tb-trained", "training-step", "scaling")
 
 # Whole trainers, minutes each: only where --groups or the command line names them.
-ON_REQUEST = ("grpo-step", "trainer-step")
+ON_REQUEST = ("grpo-step", "trainer-step", "shared-prompt")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,6 +111,7 @@ class Session:
         self.case_seconds = config.getoption("case_seconds") or default
         self.rows: list[dict] = []
         self.trainer: dict | None = None  # steps a minute of whole trainers
+        self.prompts: dict | None = None  # steps of whole trainers by the length of the prompt
         self.notes: list[str] = []  # lines for the end of the run
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
         self.best_setting: dict[tuple, str] = {}
@@ -153,6 +154,8 @@ class Session:
         measured = {"tiny" if self.tiny else "head": self.content(dropped)} if self.rows else {}
         if self.trainer is not None:
             measured["trainer"] = self.trainer
+        if self.prompts is not None and not self.tiny:
+            measured["prompts"] = self.prompts
         for name, content in measured.items():
             for block in head_tables.of_run(name, results_file.complete(content)):
                 yield f"\n{plain(block)}"

@@ -44,6 +44,11 @@ def trainer_table() -> str:
     return head_tables.trainer_table(results_file.load("trainer"))
 
 
+def prompt_tables() -> str:
+    """Every device: steps by the length of the prompt."""
+    return "\n\n".join(head_tables.prompt_tables(results_file.load("prompts")))
+
+
 def _plot(name: str, folder: str) -> str:
     return f"![{plots.TITLES[name.partition('-')[0]]}]({folder}/{name})"
 
@@ -82,7 +87,12 @@ def evidence_table() -> str:
 
 TABLES = {
     README: {"step": step_tables, "demo": demo_tables, "evidence": evidence_table},
-    PAGE: {"gpu": gpu_page.tables, "head": every_table, "trainer": trainer_table},
+    PAGE: {
+        "gpu": gpu_page.tables,
+        "head": every_table,
+        "trainer": trainer_table,
+        "prompts": prompt_tables,
+    },
 }
 
 

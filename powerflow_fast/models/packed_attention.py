@@ -58,7 +58,7 @@ class Segments:
     cu_seq_lens_k: Tensor  # [S + 1] int32: their keys
     max_length_q: int
     max_length_k: int
-    # Which modules attended, each with its sliding window: what `check_packing` looks at.
+    # The modules that attended in this pass, each with its sliding window.
     windows: dict[nn.Module, int | None] = field(default_factory=dict)
 
     @classmethod
@@ -127,6 +127,23 @@ def packed_kernels(model: PreTrainedModel) -> None:
         AttentionInterface.register(name, functools.partial(_attend, name, original))
 
 
+def check_layers(model: PreTrainedModel, segments: Segments) -> None:
+    """ValueError where, in the pass just done, a layer did not attend by the segments, or hid its
+    window from them: the states are then wrong."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    count, attended = config.num_hidden_layers, len(segments.windows)
+    if attended != count:
+        raise ValueError(
+            f"{name} has {count} layers, of which {attended} attend by transformers' registry"
+        )
+    types = getattr(config, "layer_types", None)
+    slides = bool(getattr(config, "sliding_window", None))
+    for place, window in enumerate(segments.windows.values()):
+        sliding = types[place] == "sliding_attention" if types else slides
+        if sliding and window is None:
+            raise ValueError(f"{name}: layer {place} does not say how far its window reaches")
+
+
 def _attend(
     name: str,
     original: Callable | None,
@@ -143,18 +160,28 @@ def _attend(
     segments = options.pop(PACKED, None)
     if segments is None:
         return original(module, query, key, value, attention_mask, **options)
-    window = segments.windows[module] = options.get("sliding_window")
-    tensors = query, key, value
-    if "flash" in name:
-        call = functools.partial(original, module, **options)
-        return _flash(call, tensors, segments), None
-    if name == "sdpa" and _takes_varlen(query, value):
-        return _varlen(tensors, segments, options.get("scaling"), window), None
     call = functools.partial(original, module, **options)
-    return _by_blocks(call, tensors, segments, window, additive=name == EAGER), None
+    return _attend_packed(name, call, module, (query, key, value), segments, options), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # lengths differ in every micro-batch
+def _attend_packed(
+    name: str,
+    call: Callable,
+    module: nn.Module,
+    tensors: Tensors,
+    segments: Segments,
+    options: dict[str, Any],
+) -> Tensor:
+    """[1, L, heads, D] of queries, keys and values; `call` is the function without segments."""
+    window = segments.windows[module] = options.get("sliding_window")
+    if "flash" in name:
+        return _flash(call, tensors, segments)
+    if name == "sdpa" and _takes_varlen(tensors[0], tensors[2]):
+        return _varlen(tensors, segments, options.get("scaling"), window)
+    return _by_blocks(call, tensors, segments, window, additive=name == EAGER)
+
+
 def _flash(call: Callable, tensors: Tensors, segments: Segments) -> Tensor:
     """[1, L, heads, D] by flash-attention, which takes segments as they are."""
     query, key, value = tensors
@@ -162,7 +189,6 @@ def _flash(call: Callable, tensors: Tensors, segments: Segments) -> Tensor:
     return call(query, key, value, None, **segments.offsets)[0]
 
 
-@torch.compiler.disable
 def _by_blocks(
     call: Callable, tensors: Tensors, segments: Segments, window: int | None, additive: bool
 ) -> Tensor:
@@ -244,7 +270,6 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.compiler.disable
 def _varlen(
     tensors: Tensors, segments: Segments, scale: float | None, window: int | None
 ) -> Tensor:

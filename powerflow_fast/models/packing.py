@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.models.lm_head import backbone, last_hidden_state, positions
-from powerflow_fast.models.packed_attention import PACKED, Block, Segments
+from powerflow_fast.models.packed_attention import PACKED, Block, Segments, check_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,11 @@ class Rows:
     saved: int  # real tokens that are not computed, as they are of a shared prompt
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
-        """[R * L, H] final hidden states of the backbone; the head is not run."""
+        """[R * L, H] final hidden states of the backbone; the head is not run.
+
+        Raises:
+            ValueError: where a layer did not take part in sharing a prompt.
+        """
         if self.segments is None:
             return last_hidden_state(model, self.input_ids, self.attention_mask).flatten(0, 1)
         options: dict[str, Any] = {PACKED: self.segments}
@@ -50,13 +54,17 @@ class Rows:
             options |= self.segments.offsets
         # A mask that is there already: transformers makes none of [L, L].
         given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
-        return backbone(model)(
+        self.segments.windows.clear()
+        hidden = backbone(model)(
             input_ids=self.input_ids,
             position_ids=self.position_ids,
             attention_mask=given,
             use_cache=False,
             **options,
-        ).last_hidden_state.flatten(0, 1)
+        ).last_hidden_state
+        if self.segments.keys is not None:
+            check_layers(model, self.segments)
+        return hidden.flatten(0, 1)
 
     def predicting(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[N, H]: the states that predict the tokens where mask [B, T] is true.

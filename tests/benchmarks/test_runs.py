@@ -15,6 +15,7 @@ from benchmarks.conftest import Session
 from benchmarks.heads import TOLERANCE
 from benchmarks.names import pick
 from benchmarks.peers import PEERS, ROUNDED
+from benchmarks.trainers import KINDS
 from tests.benchmarks.test_report import head_results
 from tests.helpers import pytest_run
 
@@ -121,18 +122,29 @@ def test_the_end_of_a_run(tmp_path, monkeypatch):
     session.rows, session.ceilings = results["rows"], {}
     session.unavailable = results["unavailable"]
     session.trainer = {"steps_per_minute": {"powerflow": 30.0, "grpo": 20.0}}
+    sizes = {"prompts": 1, "group": 8, "completion": 64, "prompt": 256}
+    times = dict(zip(KINDS, (2.0, 6.0, 7.0), strict=True))
+    session.prompts = {
+        "rows": [
+            {"kind": kind, "median_seconds": s, "peak_bytes": s * 1e9, **sizes}
+            for kind, s in times.items()
+        ],
+        "unavailable": {"Unsloth": "it needs a GPU"},
+    }
     text = re.sub(" +", " ", "\n".join(session.report(tmp_path, ["one"])))
     for shown in (
         "naive PyTorch 1.00 s (one run) 1.60x 10 MB 3e-07",
         "Dropped for lack of time: 1 cases",
         "30.0 20.0 1.50x",
+        "256 + 8 x 64 2.00 6.00 7.00 3.00x / 3.50x 2.00 6.00 7.00",
+        "Not measured here: Unsloth (it needs a GPU).",
         "a note",
         f"Written to {tmp_path}/head-",
         f"Written to {tmp_path}/trainer-",
         "To contribute it: copy it to benchmarks/results/ and run `make report`.",
     ):
         assert shown in text
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     assert "To contribute" not in "\n".join(session.report(tmp_path, []))
     assert "Written" not in "\n".join(session.report(None, []))
