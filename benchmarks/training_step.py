@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import INPUT_SETS, Inputs
 from benchmarks.peers import Composed
-from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packed_attention import accept_packed_rows
 from powerflow_fast.models.packing import Layout, lay_out
 from powerflow_fast.models.shapes import ModelShape, model_shape
 
@@ -156,7 +156,7 @@ class PromptStep(TrainingStep):
 
     def __init__(self, case: PromptCase, method: Composed, device: torch.device) -> None:
         super().__init__(case, method, device)
-        packed_kernels(self.model)
+        accept_packed_rows(self.model)
         self.start = [p.detach().clone() for p in self.trained]
         self.use(case)
 

@@ -97,7 +97,7 @@ class Segments:
         return {name: getattr(self, name) for name in names}
 
 
-def packed_kernels(model: PreTrainedModel) -> None:
+def accept_packed_rows(model: PreTrainedModel) -> None:
     """Let the attention of `model` take packed rows from now on; what it did before, it does still.
 
     Raises:

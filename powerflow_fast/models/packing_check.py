@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.models.lm_head import TOKENS, modes_kept, trial_ids
-from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packed_attention import accept_packed_rows
 from powerflow_fast.models.packing import Layout, lay_out
 from powerflow_fast.models.parameters import is_sharded
 
@@ -36,9 +36,10 @@ class LayoutChoice:
     least_tokens: float = 0  # of a micro-batch on a GPU, from which the best pays
     reason: str = ""  # where "auto" came to nothing
 
-    def of(self, ids: Tensor) -> Layout:
-        """The layout of a micro-batch of token ids [B, W]."""
-        return self.plain if ids.is_cuda and ids.numel() < self.least_tokens else self.best
+    def of(self, *ids: Tensor) -> Layout:
+        """The layout of a micro-batch whose columns are in one tensor [B, W] or several."""
+        few = sum(part.numel() for part in ids) < self.least_tokens
+        return self.plain if few and ids[0].is_cuda else self.best
 
 
 def choose_layout(
@@ -104,7 +105,7 @@ def check_packing(model: PreTrainedModel, layout: Layout) -> None:
         if capacity:
             raise ValueError(f"{name} drops tokens by how many there are ({', '.join(capacity)})")
     before = model.config._attn_implementation
-    packed_kernels(model)
+    accept_packed_rows(model)
     try:
         if not is_sharded(model):
             _try(model, layout)

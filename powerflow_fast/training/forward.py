@@ -16,8 +16,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, use_adapter
 
 from powerflow_fast.loss import TBOutput, fused_linear_tb_loss
 from powerflow_fast.models.lm_head import ModelHead, base_model, read_head, through_head
-from powerflow_fast.models.packed_attention import packed_kernels
-from powerflow_fast.models.packing import Rows, lay_out
+from powerflow_fast.models.packed_attention import accept_packed_rows
+from powerflow_fast.models.packing import Layout, Rows, lay_out
 from powerflow_fast.models.packing_check import LayoutChoice, choose_layout
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ def counted_mask(inputs) -> Tensor:  # [B, T] bool
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def rows_of(inputs, layout: LayoutChoice = LayoutChoice("padded")) -> Rows:  # noqa: B008
-    """Prompts and completions as rows for a model; masked completion tokens are not computed."""
+def rows_of(inputs, layout: Layout = "padded") -> Rows:
+    """Prompts and completions as rows for a model; packed ones hold no masked tokens."""
     ids, mask = (
         torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1)
         for kind in ("ids", "mask")
     )
-    return lay_out(ids, mask, inputs["prompt_mask"].sum(1), layout.of(ids))
+    return lay_out(ids, mask, inputs["prompt_mask"].sum(1), layout)
 
 
 class LossInForward(GRPOTrainer):
@@ -60,7 +60,7 @@ class LossInForward(GRPOTrainer):
         if self.layout.reason:
             warnings.warn(self.layout.reason, stacklevel=4)
         if self.ref_model is not None and self.layout.best != "padded":
-            packed_kernels(base_model(self.accelerator.unwrap_model(self.ref_model)))
+            accept_packed_rows(base_model(self.accelerator.unwrap_model(self.ref_model)))
 
     @staticmethod
     def as_reference(policy: PeftModel):
@@ -78,7 +78,7 @@ class LossInForward(GRPOTrainer):
         mask = counted_mask(inputs)  # [B, T]
         base = base_model(policy)
         head = read_head(base)
-        rows = rows_of(inputs, self.layout)
+        rows = rows_of(inputs, self.layout.of(inputs["prompt_ids"], inputs["completion_ids"]))
         self.pass_tokens = rows.input_ids.numel(), rows.saved
         reference = self._reference(policy, rows, inputs, mask, head)
         hidden = rows.hidden_states(base)

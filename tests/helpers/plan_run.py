@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from powerflow_fast import fused_linear_tb_loss, tb_loss
 from powerflow_fast.models.lm_head import base_model, read_head
-from powerflow_fast.models.packed_attention import packed_kernels
+from powerflow_fast.models.packed_attention import accept_packed_rows
 from powerflow_fast.models.packing import lay_out
 from powerflow_fast.models.shapes import ModelShape
 from powerflow_fast.planning.memory import Run
@@ -52,7 +52,7 @@ def step(model, ids, fused: bool, prompt: int) -> None:
     head = read_head(base)
     lengths, layout = torch.full((len(ids),), prompt), "shared" if prompt else "padded"
     if prompt:
-        packed_kernels(base)
+        accept_packed_rows(base)
         ids[:, :prompt] = ids[0, :prompt]
     rows = lay_out(ids, torch.ones_like(ids), lengths, layout)
     targets = (ids[:, prompt:] if prompt else ids.roll(-1, 1)).flatten()

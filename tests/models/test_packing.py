@@ -12,7 +12,7 @@ from torch import nn  # noqa: E402
 from transformers import AttentionInterface, AutoModelForCausalLM  # noqa: E402
 
 from powerflow_fast.models import packed_attention  # noqa: E402
-from powerflow_fast.models.packed_attention import EAGER, packed_kernels  # noqa: E402
+from powerflow_fast.models.packed_attention import EAGER, accept_packed_rows  # noqa: E402
 from powerflow_fast.models.packing import lay_out  # noqa: E402
 from powerflow_fast.models.packing_check import LayoutChoice, check_packing, choose_layout  # noqa: E402
 
@@ -149,7 +149,7 @@ def test_tokens_that_do_not_count_are_seen_all_the_same():
 
 def test_each_prompt_passes_once():
     model, seen = build("Llama"), []
-    packed_kernels(model)
+    accept_packed_rows(model)
     model.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     states(model, [(p, c) for p, c in ROWS if p != [14]], "shared")
     tokens = sorted(seen[0].flatten().tolist())
@@ -235,7 +235,7 @@ def test_flash_attention_gets_segments_and_gathered_keys(name):
     expected = states(model, ROWS, "padded")
     AttentionInterface.register("flash_stand_in", stand_in)
     model.config._attn_implementation = "flash_stand_in"
-    packed_kernels(model)
+    accept_packed_rows(model)
     assert_same(states(model, ROWS, "shared"), expected)
     assert set(longest) == {(7, 11)}
 

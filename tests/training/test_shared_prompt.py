@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, Gemma2Config  # noqa: E402
 
@@ -143,3 +144,22 @@ def test_on_and_off_as_yaml_reads_them(tmp_path):
     assert PowerFlowConfig(str(tmp_path), bf16=False, shared_prompt=False).shared_prompt == "off"
     with pytest.raises(ValueError, match="shared_prompt: expected one of .*'auto'.*got 'yes'"):
         PowerFlowConfig(str(tmp_path), bf16=False, shared_prompt="yes")
+
+
+def test_two_groups_of_one_prompt_share_it_and_keep_their_own_log_z(tmp_path):
+    data = Dataset.from_dict({"prompt": [tiny.PROMPTS[1]] * 8})
+    runs = {way: run(tmp_path / way, data=data, shared_prompt=way) for way in ("off", "on")}
+    assert_close(runs["on"].steps[0], runs["off"].steps[0], 1e-4)
+    on, off = (runs[way].logs[0] for way in ("on", "off"))
+    assert on["tokens/saved"] == 7 * 7
+    for figure in ("loss", "log_z", "residual/std"):
+        assert on[figure] == pytest.approx(off[figure], rel=1e-4, abs=1e-6)
+
+
+def test_the_name_of_the_attention_function_is_not_saved(tmp_path):
+    model = tiny.model()
+    model.set_attn_implementation("eager")
+    trainer, _ = make(tmp_path / "run", model=model)
+    assert model.config._attn_implementation == EAGER
+    model.save_pretrained(tmp_path / "model")
+    assert EAGER not in (tmp_path / "model" / "config.json").read_text()
