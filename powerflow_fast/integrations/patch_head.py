@@ -96,7 +96,8 @@ def patch_head(
 
     Only hidden states that predict a label other than -100 reach the head; the logits never exist.
     With `prompt_lengths=` [B], how many real tokens of each row are its prompt, equal prompts are
-    computed once; input_ids and attention_mask are then all else that is taken.
+    computed once, unless router logits are asked for; input_ids and attention_mask are then all
+    else that is taken.
     Such a call returns a `FusedHeadOutput`, or with `return_dict=False` the tuple of its fields
     that are not None. Other calls, and so generation, are unchanged. `unpatch_head` undoes it.
 
@@ -213,6 +214,8 @@ def _score(
     as_tuple = inputs.pop("return_dict", None) is False
     if getattr(config, "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
+    if inputs.get("output_router_logits"):  # the balance of experts is over every row's tokens
+        inputs.pop("prompt_lengths", None)
     of_model = _shared_states if "prompt_lengths" in inputs else _states
     hidden, labels, router_logits = of_model(model, name, labels, *args, **inputs)
     # A model split over devices (`device_map`) may end on another one than its head.

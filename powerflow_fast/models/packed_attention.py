@@ -177,7 +177,7 @@ def _attend_packed(
     window = segments.windows[module] = options.get("sliding_window")
     if "flash" in name:
         return _flash(call, tensors, segments)
-    if name == "sdpa" and _takes_varlen(tensors[0], tensors[2]):
+    if name == "sdpa" and not options.get("dropout") and _takes_varlen(tensors[0], tensors[2]):
         return _varlen(tensors, segments, options.get("scaling"), window)
     return _by_blocks(call, tensors, segments, window, additive=name == EAGER)
 

@@ -78,7 +78,8 @@ def choose_layout(
 def least_tokens(model: PreTrainedModel) -> float:
     """Tokens of a micro-batch from which a GPU, not its host, sets the time of a step."""
     layers = model.config.get_text_config().num_hidden_layers
-    return HOST_BOUND * layers / model.num_parameters(exclude_embeddings=True)
+    parameters = model.num_parameters(exclude_embeddings=True)
+    return HOST_BOUND * layers / parameters if parameters else 0.0  # ZeRO-3 hides them: many
 
 
 def check_shared(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ def run(folder: Path, kind: str) -> None:
     if kind == "fsdp2":
         ranks.shard_on_cpu()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    results = {"losses": [], "parameters": {}}
+    results = {"losses": [], "saved": [], "parameters": {}}
     # Micro-batches of whole groups, and groups that lie on both ranks.
     for log_z, per_rank in itertools.product(("group", "learned"), (8, 2)):
         seen = tiny.Gradients()
@@ -44,6 +44,7 @@ def run(folder: Path, kind: str) -> None:
         assert trainer.accelerator.num_processes == world
         trainer.train()
         results["losses"] += [row["loss"] for row in seen.logs]
+        results["saved"] += [row["tokens/saved"] for row in seen.logs]
         policy = trainer.accelerator.unwrap_model(trainer.model)
         name = f"{log_z}{per_rank}"
         parts = {name: policy, f"{name}.head": trainer.log_z and trainer.log_z.head}

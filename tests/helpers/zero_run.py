@@ -65,7 +65,9 @@ def train(folder: Path, stage: int, world: int, adapter: bool, tied: bool) -> di
     )
     trainer.train()
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    return {"losses": [row["loss"] for row in seen.logs], "parameters": parameters(policy)}
+    saved = [row["tokens/saved"] for row in seen.logs]
+    losses = [row["loss"] for row in seen.logs]
+    return {"losses": losses, "saved": saved, "parameters": parameters(policy)}
 
 
 def loop(stage: int, world: int) -> dict:

@@ -10,7 +10,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import PromptTuningConfig, get_peft_model  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from powerflow_fast import tb_loss  # noqa: E402
 from powerflow_fast.integrations import verl  # noqa: E402
@@ -400,6 +405,20 @@ def test_offline_groups_share_their_prompt(referee, tmp_path):
         runs[way] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert runs["on"] == pytest.approx(runs["off"], rel=1e-4)
     assert all(on < off for on, off in zip(passed["on"], passed["off"], strict=True))
+
+
+def test_the_balance_of_experts_is_over_every_row():
+    """Its loss counts a prompt for each completion, so that is what is computed."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=20, **sizes, **experts)).eval()
+    patch_head(model)
+    ids = torch.tensor([[2, 3, 4, 5, 6], [2, 3, 4, 7, 8]])
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3]))
+    assert torch.equal(plain.log_probs, shared.log_probs) and plain.aux_loss > 0
+    assert plain.aux_loss == shared.aux_loss
 
 
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])

@@ -15,6 +15,7 @@ from powerflow_fast.models import packed_attention  # noqa: E402
 from powerflow_fast.models.packed_attention import EAGER, accept_packed_rows  # noqa: E402
 from powerflow_fast.models.packing import lay_out  # noqa: E402
 from powerflow_fast.models.packing_check import LayoutChoice, check_packing, choose_layout  # noqa: E402
+from tests.models import test_sampling  # noqa: E402
 
 WORDS = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SIZE = WORDS | dict(
@@ -122,6 +123,15 @@ def test_a_row_alone_is_what_the_padded_rows_are_compared_with():
     together, _, _ = states(model, ROWS, "shared")
     apart = [states(model, [row], "padded")[0] for row in ROWS if row[1]]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["OPT", "Phi3", "Llama, dynamic"])
+def test_positions_of_every_kind(name):
+    """Learned; rotated with factors that change with the length; rotated by the length so far."""
+    model = test_sampling.build(name)
+    assert choose_layout(model, "auto").best == "shared"
+    for rows in (ROWS[2:], [(SHORT, [20, 21]), (SHORT, [22])]):
+        assert_same(states(model, rows, "shared"), states(model, rows, "padded"))
 
 
 @pytest.mark.parametrize(

@@ -360,8 +360,10 @@ def test_two_processes_equal_one(tmp_path):
     for kind, world in kinds.items():
         ranks.finish(world, partial(ddp_run.run, tmp_path, kind), tmp_path / kind)
     expected, *others = (torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in kinds)
+    assert min(expected["saved"]) > 0  # prompts are shared
     for result in others:
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["saved"] == expected["saved"]
         assert result["parameters"].keys() == expected["parameters"].keys()
         for name, value in expected["parameters"].items():
             error = (result["parameters"][name] - value).abs().max()
