@@ -80,14 +80,14 @@ class Rows:
 
 
 class _Sequence(NamedTuple):
-    """The real tokens of one sequence."""
+    """The real tokens of one sequence, on the host."""
 
-    tokens: list[int]
-    columns: list[int]
+    tokens: Tensor  # [tokens]
+    columns: Tensor  # [tokens]
     prompt: int  # how many of them are its prompt
 
     @property
-    def completion(self) -> list[int]:
+    def completion(self) -> Tensor:
         return self.tokens[self.prompt :]
 
 
@@ -105,11 +105,9 @@ def lay_out(ids: Tensor, mask: Tensor, prompt_lengths: Tensor, layout: Layout = 
         index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         return Rows(ids, positions(mask), mask, None, index, _places_before(index, mask), 0)
     sequences = []
-    for row, real, prompt in zip(
-        ids.tolist(), mask.bool().tolist(), prompt_lengths.tolist(), strict=True
-    ):
-        columns = [column for column, is_real in enumerate(real) if is_real]
-        sequences.append(_Sequence([row[c] for c in columns], columns, prompt))
+    for row, real, prompt in zip(ids.cpu(), mask.cpu(), prompt_lengths.tolist(), strict=True):
+        columns = real.nonzero()[:, 0]
+        sequences.append(_Sequence(row[columns].long(), columns, prompt))
     return _Packing(sequences, share=layout == "shared").rows(ids)
 
 
@@ -124,14 +122,15 @@ class _Packing:
 
     def __init__(self, sequences: list[_Sequence], share: bool) -> None:
         self.sequences = sequences
-        self.ids: list[int] = []
-        self.positions: list[int] = []
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.length = 0
         self.blocks: list[Block] = []
         self.prompts = [0] * len(sequences)  # where each one's prompt begins
         self.completions = [0] * len(sequences)  # and its completion
         groups: dict[Any, list[int]] = defaultdict(list)  # numbers of sequences with one prompt
         for number, sequence in enumerate(sequences):
-            prompt = tuple(sequence.tokens[: sequence.prompt])
+            prompt = sequence.tokens[: sequence.prompt].numpy().tobytes()
             groups[prompt if share else number].append(number)
         for numbers in sorted(groups.values(), key=self._whole_length, reverse=True):
             self._add_whole(numbers)
@@ -139,7 +138,7 @@ class _Packing:
             if len(numbers) > 1:
                 self._add_completions(numbers)
 
-    def _whole(self, numbers: list[int]) -> list[int]:
+    def _whole(self, numbers: list[int]) -> Tensor:
         """The segment without a prefix: a prompt of several, or a sequence to its end."""
         first = self.sequences[numbers[0]]
         return first.tokens if len(numbers) == 1 else first.tokens[: first.prompt]
@@ -147,13 +146,14 @@ class _Packing:
     def _whole_length(self, numbers: list[int]) -> int:
         return len(self._whole(numbers))
 
-    def _add(self, tokens: list[int], start: int) -> None:
-        self.ids += tokens
-        self.positions += range(start, start + len(tokens))
+    def _add(self, tokens: Tensor, start: int) -> None:
+        self.ids.append(tokens)
+        self.positions.append(torch.arange(start, start + len(tokens)))
+        self.length += len(tokens)
 
     def _add_whole(self, numbers: list[int]) -> None:
-        tokens, begin = self._whole(numbers), len(self.ids)
-        if not tokens:
+        tokens, begin = self._whole(numbers), self.length
+        if not len(tokens):
             return
         if not self.blocks or PADDED * len(tokens) < self.blocks[-1].lengths[0]:
             self.blocks.append(Block(begin, ()))
@@ -164,9 +164,9 @@ class _Packing:
         self._add(tokens, 0)
 
     def _add_completions(self, numbers: list[int]) -> None:
-        prompt, begin = self.sequences[numbers[0]].prompt, len(self.ids)
+        prompt, begin = self.sequences[numbers[0]].prompt, self.length
         for number in numbers:
-            self.completions[number] = len(self.ids)
+            self.completions[number] = self.length
             self._add(self.sequences[number].completion, prompt)
         lengths = [len(self.sequences[number].completion) for number in numbers]
         if any(lengths):
@@ -179,16 +179,12 @@ class _Packing:
         for number, sequence in enumerate(self.sequences):
             begin, prompt = self.prompts[number], sequence.prompt
             after = self.completions[number]
-            places = [*range(begin, begin + prompt)]
-            places += range(after, after + len(sequence.completion))
-            where = torch.tensor(places, dtype=torch.long)
-            index[number, sequence.columns] = where
-            predictors[number, sequence.columns[1:]] = where[:-1]
+            end = after + len(sequence.completion)
+            places = torch.cat([torch.arange(begin, begin + prompt), torch.arange(after, end)])
+            index[number, sequence.columns] = places
+            predictors[number, sequence.columns[1:]] = places[:-1]
         device = given.device
-        ids, positions = (
-            torch.tensor([row], dtype=torch.long, device=device)
-            for row in (self.ids, self.positions)
-        )
+        ids, positions = (torch.cat(row)[None].to(device) for row in (self.ids, self.positions))
         return Rows(
             ids,
             positions,
@@ -196,5 +192,5 @@ class _Packing:
             Segments.of(tuple(self.blocks), device),
             index.to(device),
             predictors.to(device),
-            sum(len(sequence.tokens) for sequence in self.sequences) - len(self.ids),
+            sum(len(sequence.tokens) for sequence in self.sequences) - self.length,
         )

@@ -410,9 +410,10 @@ def test_offline_groups_share_their_prompt(referee, tmp_path):
 def test_the_balance_of_experts_is_over_every_row():
     """Its loss counts a prompt for each completion, so that is what is computed."""
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, vocab_size=20)
     experts = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=20, **sizes, **experts)).eval()
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **experts)).eval()
     patch_head(model)
     ids = torch.tensor([[2, 3, 4, 5, 6], [2, 3, 4, 7, 8]])
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
