@@ -150,6 +150,25 @@ def test_rows_of_many_forms(rows):
     assert_same(states(model, rows, "shared"), states(model, rows, "padded"))
 
 
+def test_padding_anywhere():
+    """Between prompt and completion, and within: what is real counts, wherever it stands."""
+    model = build("Llama")
+    check_packing(model, "shared")
+    ids = torch.tensor(
+        [[5, 6, 7, 0, 20, 21, 0, 22], [0, 5, 6, 7, 23, 0, 0, 24], [8, 0, 9, 0, 25, 26, 27, 0]]
+    )
+    mask, prompts = (ids != 0).long(), torch.tensor([3, 3, 2])
+    scored = mask.bool()
+    scored[:, :4] = False
+    found = []
+    for layout in ("padded", "packed", "shared"):
+        rows = lay_out(ids, mask, prompts, layout)
+        found.append(rows.predicting(rows.hidden_states(model), scored).detach())
+    assert rows.saved == 3
+    for states in found[1:]:
+        torch.testing.assert_close(states, found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_that_do_not_count_are_seen_all_the_same():
     """A tool's tokens: within a completion, not scored."""
     model = build("Llama")
