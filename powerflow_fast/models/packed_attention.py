@@ -6,8 +6,9 @@ down to its attention function as the keyword PACKED. The function registered th
 one that reads the keyword, and without it does what it did. No model is patched.
 
 flash-attention takes segments as they are, with the keys of the prefix gathered before a segment's
-own, and so does PyTorch's `varlen_attn`. Any other function is called for the segments of one
-prefix at a time, padded to the longest, with a mask [queries, keys] of one segment.
+own, and so does PyTorch's `varlen_attn`, on a GPU in place of SDPA and FlexAttention. Any other
+function is called for the segments of one prefix at a time, padded to the longest, with a mask
+[queries, keys] of one segment.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 PACKED = "packed_segments"
 EAGER = "eager_packed"  # "eager" itself cannot be registered: each model brings its own
 EAGER_FUNCTION = "eager_attention_forward"  # its name in every family's file
+MASKED = ("sdpa", "flex_attention")  # functions that take who is seen as a mask
+SPECIAL = "softcap, s_aux (sinks) or position_bias"
 VARLEN_NAMES = {
     "cu_seq_q": "cu_seq_lens_q",
     "cu_seq_k": "cu_seq_lens_k",
@@ -118,7 +121,7 @@ def accept_packed_rows(model: PreTrainedModel) -> None:
         AttentionMaskInterface.register(EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
         model.set_attn_implementation(EAGER)
         return
-    if name is None or not (name == "sdpa" or "flash" in name):
+    if name is None or not (name in MASKED or "flash" in name):
         raise ValueError(f"attn_implementation={name!r} takes no packed rows")
     if name not in ALL_ATTENTION_FUNCTIONS:
         raise ValueError(f"attn_implementation={name!r} is not registered with transformers")
@@ -160,6 +163,10 @@ def _attend(
     segments = options.pop(PACKED, None)
     if segments is None:
         return original(module, query, key, value, attention_mask, **options)
+    if name == "flex_attention":  # its masks are compiled for each length; SDPA gives the same
+        if not _is_plain(options):
+            raise ValueError(f"attn_implementation={name!r} with {SPECIAL} takes no packed rows")
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward as original
     call = functools.partial(original, module, **options)
     return _attend_packed(name, call, module, (query, key, value), segments, options), None
 
@@ -177,7 +184,7 @@ def _attend_packed(
     window = segments.windows[module] = options.get("sliding_window")
     if "flash" in name:
         return _flash(call, tensors, segments)
-    if name == "sdpa" and not options.get("dropout") and _takes_varlen(tensors[0], tensors[2]):
+    if name in MASKED and _is_plain(options) and _takes_varlen(tensors[0], tensors[2]):
         return _varlen(tensors, segments, options.get("scaling"), window)
     return _by_blocks(call, tensors, segments, window, additive=name == EAGER)
 
@@ -258,6 +265,12 @@ def _varlen_options() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    """Whether softmax(q k) v is all that is asked of attention."""
+    given = (options.get(name) for name in ("softcap", "s_aux", "position_bias"))
+    return not options.get("dropout") and all(value is None for value in given)
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:

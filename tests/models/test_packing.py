@@ -232,6 +232,29 @@ def test_everything_else_is_what_it_was(name):
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), drawn)
 
 
+def test_flex_attention_shares_by_sdpa():
+    """Without gradients: FlexAttention has none on a CPU."""
+    model = build("Llama")
+    with torch.no_grad():
+        ids, mask, prompts = batch(*ROWS)
+        rows = [lay_out(ids, mask, prompts, layout) for layout in ("padded", "shared")]
+        scored = mask[:, len(LONG) :].bool()
+        expected = rows[0].predicting(rows[0].hidden_states(model), scored)
+        model.set_attn_implementation("flex_attention")
+        check_packing(model, "shared")
+        got = rows[1].predicting(rows[1].hidden_states(model), scored)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_with_soft_caps_falls_back():
+    model = build("Gemma2")
+    model.set_attn_implementation("flex_attention")
+    choice = choose_layout(model, "auto")
+    assert (
+        choice.best == "padded" and "with softcap, s_aux (sinks) or position_bias" in choice.reason
+    )
+
+
 def varlen(query, key, value, cu_q, cu_k, scale, window):
     """Attention of [tokens, heads, D] as kernels for segments have it: last query, last key."""
     groups = query.shape[1] // key.shape[1]
