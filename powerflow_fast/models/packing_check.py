@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SHARED_PROMPT = ("auto", "on", "off")  # the option of trainers
 ATTENTION = {"full_attention", "sliding_attention"}  # layer types whose masks are known here
 # Tokens times parameters of a layer, below which launching kernels takes longer than running them:
-# segments launch more. H200, 1B and 8B shapes with LoRA (benchmarks/README.md, GPUs): 0.75x at
-# 5.6e11 and below, 1.2 to 2.4x at 6.2e11 and above.
+# segments launch more. H200, 1B and 8B shapes with LoRA (benchmarks/README.md, GPUs): 0.75 to 0.87x
+# at 5.6e11 and below, 1.2 to 2.4x at 6.2e11 and above.
 HOST_BOUND = 6e11
 LEAK = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; what comes in through a wrong mask
 LEAK_HALF = 0.05  # rounding of bf16 stays far below, a leak far above
