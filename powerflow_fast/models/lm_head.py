@@ -238,9 +238,13 @@ def last_hidden_state(model: PreTrainedModel, input_ids: Tensor, attention_mask:
 
     Rows [B, L] may be padded on either side, where `attention_mask` [B, L] is 0.
     """
+    return backbone_states(model, {"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+def backbone_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """[B, L, H] final hidden states of the backbone for keywords of its forward pass."""
     inner = backbone(model)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    return inner(**with_positions(inner, inputs)).last_hidden_state
+    return inner(**with_positions(inner, inputs), use_cache=False).last_hidden_state
 
 
 def trial_ids(model: PreTrainedModel, rows: int = 1) -> Tensor:

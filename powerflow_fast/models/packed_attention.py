@@ -32,12 +32,7 @@ EAGER = "eager_packed"  # "eager" itself cannot be registered: each model brings
 EAGER_FUNCTION = "eager_attention_forward"  # its name in every family's file
 MASKED = ("sdpa", "flex_attention")  # functions that take who is seen as a mask
 SPECIAL = "softcap, s_aux (sinks) or position_bias"
-VARLEN_NAMES = {
-    "cu_seq_q": "cu_seq_lens_q",
-    "cu_seq_k": "cu_seq_lens_k",
-    "max_q": "max_length_q",
-    "max_k": "max_length_k",
-}
+VARLEN_OFFSETS = ("cu_seq_q", "cu_seq_k", "max_q", "max_k")  # its names for `Segments.offsets`
 LONGEST_VARLEN_HEAD = 256  # dimensions of a head that varlen_attn takes
 Tensors = tuple[Tensor, Tensor, Tensor]  # query, key, value: [1, heads, L, D]
 
@@ -296,7 +291,7 @@ def _varlen(
     if groups > 1 and not native:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     left = -1 if window is None or segments.max_length_k <= window else window - 1
-    options: dict[str, Any] = {name: getattr(segments, x) for name, x in VARLEN_NAMES.items()}
+    options = dict(zip(VARLEN_OFFSETS, segments.offsets.values(), strict=True))
     options |= {"scale": scale, "window_size": (left, 0)} | ({"enable_gqa": True} if native else {})
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, D]
     out: Any = varlen_attn(query, key, value, **options)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from powerflow_fast.models.lm_head import backbone, last_hidden_state, positions
+from powerflow_fast.models.lm_head import backbone_states
 from powerflow_fast.models.packed_attention import PACKED, Block, Segments, check_layers
 
 if TYPE_CHECKING:
@@ -33,13 +33,16 @@ class Rows:
     are 0.
     """
 
-    input_ids: Tensor  # [R, L]
-    position_ids: Tensor  # [R, L]
-    attention_mask: Tensor  # [R, L]; of a packed row all 1
+    inputs: dict[str, Any]  # keywords of the backbone: input_ids [R, L] and what goes with them
     segments: Segments | None  # of a packed row, R = 1
     index: Tensor  # [B, W] where each token lies
     predictors: Tensor  # [B, W] where the token before it lies, whose state predicts it
     saved: int  # real tokens that are not computed, as they are of a shared prompt
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[R, L]"""
+        return self.inputs["input_ids"]
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """[R * L, H] final hidden states of the backbone; the head is not run.
@@ -47,22 +50,10 @@ class Rows:
         Raises:
             ValueError: where a layer did not take part in sharing a prompt.
         """
-        if self.segments is None:
-            return last_hidden_state(model, self.input_ids, self.attention_mask).flatten(0, 1)
-        options: dict[str, Any] = {PACKED: self.segments}
-        if self.segments.keys is None:  # recurrent layers begin anew at these
-            options |= self.segments.offsets
-        # A mask that is there already: transformers makes none of [L, L].
-        given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
-        self.segments.windows.clear()
-        hidden = backbone(model)(
-            input_ids=self.input_ids,
-            position_ids=self.position_ids,
-            attention_mask=given,
-            use_cache=False,
-            **options,
-        ).last_hidden_state
-        if self.segments.keys is not None:
+        if self.segments is not None:
+            self.segments.windows.clear()
+        hidden = backbone_states(model, self.inputs)
+        if self.segments is not None and self.segments.keys is not None:
             check_layers(model, self.segments)
         return hidden.flatten(0, 1)
 
@@ -103,7 +94,8 @@ def lay_out(ids: Tensor, mask: Tensor, prompt_lengths: Tensor, layout: Layout = 
     """
     if layout == "padded":
         index = torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        return Rows(ids, positions(mask), mask, None, index, _places_before(index, mask), 0)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return Rows(inputs, None, index, _places_before(index, mask), 0)
     sequences = []
     for row, real, prompt in zip(ids.cpu(), mask.cpu(), prompt_lengths.tolist(), strict=True):
         columns = real.nonzero()[:, 0]
@@ -184,12 +176,19 @@ class _Packing:
             index[number, sequence.columns] = places
             predictors[number, sequence.columns[1:]] = places[:-1]
         device = given.device
-        ids, positions = (torch.cat(row)[None].to(device) for row in (self.ids, self.positions))
+        segments = Segments.of(tuple(self.blocks), device)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.cat(self.ids)[None].to(device),
+            "position_ids": torch.cat(self.positions)[None].to(device),
+            # A mask that is there already: transformers makes none of [L, L].
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            PACKED: segments,
+        }
+        if segments.keys is None:  # recurrent layers begin anew at these
+            inputs |= segments.offsets
         return Rows(
-            ids,
-            positions,
-            torch.ones_like(ids),
-            Segments.of(tuple(self.blocks), device),
+            inputs,
+            segments,
             index.to(device),
             predictors.to(device),
             sum(len(sequence.tokens) for sequence in self.sequences) - self.length,

@@ -209,9 +209,9 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
         if self._tokens is not None:
             real, computed, saved = self._gather(self._tokens[None]).sum(0).tolist()
             self._tokens = None
-        a_step = {"computed": computed / max(steps, 1), "saved": saved / max(steps, 1)}
-        figures = {f"tokens/{name}": value for name, value in a_step.items()}
-        return self.health.figures(real, steps) | figures
+        figures = self.health.figures(real, steps)
+        steps = max(steps, 1)
+        return figures | {"tokens/computed": computed / steps, "tokens/saved": saved / steps}
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Our own in place of TRL's: alpha, prompts, and what was measured before and after."""
