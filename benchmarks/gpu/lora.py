@@ -24,14 +24,19 @@ def step(run: Run) -> Iterator[None]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     yield
-    device = run.device
-    free = method.free_bytes(device)
-    found = {case.name: case for case in training_step.cases(device, free, tiny=run.tiny)}
+    case = of_part(run)
+    run.case(case.id, lambda: _measure(case, run.device, run.budget(SECONDS)))
+
+
+def of_part(run: Run) -> training_step.StepCase:
+    """The model that the part is named for, in the layers that fit; Unavailable where none does."""
+    free = method.free_bytes(run.device)
+    found = {case.name: case for case in training_step.cases(run.device, free, tiny=run.tiny)}
     if run.tiny:
-        found = dict.fromkeys([run.part], next(iter(found.values())))
+        return next(iter(found.values()))
     if run.part not in found:
         raise Unavailable(f"no layer of the {run.part} shape fits into {free / 1e9:.3g} GB")
-    run.case(found[run.part].id, lambda: _measure(found[run.part], device, run.budget(SECONDS)))
+    return found[run.part]
 
 
 def planned_bytes(case: training_step.StepCase) -> float:

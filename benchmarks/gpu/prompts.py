@@ -11,9 +11,10 @@ import torch
 
 from benchmarks import method
 from benchmarks.gpu.lines import Line
+from benchmarks.gpu.lora import of_part
 from benchmarks.gpu.worker import Run
-from benchmarks.peers import PowerflowFast, Unavailable
-from benchmarks.training_step import PromptCase, PromptStep, StepCase, cases
+from benchmarks.peers import PowerflowFast
+from benchmarks.training_step import PromptCase, PromptStep, StepCase
 from powerflow_fast.models.packing import Layout
 
 SECONDS = 1.5  # of rounds
@@ -28,17 +29,11 @@ def step(run: Run) -> Iterator[None]:
     import transformers.models.llama.modeling_llama  # noqa: F401  (takes seconds)
 
     yield
-    free = method.free_bytes(run.device)
-    found = {case.name: case for case in cases(run.device, free, tiny=run.tiny)}
-    if run.tiny:
-        found = dict.fromkeys([run.part], next(iter(found.values())))
-    if run.part not in found:
-        raise Unavailable(f"no layer of the {run.part} shape fits into {free / 1e9:.3g} GB")
-    one = None
+    model, one = of_part(run), None
     for prompt, completion in TINY_SIZES if run.tiny else SIZES:
         losses: dict[Layout, float] = {}
         for layout, words in LAYOUTS.items():
-            case = prompt_case(found[run.part], prompt, completion, layout)
+            case = prompt_case(model, prompt, completion, layout)
             one = one or PromptStep(case, PowerflowFast(), run.device)
             name = f"{case.id}, computed {words}"
             run.case(name, partial(_measure, run, one, case, losses))
