@@ -7,6 +7,7 @@ import torch
 
 from powerflow_fast import fused_linear_tb_loss, linear_logprobs
 from tests.helpers.numerics import relative_error
+from tests.helpers.packed import states_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -135,26 +136,13 @@ FLASH = ("flash_attention_2", "flash_attention_4")
 
 
 def packed_case():
-    """Five rows of two prompts of 9 tokens: ids, mask."""
+    """Five rows of two prompts of 9 tokens: ids, mask, prompt lengths, what is scored."""
     torch.manual_seed(0)
     ids = torch.randint(1, 60, (5, 17))
     ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
     mask = torch.ones_like(ids)
     mask[1, 14:], mask[2, 12:] = 0, 0  # padding within the window: eager attention needs a key
-    return ids, mask
-
-
-def states_and_gradients(model, layout):
-    from powerflow_fast.models.packing import lay_out
-
-    (ids, mask), device = packed_case(), next(model.parameters()).device
-    rows = lay_out(*(x.to(device) for x in (ids, mask, torch.full((5,), 9))), layout)
-    states = rows.predicting(rows.hidden_states(model), mask[:, 9:].bool().to(device))
-    toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states)
-    (states * toward).sum().backward()
-    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return states.detach().cpu().double(), torch.cat(grads).cpu().double()
+    return ids, mask, torch.full((5,), 9), mask[:, 9:].bool()
 
 
 def built(name, dtype, head=16, **options):
@@ -176,10 +164,11 @@ def built(name, dtype, head=16, **options):
 
 
 def assert_as_right_as_rows_apart(model, exact, dtype):
-    expected = states_and_gradients(exact, "padded")
-    apart, shared = (states_and_gradients(model, layout) for layout in ("padded", "shared"))
+    case = packed_case()
+    expected = states_and_gradients(exact, "padded", *case)
+    apart, shared = (states_and_gradients(model, way, *case) for way in ("padded", "shared"))
     floor = 1e-5 if dtype == torch.float32 else 1e-2
-    for one, other, truth in zip(shared, apart, expected, strict=True):
+    for one, other, truth in zip(shared[:2], apart[:2], expected[:2], strict=True):
         assert relative_error(one, truth) < 2 * relative_error(other, truth) + floor
 
 

@@ -25,9 +25,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from powerflow_fast.integrations.transformers import patch_head
-from powerflow_fast.models.packing import lay_out
 from powerflow_fast.models.packing_check import choose_layout
 from tests.helpers.numerics import EPS32
+from tests.helpers.packed import states_and_gradients
 
 RESULTS = Path(__file__).with_name("architectures.json")
 VOCAB = 67  # odd, so that a padded or sliced vocabulary shows
@@ -140,15 +140,8 @@ def check_sharing(model_type: str) -> str:
     ids[1:3, :9], ids[4, :9] = ids[0, :9], ids[3, :9]
     mask = torch.ones_like(ids)
     mask[1, 12:], mask[2, 9:], mask[4, 15:] = 0, 0, 0
-    found = []
-    for layout in ("padded", "shared"):
-        rows = lay_out(ids, mask, torch.full((5,), 9), layout)
-        states = rows.predicting(rows.hidden_states(model), mask[:, 1:].bool())
-        toward = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
-        model.zero_grad()
-        (states * toward).sum().backward()
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found.append((states.detach(), torch.cat(grads)))
+    batch = ids, mask, torch.full((5,), 9), mask[:, 1:].bool()
+    found = [states_and_gradients(model, way, *batch)[:2] for way in ("padded", "shared")]
     for apart, together, limit in zip(*found, (1e-4, 1e-3), strict=True):
         error = float((together - apart).norm() / apart.norm())
         assert error < limit, f"{model_type}: a shared prompt differs by {error:.2g} > {limit:.2g}"

@@ -10,12 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import PromptTuningConfig, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
-    MixtralConfig,
-    MixtralForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from powerflow_fast import tb_loss  # noqa: E402
 from powerflow_fast.integrations import verl  # noqa: E402
@@ -23,7 +18,6 @@ from powerflow_fast.integrations.transformers import LATBTrainer, patch_head  # 
 from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.metrics import METRICS  # noqa: E402
 from tests.helpers import ranks, tiny  # noqa: E402
-from tests.helpers.numerics import logps_error_bound  # noqa: E402
 
 COMPLETIONS = ("Paris", "three four five", "rain sea a b")
 ROWS = [{"prompt": p, "completion": c} for c in COMPLETIONS for p in tiny.PROMPTS]
@@ -248,18 +242,6 @@ def test_bad_calls_are_named():
         model(ids, fused_lm_head=True)
 
 
-def test_shifted_labels_are_scored_where_they_stand():
-    model = tiny.model()
-    patch_head(model)
-    ids = torch.randint(2, 20, (2, 6))
-    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
-    own = model(ids, labels=ids, fused_lm_head=True).log_probs
-    given = model(ids, shift_labels=shifted, fused_lm_head=True).log_probs
-    bound = logps_error_bound(torch.ones(1, 16), model.lm_head.weight)
-    torch.testing.assert_close(given[:, :-1], own, rtol=0, atol=bound)
-    assert not given[:, -1].any()
-
-
 def test_figures_are_those_of_all_rows_and_of_training_or_evaluation_alone(tmp_path):
     rows = [r | {"completion": " ".join([r["completion"]] * (1 + i))} for i, r in enumerate(ROWS)]
     logs = {}
@@ -374,14 +356,6 @@ def test_an_evaluation_depends_on_its_rows_alone(tmp_path):
     assert named["eval_some_loss"] != pytest.approx(found[0]["eval_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["labels", "shift_labels"])
-def test_labels_of_another_shape_are_named(name):
-    model, ids = tiny.model(), torch.randint(2, 20, (2, 6))
-    patch_head(model)
-    with pytest.raises(ValueError, match=rf"^{name}: expected \[B, T\] = \(2, 6\), got \(2, 5\)"):
-        model(ids, fused_lm_head=True, **{name: ids[:, 1:]})
-
-
 @pytest.mark.parametrize("name", ["softcap", "entropy", "group_name", "colour"])
 def test_options_that_a_door_would_drop_are_refused(name):
     for door in (lambda **head: patch_head(tiny.model(), **head), verl.register):
@@ -405,46 +379,3 @@ def test_offline_groups_share_their_prompt(referee, tmp_path):
         runs[way] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert runs["on"] == pytest.approx(runs["off"], rel=1e-4)
     assert all(on < off for on, off in zip(passed["on"], passed["off"], strict=True))
-
-
-def test_the_balance_of_experts_is_over_every_row():
-    """Its loss counts a prompt for each completion, so that is what is computed."""
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(num_key_value_heads=2, vocab_size=20)
-    experts = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **experts)).eval()
-    patch_head(model)
-    ids = torch.tensor([[2, 3, 4, 5, 6], [2, 3, 4, 7, 8]])
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
-    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3]))
-    assert torch.equal(plain.log_probs, shared.log_probs) and plain.aux_loss > 0
-    assert plain.aux_loss == shared.aux_loss
-
-
-@pytest.mark.parametrize("name", ["labels", "shift_labels"])
-def test_prompt_lengths_of_a_patched_model(name):
-    model = tiny.model().eval()
-    patch_head(model, outputs=("log_probs", "entropy"))
-    ids = torch.tensor(
-        [[2, 3, 4, 5, 6, 0], [2, 3, 4, 7, 0, 0], [2, 3, 4, 8, 9, 10], [5, 6, 7, 8, 0, 0]]
-    )
-    mask = (ids != 0).long()
-    labels = ids.where(mask.bool() & (torch.arange(6) > 0), -100)  # of prompts, too
-    if name == "shift_labels":
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    batch = {"input_ids": ids, "attention_mask": mask, name: labels, "fused_lm_head": True}
-    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3, 3, 2]))
-    assert torch.equal(plain.label_mask, shared.label_mask)
-    for field in ("log_probs", "entropy", "loss"):
-        torch.testing.assert_close(plain[field], shared[field], rtol=1e-5, atol=1e-5)
-    for given, said in (
-        ({"prompt_lengths": torch.tensor([3, 3, 3])}, "prompt_lengths: expected a number for each"),
-        ({"prompt_lengths": torch.tensor([3, 5, 3, 2])}, "1 to its real tokens"),
-        (
-            {"prompt_lengths": torch.tensor([3, 3, 3, 2]), "position_ids": mask},
-            "expected no position_ids beside it",
-        ),
-    ):
-        with pytest.raises(ValueError, match=said):
-            model(**batch | given)

@@ -12,7 +12,12 @@ pytest.importorskip("peft")
 from accelerate import Accelerator, dispatch_model  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from peft import PromptTuningConfig, get_peft_model  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from powerflow_fast.integrations import transformers as door  # noqa: E402
 from powerflow_fast.integrations.transformers import (  # noqa: E402
@@ -21,6 +26,7 @@ from powerflow_fast.integrations.transformers import (  # noqa: E402
     unpatch_head,
 )
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.numerics import logps_error_bound  # noqa: E402
 
 IDS = torch.arange(2, 18).reshape(2, 8)
 EVERY = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -198,3 +204,66 @@ def test_every_field_comes_in_the_order_of_the_class():
     model = tiny.model()
     patch_head(model, outputs=tuple(reversed(EVERY)))
     assert list(scored(model)) == ["loss", *EVERY, "label_mask"]
+
+
+def test_the_balance_of_experts_is_over_every_row():
+    """Its loss counts a prompt for each completion, so that is what is computed."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, vocab_size=20)
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **experts)).eval()
+    patch_head(model)
+    ids = torch.tensor([[2, 3, 4, 5, 6], [2, 3, 4, 7, 8]])
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3]))
+    assert torch.equal(plain.log_probs, shared.log_probs) and plain.aux_loss > 0
+    assert plain.aux_loss == shared.aux_loss
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_prompt_lengths_of_a_patched_model(name):
+    model = tiny.model().eval()
+    patch_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.tensor(
+        [[2, 3, 4, 5, 6, 0], [2, 3, 4, 7, 0, 0], [2, 3, 4, 8, 9, 10], [5, 6, 7, 8, 0, 0]]
+    )
+    mask = (ids != 0).long()
+    labels = ids.where(mask.bool() & (torch.arange(6) > 0), -100)  # of prompts, too
+    if name == "shift_labels":
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    batch = {"input_ids": ids, "attention_mask": mask, name: labels, "fused_lm_head": True}
+    plain, shared = model(**batch), model(**batch, prompt_lengths=torch.tensor([3, 3, 3, 2]))
+    assert torch.equal(plain.label_mask, shared.label_mask)
+    for field in ("log_probs", "entropy", "loss"):
+        torch.testing.assert_close(plain[field], shared[field], rtol=1e-5, atol=1e-5)
+    for given, said in (
+        ({"prompt_lengths": torch.tensor([3, 3, 3])}, "prompt_lengths: expected a number for each"),
+        ({"prompt_lengths": torch.tensor([3, 5, 3, 2])}, "1 to its real tokens"),
+        (
+            {"prompt_lengths": torch.tensor([3, 3, 3, 2]), "position_ids": mask},
+            "expected no position_ids beside it",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model(**batch | given)
+
+
+def test_shifted_labels_are_scored_where_they_stand():
+    model = tiny.model()
+    patch_head(model)
+    ids = torch.randint(2, 20, (2, 6))
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    own = model(ids, labels=ids, fused_lm_head=True).log_probs
+    given = model(ids, shift_labels=shifted, fused_lm_head=True).log_probs
+    bound = logps_error_bound(torch.ones(1, 16), model.lm_head.weight)
+    torch.testing.assert_close(given[:, :-1], own, rtol=0, atol=bound)
+    assert not given[:, -1].any()
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_another_shape_are_named(name):
+    model, ids = tiny.model(), torch.randint(2, 20, (2, 6))
+    patch_head(model)
+    with pytest.raises(ValueError, match=rf"^{name}: expected \[B, T\] = \(2, 6\), got \(2, 5\)"):
+        model(ids, fused_lm_head=True, **{name: ids[:, 1:]})

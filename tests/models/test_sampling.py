@@ -15,11 +15,11 @@ from powerflow_fast.integrations.transformers import patch_head  # noqa: E402
 from powerflow_fast.models.lm_head import last_hidden_state, read_head  # noqa: E402
 from powerflow_fast.models.sampling import end_tokens  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.packed import WORDS  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 CHATTY = dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=3, repetition_penalty=1.3)
-SIZE = dict(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-ROTARY = SIZE | dict(
+ROTARY = WORDS | dict(
     hidden_size=16,
     intermediate_size=32,
     num_hidden_layers=2,
@@ -31,8 +31,8 @@ ROTARY = SIZE | dict(
 HALF = 4  # of a head's dimensions, pairs that are rotated
 # Where positions enter: learned, rotated, rotated with factors, rotated by the length so far.
 MODELS = {
-    "GPT2": SIZE | dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3),
-    "OPT": SIZE
+    "GPT2": WORDS | dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3),
+    "OPT": WORDS
     | dict(hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
     | dict(word_embed_proj_dim=16, max_position_embeddings=64, init_std=0.3),
     "Llama": ROTARY,
