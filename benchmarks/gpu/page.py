@@ -19,13 +19,21 @@ def tables() -> str:
 
 
 def step_tables() -> list[str]:
-    """Every device: the step with a frozen head at the first shape."""
+    """Every device: the step with a frozen head at the first shape, as its newest run has it."""
+    runs = [(header, found) for header, found in lines.load() if _stage(found, "heads")]
+    newest = {header["device"]: header["date"] for header, _ in sorted(runs, key=_date)}
     blocks = []
-    for header, found in lines.load():
+    for header, found in runs:
+        if header["date"] != newest[header["device"]]:
+            continue
         rows = _stage(found, "heads")
         for shape in _shapes(rows, "tb-frozen")[:1] if not header["dry_run"] else ():
             blocks += [results_file.source(header, short=True), _steps(rows, found, shape)]
     return blocks
+
+
+def _date(run: tuple[Line, list[Line]]) -> str:
+    return run[0]["date"]
 
 
 def _one(header: Line, found: list[Line]) -> str:
