@@ -66,6 +66,15 @@ class TrainArguments:
     adapter_server: str | None = _option(
         None, "URL of a vLLM server that is sent the adapter alone; not with use_vllm."
     )
+    adapter_server_timeout: float = _option(
+        3600.0, "Seconds that a rollout of this server may take."
+    )
+    adapter_server_wait: float = _option(
+        240.0, "Seconds to wait for this server where it is still starting."
+    )
+    adapter_server_key: str | None = _option(
+        None, "Key of this server. Default: the variable VLLM_API_KEY."
+    )
     boxed_penalty: float = _option(0.0, r"psi of completions without \boxed{}, e.g. -0.5; 0: off.")
     overwrite: bool = _option(False, "Write into an output folder that holds another run.")
 
@@ -302,14 +311,32 @@ def _loading(options: TrainArguments) -> dict[str, Any]:
 
 
 def _adapter_rollout(options: TrainArguments, config):
-    """The rollout function for --adapter_server; without it None, and TRL samples."""
+    """The rollout function for --adapter_server, which has been checked; without it None, and TRL
+    samples."""
+    from powerflow_fast.training.ahead import check_ahead
+
     if not options.adapter_server:
+        check_ahead(config, None)
         return None
-    if options.lora_rank < 1 or config.use_vllm:
-        raise UsageError("--adapter_server: expected LoRA (--lora_rank), and use_vllm off")
+    if options.lora_rank < 1 or config.use_vllm or options.dora:
+        raise UsageError(
+            "--adapter_server: expected LoRA (--lora_rank, no --dora), and use_vllm off"
+        )
+    for name in ("adapter_server_timeout", "adapter_server_wait"):
+        if (got := getattr(options, name)) <= 0:
+            raise UsageError(f"--{name}: expected seconds > 0, got {got:g}")
     from powerflow_fast.training.vllm_adapter import AdapterRollout
 
-    return AdapterRollout(options.adapter_server, str(Path(config.output_dir, "adapters")))
+    rollout = AdapterRollout(
+        options.adapter_server,
+        str(Path(config.output_dir, "adapters")),
+        options.adapter_server_timeout,
+        server_timeout=options.adapter_server_wait,
+        api_key=options.adapter_server_key,
+    )
+    limits = rollout.check(config, options.lora_rank), config.vllm_max_model_length
+    config.vllm_max_model_length = min(n for n in limits if n)
+    return rollout
 
 
 def _checkpoint(model: str, config) -> str | None:

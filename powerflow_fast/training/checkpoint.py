@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -30,6 +30,8 @@ from trl import GRPOTrainer
 
 from powerflow_fast.models.lm_head import base_model
 from powerflow_fast.models.parameters import trained_parameters
+from powerflow_fast.training.agreement import on_every_rank
+from powerflow_fast.training.sampler import Sampler
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk comes as any of them
 STAGING = ".saving"
@@ -72,12 +74,15 @@ class WholeCheckpoints(GRPOTrainer):
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """An epoch in an order fixed by seed and epoch alone, so that a resume finds its place."""
         if self.state.global_step >= self.state.max_steps:  # transformers would take one step more
             return
-        if self._sampler is not None and self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._sampler.seed + kwargs["epoch"])
+        self._fix_order(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+
+    def _fix_order(self, epoch: int) -> None:
+        """An order fixed by seed and epoch alone, so that a resume finds its place in it."""
+        if self._sampler is not None and self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._sampler.seed + epoch)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -124,19 +129,16 @@ class WholeCheckpoints(GRPOTrainer):
             self._push_from_checkpoint(final)
 
     def _on_every_rank(self, part: Callable[[], None], run: str, final: str) -> None:
-        """Do `part`; where it fails on one rank, all raise, and none waits for another."""
-        problem: Exception | None = None
-        try:
-            part()
-        except WRITE_ERRORS as error:
-            problem = error
-        problems = [p for p in gather_object([_one_line(problem)]) if p]
-        if problems:
+        """Do `part`; CheckpointError on all ranks where it failed on one."""
+        _, problem = on_every_rank(part, WRITE_ERRORS)
+        if problem is not None:
             if self.accelerator.is_main_process:
                 shutil.rmtree(os.path.join(run, STAGING), ignore_errors=True)
             last = last_checkpoint(run)
             rest = f"the last whole checkpoint is {last}" if last else "there is none before it"
-            raise CheckpointError(f"could not write {final}: {problems[0]}; {rest}") from problem
+            raise CheckpointError(
+                f"could not write {final}: {problem.kind}: {problem.text}; {rest}"
+            ) from problem.error
 
     def _save_state(self, staged: str, final: str) -> None:
         cycle = self.args.steps_per_generation * self.num_iterations
@@ -149,6 +151,8 @@ class WholeCheckpoints(GRPOTrainer):
             "logged_step": self._logged_step,
             "health": self.health.state_dict(),
         }
+        if isinstance(self.rollout_func, Sampler):
+            state["asked"] = self.rollout_func.state_dict()
         rank = self.accelerator.process_index
         torch.save(state, os.path.join(staged, STATE_FILE.format(rank=rank)))
         if self.args.should_save:
@@ -176,6 +180,8 @@ class WholeCheckpoints(GRPOTrainer):
         if saved_shape == shape:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
+            if isinstance(self.rollout_func, Sampler):
+                self.rollout_func.load_state_dict(state.get("asked", {}))
             return
         # The next micro-batch begins a cycle of rollouts; step 0 marks the very first.
         cycle = self.args.steps_per_generation * self.num_iterations
@@ -299,7 +305,3 @@ def _flush(folder: str) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _one_line(error: Exception | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"

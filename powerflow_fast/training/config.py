@@ -80,6 +80,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "min_length_share": SHARE,
     "min_distinct": SHARE,
     "sample_completions": _count(0),
+    "rollout_ahead": _count(0),
+    "max_sampler_gap": POSITIVE,
     "draw_curves": SWITCH,
     "disable_dropout": ("True: the policy must start at the reference", lambda x: x is True),
     "num_generations": _count(2),
@@ -169,6 +171,16 @@ class PowerFlowConfig(GRPOConfig):
     )
     padding_free: bool = _option(
         False, "Compute real tokens only, packed into one row; shared_prompt does so anyway."
+    )
+    rollout_ahead: int = _option(
+        0,
+        "Updates that a rollout may be drawn before the one that it serves, by a sampler of its "
+        "own (adapter_server): sampler and trainer run side by side. 0: on policy.",
+    )
+    max_sampler_gap: float = _option(
+        0.1,
+        "Mean nats a token by which log-probs of sampler and policy may differ, for rounding; "
+        "beyond it the run ends.",
     )
     learning_rate: float | None = _option(  # type: ignore[assignment]  # until `for_run`
         None,

@@ -31,7 +31,6 @@ EMPTY = 0.5  # share of completions that hold nothing but an end token, above wh
 SHORT = 2  # mean length in tokens up to which a warning asks whether that is meant
 START_KL = 1e-2  # nats/token between policy and reference, above which a run does not start
 NEAR_KL = 1e-3  # nats/token between the two above which a run warns
-LARGEST_SAMPLER_GAP = 0.2  # nats/token that policy and sampler may differ by, from rounding
 NOT_FINITE = (
     "Lower learning_rate, set max_grad_norm, prefer bf16 to fp16, and look for -inf in the "
     "sampler's or psi's values"
@@ -112,24 +111,27 @@ def _plain(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def check_sampler(gap: float) -> None:
-    """Warns where the sampler's log-probs are more than LARGEST_SAMPLER_GAP off the policy's.
+def check_sampler(gap: float, limit: float) -> None:
+    """Whether a sampler draws from the policy, by the mean distance of their log-probs.
 
-    `gap` is the mean distance [nats/token].
+    Args:
+        gap: that distance, nats/token.
+        limit: what rounding may make of it.
 
     Raises:
-        TrainingStopped: where one of them is infinite.
+        TrainingStopped: above the limit, with the likely causes.
     """
     if gap == math.inf:
         raise TrainingStopped(
             "the sampler gave a log-prob of -inf for a token that it drew; expected finite numbers"
         )
-    if gap > LARGEST_SAMPLER_GAP:
-        warnings.warn(
-            f"the sampler's log-probs are {gap:.3g} nats/token off the policy's: importance "
-            "weights will be clipped. Is the temperature the same, are they of the processed "
-            "logits (vLLM: --logprobs-mode processed_logprobs), and is the adapter the newest?",
-            stacklevel=3,
+    if gap > limit:
+        raise TrainingStopped(
+            f"the sampler's log-probs are {gap:.3g} nats/token off the policy's, at most {limit:g} "
+            "is expected of rounding: it samples something else. Is its base the same model, in "
+            "the same quantisation (an NF4 trainer wants an NF4 server)? Are its log-probs of the "
+            "processed logits (vLLM: --logprobs-mode processed_logprobs), at the same temperature? "
+            "Is the adapter the newest? If all of this is so, raise max_sampler_gap"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
@@ -17,13 +18,16 @@ from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model
 from powerflow_fast.models.sampling import generation_config
 from powerflow_fast.rewards import no_psi
+from powerflow_fast.training.ahead import as_sent, is_whole
 from powerflow_fast.training.completion_table import CompletionTable
 from powerflow_fast.training.data_checks import LONG, check_prompt
 from powerflow_fast.training.forward import LossInForward, counted_mask
 from powerflow_fast.training.health import RolloutFigures, SoundSteps, check_sampler
 from powerflow_fast.training.metrics import ROLLOUT_SIZES
+from powerflow_fast.training.sampler import Sampler
 
 SAMPLER_GAP = "sampling/sampling_logp_difference"  # in the logs, as TRL's
+DRIFT = "sampling/drift"  # in the logs: the same of a rollout that an earlier policy drew
 
 
 class ScoredRollouts(LossInForward):
@@ -133,19 +137,39 @@ class ScoredRollouts(LossInForward):
         group = self._group_size()
         figures = self.health.rollout_figures(ids, self.eos_token_ids, group, self.accelerator)
         if "sampling_per_token_logps" in output and not self.use_vllm:  # with vLLM TRL measures it
-            figures |= sampler_gap(output, self.accelerator)
+            figures |= self._sampler_figures(output)
         figures["alpha"] = output["alpha"][0].item()
         figures[ROLLOUT_SIZES] = float(len(ids) * self.accelerator.num_processes)
         for name, value in figures.items():
             metrics[name].append(value)
         if gaps := metrics.get(f"{SAMPLER_GAP}/mean"):
-            check_sampler(gaps[-1])
+            check_sampler(gaps[-1], self.args.max_sampler_gap)
         if mode == "train":
             self.table.clear()
             self.sound.alpha = figures["alpha"]
             names = ("mean_length", "distinct_ngrams", "distinct_per_prompt", "empty")
             seen = RolloutFigures(*(metrics[f"completions/{name}"][-1] for name in names))
             self.health.check_rollout(self.state.global_step, seen)
+
+    def _sampler_figures(self, output: dict[str, Any]) -> dict[str, float]:
+        """How far the sampler's log-probs are from those of the policy that drew, over all ranks,
+        and for a rollout drawn ahead how far the policy has moved since."""
+        sampler: Any = self.rollout_func
+        asked = sampler.drawn if isinstance(sampler, Sampler) else None
+        far = sampler_gap(output, self.accelerator)
+        if asked is None or asked.step == self.state.global_step:
+            return {f"{SAMPLER_GAP}/{name}": value for name, value in far.items()}
+        figures = {f"{DRIFT}/{name}": value for name, value in far.items()}
+        weights = sampler.weights(asked.policy) if is_whole(self._policy()) else None
+        if all(gather_object([weights is not None])):
+            assert weights is not None
+            row = counted_mask(output).any(1).int().argmax()
+            one = {k: v[row : row + 1] if v.ndim else v for k, v in output.items()}
+            with as_sent(self._policy(), weights):
+                one["old_per_token_logps"] = self._score(one)[0]
+            gap = sampler_gap(one, self.accelerator)
+            figures |= {f"{SAMPLER_GAP}/{name}": value for name, value in gap.items()}
+        return figures
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_: Any
@@ -219,4 +243,4 @@ def sampler_gap(rollout: dict[str, Any], accelerator) -> dict[str, float]:
     figures = torch.stack([gap.sum(), gap.new_tensor(len(gap)), largest])
     figures = accelerator.gather(figures[None])  # [ranks, 3]
     mean = figures[:, 0].sum() / figures[:, 1].sum().clamp(min=1)
-    return {f"{SAMPLER_GAP}/mean": mean.item(), f"{SAMPLER_GAP}/max": figures[:, 2].max().item()}
+    return {"mean": mean.item(), "max": figures[:, 2].max().item()}

@@ -22,6 +22,7 @@ from powerflow_fast.models.lm_head import base_model
 from powerflow_fast.models.parameters import disable_dropout, keep_gradient, trained_parameters
 from powerflow_fast.models.sampling import end_tokens
 from powerflow_fast.rewards import finite_psi, no_psi
+from powerflow_fast.training.ahead import RolloutsAhead, check_ahead
 from powerflow_fast.training.checkpoint import WholeCheckpoints, describe
 from powerflow_fast.training.checks import check_arguments, check_policy, check_reference
 from powerflow_fast.training.completion_table import CompletionTable
@@ -34,11 +35,12 @@ from powerflow_fast.training.learned_log_z import LearnedLogZ
 from powerflow_fast.training.metrics import LossFigures, over_rollouts
 from powerflow_fast.training.progress import show_lines
 from powerflow_fast.training.rollout import ScoredRollouts
+from powerflow_fast.training.sampler import Sampler
 
 OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that "ref" is an earlier trainer's
 
 
-class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
+class PowerFlowTrainer(LossFigures, RolloutsAhead, WholeCheckpoints, ScoredRollouts):
     """Trains a causal language model to sample from a power of its own base, without labels.
 
     The reference is the model as it was given: the base under a disabled adapter (`peft_config`),
@@ -58,7 +60,8 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
 
     Raises:
         ValueError: before any generation, for data, models and options it cannot train.
-        TrainingStopped: from `train()`, where a run collapses, trains nothing or is not finite.
+        TrainingStopped: from `train()`, where a run collapses, trains nothing or is not finite, or
+            its sampler fails or samples something else than the policy.
         CheckpointError: from `train()`, where a checkpoint cannot be written.
     """
 
@@ -86,6 +89,10 @@ class PowerFlowTrainer(LossFigures, WholeCheckpoints, ScoredRollouts):
         check_reference(model, peft_config, args)
         adapted = peft_config is not None or isinstance(model, PeftModel)
         args = args.for_run(adapted)
+        sampler = kwargs.get("rollout_func")
+        check_ahead(args, sampler)
+        if isinstance(sampler, Sampler):
+            sampler.prepare(args, model, peft_config)
         others = kwargs.get("eval_dataset"), model, kwargs.get("processing_class"), args
         self._context = check_datasets(train_dataset, *others)
         with given_back(model):
