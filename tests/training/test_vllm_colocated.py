@@ -100,3 +100,29 @@ def test_the_patch_is_taken_back_where_vllm_fails(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no memory"):
         make(tmp_path)
     assert vllm_generation.LLM is fails
+
+
+def norm_of(trainer) -> torch.Tensor:
+    return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())[NORM]
+
+
+def test_weights_are_sent_again_for_a_second_run(tmp_path):
+    """Both runs end after one step, so that the second begins at the step that was sent last."""
+    trainer = make(tmp_path, adapter=False)
+    for _ in range(2):
+        expected = norm_of(trainer).detach().clone()
+        trainer.train()
+        assert torch.equal(Engine.last.sent_before[-1], expected)
+    first, second = Engine.last.sent_before
+    assert not torch.equal(first, second)
+
+
+def test_weights_are_sent_again_before_and_after_a_run(tmp_path):
+    """A checkpoint loaded at its start, or the best one at its end, has no step of its own."""
+    trainer = make(tmp_path, adapter=False, eval_strategy="steps", eval_steps=1)
+    for use in (trainer.evaluate, trainer.train, trainer.evaluate):
+        with torch.no_grad():
+            norm_of(trainer).mul_(1.001)
+        expected, count = norm_of(trainer).detach().clone(), len(Engine.last.sent_before)
+        use()
+        assert torch.equal(Engine.last.sent_before[count], expected)
