@@ -41,6 +41,18 @@ class ScoredRollouts(LossInForward):
     table: CompletionTable
     _context: Context
 
+    def train(self, *args: Any, **kwargs: Any):
+        """As transformers'. vLLM is sent the weights at the first rollout, and at the first after.
+
+        TRL sends them where the step is not that of the last time, by which a second run, and the
+        best checkpoint loaded at the end, can pass for what was sent.
+        """
+        self._last_loaded_step = -1
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._last_loaded_step = -1
+
     def _prepare_inputs(self, generation_batch):
         """As TRL's, but without its shuffle: the completions of a prompt stay together, for group
         log Z' and for what they share."""

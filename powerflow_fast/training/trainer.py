@@ -36,6 +36,7 @@ from powerflow_fast.training.metrics import LossFigures, over_rollouts
 from powerflow_fast.training.progress import show_lines
 from powerflow_fast.training.rollout import ScoredRollouts
 from powerflow_fast.training.sampler import Sampler
+from powerflow_fast.training.vllm_colocated import in_own_type
 
 OWN_REFERENCE = "_powerflow_reference"  # says of a PeftModel that "ref" is an earlier trainer's
 
@@ -135,7 +136,8 @@ class PowerFlowTrainer(LossFigures, RolloutsAhead, WholeCheckpoints, ScoredRollo
         given_values = {name: parameter.data for name, parameter in given.items()}
         given_psi = psi_funcs if isinstance(psi_funcs, list) else [psi_funcs or no_psi]
         reward_funcs = [finite_psi(function) for function in given_psi]
-        super().__init__(model=model, args=args, reward_funcs=reward_funcs, **kwargs)
+        with in_own_type(self):
+            super().__init__(model=model, args=args, reward_funcs=reward_funcs, **kwargs)
         args.beta = self.beta = 0.0
         if isinstance(model, PeftModel):
             setattr(model, OWN_REFERENCE, "ref" in model.peft_config)

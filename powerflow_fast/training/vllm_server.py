@@ -62,7 +62,8 @@ class VLLMServer:
 
     def is_healthy(self) -> bool:
         try:
-            return self._session.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT).status_code == 200
+            answer = self._session.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT)
+            return answer.status_code == 200
         except requests.RequestException:
             return False
 

@@ -53,8 +53,8 @@ class StandIn:
         with open(config) as file:
             rank = json.load(file)["r"]
         if rank > self.max_rank:
-            worker = f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}."
-            return error(500, f"Call to add_lora method failed: Worker failed with error '{worker}'")
+            reason = f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}."
+            return error(500, f"Call to add_lora method failed: Worker failed with '{reason}'")
         if not os.path.isfile(os.path.join(path, "adapter_model.safetensors")):
             return error(500, "Call to add_lora method failed: Worker failed with error ''")
         key = (name, path)
