@@ -6,12 +6,16 @@
 # \boxed{} answer; log Z' is the mean over a prompt's completions. Sizes are a start for 8 GPUs of
 # 80 GB: set them for yours.
 #
+# verl is to be installed as verl[vllm]: its trainer needs TransferQueue. It looks into TRL, where
+# that is installed, for a class that TRL 1.16 does not have, and then does not start.
+#
 # On a cluster, start every node with the variable below already in its environment
 # (`ray start` passes it to all workers), and run this on the head node.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-export VERL_USE_EXTERNAL_MODULES=powerflow_fast.integrations.verl_plugin
+MODULES=${VERL_USE_EXTERNAL_MODULES:-}  # of yours, which come first
+export VERL_USE_EXTERNAL_MODULES=${MODULES:+$MODULES,}powerflow_fast.integrations.verl_plugin
 
 MODEL=${MODEL:-Qwen/Qwen2.5-7B}
 TRAIN=${TRAIN:?a parquet file with a column prompt (a list of messages); no answers are read}
@@ -55,6 +59,9 @@ exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
     actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True \
     reward.custom_reward_function.path="$PWD/format_term.py" \
     reward.custom_reward_function.name=psi \
+    reward.reward_manager.source=importlib \
+    reward.reward_manager.module.path="$PWD/format_term.py" \
+    reward.reward_manager.name=WithoutAnswers \
     trainer.nnodes="$NODES" \
     trainer.n_gpus_per_node="$GPUS" \
     trainer.total_epochs=1 \
