@@ -1,0 +1,143 @@
+"""What happens to a vLLM server in mid-run: an error in seconds, and nothing trained is lost."""
+
+import signal
+import time
+
+import pytest
+import requests
+import torch
+
+pytest.importorskip("trl")
+
+from powerflow_fast.training.sampler import SamplerError  # noqa: E402
+from powerflow_fast.training.vllm_adapter import AdapterRollout  # noqa: E402
+from tests.helpers import server_run  # noqa: E402
+from tests.helpers.kill_run import same  # noqa: E402
+from tests.helpers.server_run import check, make, steps  # noqa: E402
+from tests.helpers.vllm_process import (  # noqa: E402
+    RIGHT,
+    UPDATING,
+    Server,
+    needs_vllm,
+    serving,
+)
+
+pytestmark = needs_vllm
+SECONDS = 30.0
+# Completions of 2 s, so that there is a middle of a rollout.
+OPTIONS = dict(
+    max_steps=4, max_completion_length=160, generation_kwargs={"stop_token_ids": []}, seed=5
+)
+LONG = OPTIONS | {"generation_kwargs": {"ignore_eos": True, "stop_token_ids": []}}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, server) -> dict[str, torch.Tensor]:
+    """The adapter of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    make(folder, server.url, **LONG, save_total_limit=1).train()
+    return server_run.adapter(folder, 4)
+
+
+@pytest.fixture(scope="module")
+def victim(base, tmp_path_factory):
+    started = Server(base, tmp_path_factory.mktemp("victim") / "log.txt", *RIGHT, **UPDATING)
+    with serving(started):
+        yield started
+
+
+def alive(server: Server) -> Server:
+    """The server, started again where an earlier test has ended it."""
+    if server.process.poll() is not None:
+        server.kill()  # what is left of its group
+        server.start().wait()
+    return server
+
+
+def fails(folder, url, trouble, match, name, timeout=60.0, before=False) -> None:
+    """A run that ends soon after `trouble()`, which comes in the middle of the third rollout or
+    just before it, with a checkpoint of the two updates that it has made."""
+    rollout = AdapterRollout(url, str(folder / "adapters"), timeout, server_timeout=5.0)
+    trainer = make(folder, rollout, **LONG)
+    draw, began = rollout.draw, []
+
+    def draw_in_trouble(*args):
+        if trainer.state.global_step != 2:
+            return draw(*args)
+        if before:
+            trouble()
+        began.append(time.monotonic())
+        answers = draw(*args)
+        if not before:
+            time.sleep(0.3)
+            assert not any(answer.done() for answer in answers)
+            trouble()
+        return answers
+
+    rollout.draw = draw_in_trouble
+    with pytest.raises(SamplerError, match=f"{match}.*checkpoint-2 holds all that was trained"):
+        trainer.train()
+    took = time.monotonic() - began[0]
+    server_run.tell(name, f"{took:.1f} s to the error")
+    assert took < SECONDS
+
+
+def goes_on(folder, url, expected) -> None:
+    """The run's end, on a server that works, is that of a run that nothing happened to."""
+    trainer = make(folder, url, **LONG)
+    trainer.train(resume_from_checkpoint="last")
+    check(steps(trainer), "resumed", 4)
+    same(server_run.adapter(folder, 4), expected)
+
+
+def test_a_server_that_is_stopped_and_goes_on(tmp_path, server, victim, expected):
+    try:
+        stop = (alive(victim).url, lambda: victim.send(signal.SIGSTOP))
+        fails(tmp_path, *stop, "has not answered /health for 15 s", "SIGSTOP")
+    finally:
+        victim.send(signal.SIGCONT)
+    goes_on(tmp_path, victim.url, expected)
+
+
+def test_a_server_that_is_terminated(tmp_path, server, victim, expected):
+    """Its front end alone, as a service manager or Ctrl-C would."""
+    terminate = (alive(victim).url, lambda: victim.process.send_signal(signal.SIGTERM))
+    fails(tmp_path, *terminate, "the server is gone|has not answered /health", "SIGTERM")
+    goes_on(tmp_path, server.url, expected)
+
+
+def test_a_server_that_is_started_anew(tmp_path, server, victim, expected):
+    """Between an adapter and the rollout that asks for it."""
+
+    def restart():
+        victim.kill()
+        victim.start().wait()
+
+    match = "has lost the adapter powerflow-.*started anew"
+    fails(tmp_path, alive(victim).url, restart, match, "restarted", before=True)
+    goes_on(tmp_path, victim.url, expected)
+
+
+def test_a_server_that_is_killed(tmp_path, server, victim, expected):
+    match = "the server is gone|has not answered /health"
+    fails(tmp_path, alive(victim).url, victim.kill, match, "SIGKILL")
+    goes_on(tmp_path, server.url, expected)
+
+
+def test_a_server_that_is_slow(tmp_path, server, expected):
+    rollout_timeout = 4.0
+    with server_run.delayed(server.url, 0.0) as url:
+        slow = server_run.DELAY
+        match = "a rollout has taken more than 4 s"
+        fails(tmp_path, url, lambda: slow.update(seconds=60.0), match, "slow", rollout_timeout, True)
+    goes_on(tmp_path, server.url, expected)
+
+
+def test_an_adapter_that_someone_unloads(tmp_path, server, expected):
+    def unload():
+        for name in server.adapters():
+            requests.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
+
+    match = "has lost the adapter powerflow-.*unloaded by someone else"
+    fails(tmp_path, server.url, unload, match, "unloaded", before=True)
+    goes_on(tmp_path, server.url, expected)
