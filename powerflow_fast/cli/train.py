@@ -178,7 +178,11 @@ def _prepare_training(argv: list[str]) -> Prepared | None:
 
     check_arguments(config)
     prompts = read_prompts(options.data, options.data_split, options.prompt_column)
-    check_output(config.output_dir, options.overwrite or bool(config.resume_from_checkpoint))
+    of_this_run = config.process_index > 0  # the first rank may have begun to write there
+    check_output(
+        config.output_dir,
+        options.overwrite or bool(config.resume_from_checkpoint) or of_this_run,
+    )
     checkpoint = _checkpoint(options.model, config)
     if checkpoint and _is_finished(checkpoint, config):
         return None

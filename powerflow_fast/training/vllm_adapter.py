@@ -16,6 +16,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -89,12 +90,13 @@ class AdapterRollout(Sampler):
         self._take_folder()
         try:
             self._limit = self.server.check(rank, self.folder, args.temperature)
-        except ValueError:
+        finally:  # a run takes it when it begins: this one may never do so
             self._lock.release()
-            os.unlink(self._lock.lock_file)
-            for path in new:
-                os.rmdir(path)
-            raise
+            if new:
+                with suppress(OSError):
+                    os.unlink(self._lock.lock_file)
+                    for path in new:
+                        os.rmdir(path)
         return self._limit
 
     def _take_folder(self) -> None:

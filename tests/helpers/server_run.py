@@ -7,15 +7,9 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Thread
 
-import requests
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -133,47 +127,3 @@ def read_steps(folder: Path) -> list[dict[str, float]]:
 
 def adapter(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
-
-
-@contextmanager
-def delayed(url: str, seconds: float) -> Iterator[str]:
-    """The URL of a proxy that holds every request for a completion back for so long."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            self.forward("GET", None)
-
-        def do_POST(self):
-            self.forward("POST", self.rfile.read(int(self.headers["Content-Length"])))
-
-        def forward(self, method, body):
-            if self.path == "/v1/completions" and b"powerflow-" in body:
-                time.sleep(seconds)
-            kind = {"Content-Type": "application/json"}
-            answer = requests.request(method, url + self.path, data=body, headers=kind)
-            self.send_response(answer.status_code)
-            self.send_header("Content-Length", str(len(answer.content)))
-            self.end_headers()
-            self.wfile.write(answer.content)
-
-    class Proxy(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 64
-
-        def handle_error(self, *_):
-            pass  # a client that went away
-
-    proxy = Proxy(("127.0.0.1", 0), Handler)
-    thread = Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{proxy.server_port}"
-    finally:
-        proxy.shutdown()
-        thread.join()
-        proxy.server_close()

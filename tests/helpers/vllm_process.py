@@ -88,12 +88,16 @@ class Server:
         """Until it answers; AssertionError with the end of its log where it does not."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
-            with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return self
+            if self.is_healthy():
+                return self
             time.sleep(0.2)
         self.kill()
         raise AssertionError(self.log.read_text()[-4000:])
+
+    def is_healthy(self) -> bool:
+        with suppress(requests.RequestException):
+            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+        return False
 
     def send(self, number: signal.Signals) -> None:
         """A signal to every process of the group."""

@@ -9,7 +9,11 @@ import torch
 
 pytest.importorskip("trl")
 
+from filelock import FileLock, Timeout  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
+
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
+from powerflow_fast.cli import main  # noqa: E402
 from powerflow_fast.training import vllm_server  # noqa: E402
 from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.sampler import SamplerError  # noqa: E402
@@ -199,9 +203,50 @@ def test_what_vllm_does_not_serve(tmp_path, url):
 
 
 def test_a_second_run_in_the_same_folder(tmp_path, url, rollout):
-    make(tmp_path / "a", rollout=rollout)
-    with pytest.raises(ValueError, match="folder: .*adapters is in use by another run"):
-        make(tmp_path / "b", rollout=AdapterRollout(url, rollout.folder))
+    trainer, _ = make(tmp_path / "a", rollout=rollout)
+    original, used = rollout.draw, "folder: .*adapters is in use by another run"
+    os.makedirs(rollout.folder)
+    lock = os.path.join(rollout.folder, ".lock")
+
+    def draw(*args):
+        with pytest.raises(Timeout):
+            FileLock(lock).acquire(timeout=0)
+        return original(*args)
+
+    rollout.draw = draw
+    with FileLock(lock):
+        with pytest.raises(SamplerError, match=used):
+            trainer.train()
+        with pytest.raises(ValueError, match=used):
+            make(tmp_path / "b", rollout=AdapterRollout(url, rollout.folder))
+    make(tmp_path / "a", rollout=rollout)[0].train()
+
+
+def test_a_trainer_that_never_trains_takes_no_folder(tmp_path, url, rollout):
+    """A notebook's cell may be run again, and a command with another option."""
+    kept = make(tmp_path / "run", rollout=rollout)
+    assert not os.path.isdir(rollout.folder)
+    make(tmp_path / "run", rollout=AdapterRollout(url, rollout.folder))[0].train()
+    del kept
+
+
+def test_a_command_that_is_refused_leaves_nothing_in_its_folder(tmp_path, url, capsys, monkeypatch):
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.txt").write_text("rain\nsea\n")
+    out = tmp_path / "out"
+    flags = {"model": tmp_path / "model", "data": tmp_path / "data.txt", "output_dir": out}
+    flags |= {"adapter_server": url, "lora_rank": 4, "use_cpu": True, "report_to": "none"}
+    argv = ["train", *(str(word) for k, v in flags.items() for word in (f"--{k}", v))]
+    assert main(argv) == 2
+    assert "beyond the context of 64" in capsys.readouterr().err
+    assert not out.exists()
+    (out / "adapters").mkdir(parents=True)  # as the first rank may have made it
+    assert main(argv) == 2
+    assert "holds another run" in capsys.readouterr().err
+    monkeypatch.setattr(TrainingArguments, "process_index", property(lambda self: 1))
+    assert main(argv) == 2
+    assert "beyond the context of 64" in capsys.readouterr().err
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path, server, rollout):

@@ -14,21 +14,18 @@ from powerflow_fast.training.vllm_adapter import AdapterRollout  # noqa: E402
 from tests.helpers import server_run  # noqa: E402
 from tests.helpers.kill_run import same  # noqa: E402
 from tests.helpers.server_run import check, make, steps  # noqa: E402
-from tests.helpers.vllm_process import (  # noqa: E402
-    RIGHT,
-    UPDATING,
-    Server,
-    needs_vllm,
-    serving,
-)
+from tests.helpers.slow_proxy import delayed  # noqa: E402
+from tests.helpers.vllm_process import RIGHT, UPDATING, Server, needs_vllm, serving  # noqa: E402
 
 pytestmark = needs_vllm
 SECONDS = 30.0
 # Completions of 2 s, so that there is a middle of a rollout.
-OPTIONS = dict(
-    max_steps=4, max_completion_length=160, generation_kwargs={"stop_token_ids": []}, seed=5
+LONG = dict(
+    max_steps=4,
+    max_completion_length=160,
+    generation_kwargs={"ignore_eos": True, "stop_token_ids": []},
+    seed=5,
 )
-LONG = OPTIONS | {"generation_kwargs": {"ignore_eos": True, "stop_token_ids": []}}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +45,8 @@ def victim(base, tmp_path_factory):
 
 def alive(server: Server) -> Server:
     """The server, started again where an earlier test has ended it."""
-    if server.process.poll() is not None:
-        server.kill()  # what is left of its group
+    if not server.is_healthy():
+        server.kill()  # after SIGTERM it may hang
         server.start().wait()
     return server
 
@@ -125,11 +122,13 @@ def test_a_server_that_is_killed(tmp_path, server, victim, expected):
 
 
 def test_a_server_that_is_slow(tmp_path, server, expected):
-    rollout_timeout = 4.0
-    with server_run.delayed(server.url, 0.0) as url:
-        slow = server_run.DELAY
+    with delayed(server.url, 0.0) as proxy:
+
+        def slow():
+            proxy.seconds = 60.0
+
         match = "a rollout has taken more than 4 s"
-        fails(tmp_path, url, lambda: slow.update(seconds=60.0), match, "slow", rollout_timeout, True)
+        fails(tmp_path, proxy.url, slow, match, "slow", timeout=4.0, before=True)
     goes_on(tmp_path, server.url, expected)
 
 

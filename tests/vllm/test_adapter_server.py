@@ -1,17 +1,18 @@
 """Rollouts of a real vLLM server that is sent the adapter alone: it samples from the policy."""
 
-import functools
 import os
 
 import pytest
-import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset  # noqa: E402
+
 from powerflow_fast.training.vllm_adapter import AdapterRollout  # noqa: E402
-from tests.helpers import ranks, server_run, tiny  # noqa: E402
+from tests.helpers import ranks, server_run  # noqa: E402
 from tests.helpers.kill_run import same  # noqa: E402
 from tests.helpers.server_run import GAP, check, make, steps  # noqa: E402
+from tests.helpers.slow_proxy import delayed  # noqa: E402
 from tests.helpers.vllm_process import needs_vllm  # noqa: E402
 
 pytestmark = needs_vllm
@@ -125,17 +126,15 @@ def test_two_ranks(tmp_path, server):
 
 
 def test_two_ranks_end_where_one_gets_no_answer(tmp_path, server):
-    with server_run.delayed(server.url, 30.0) as url:
+    with delayed(server.url, 30.0) as proxy:
         options = dict(max_steps=2, per_device_train_batch_size=4, timeout=1.0)
-        assert not ranks.ended(server_run.start(tmp_path, url, 2, **options))
+        assert not ranks.ended(server_run.start(tmp_path, proxy.url, 2, **options))
     for rank in (0, 1):
         text = (tmp_path / "logs" / f"log_{rank}.txt").read_text()
         assert "SamplerError" in text and "a rollout has taken more than 1 s" in text
 
 
 def test_an_evaluation_draws_by_the_policy_of_now(tmp_path, server):
-    from datasets import Dataset
-
     trainer = make(
         tmp_path,
         server.url,
