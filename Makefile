@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint test-kills test-chips test-others test-oldest test-newest architectures \
-	bench bench-gpu gpu-pack report kernels floors evidence step-70b-small clean
+.PHONY: help setup demo test lint test-kills test-chips test-others test-vllm test-oldest test-newest \
+	architectures bench bench-gpu gpu-pack report kernels floors evidence step-70b-small clean
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z0-9 -]+):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 25
@@ -38,6 +38,13 @@ test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; abou
 test-others: $(STAMP)  ## the integrations whose frameworks want versions of their own
 	$(BIN)/pip install --quiet --no-deps --target .others --requirement tests/integrations/others.txt
 	PYTHONPATH=$(CURDIR):$(CURDIR)/.others OMP_NUM_THREADS=1 $(BIN)/pytest tests/integrations
+
+test-vllm: $(STAMP) .vllm/.installed  ## rollouts of a real vLLM, on the CPU; about 10 minutes
+	POWERFLOW_VLLM=.vllm OMP_NUM_THREADS=1 $(BIN)/pytest tests/vllm
+
+.vllm/.installed: tests/vllm/requirements.txt | $(STAMP)
+	$(BIN)/pip install --quiet --upgrade --no-deps --target .vllm --requirement tests/vllm/requirements.txt
+	touch $@
 
 test-oldest test-newest: test-%:  ## the tests with the oldest or newest versions; CUDA's libraries come along
 	$(PYTHON) -m venv .venv-$*
@@ -81,4 +88,4 @@ floors: $(STAMP)  ## operations, bytes and least time of every kernel, for a sha
 	@$(BIN)/python -m benchmarks.kernels.floors $(ARGS)
 
 clean:  ## remove .venv and caches
-	rm -rf gpu-pack $(VENV) .venv-oldest .venv-newest .others .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf gpu-pack $(VENV) .venv-oldest .venv-newest .others .vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

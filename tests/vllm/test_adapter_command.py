@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -45,14 +47,21 @@ def flags(tmp_path, base) -> dict:
 
 def command(flags: dict, *launcher: str) -> subprocess.CompletedProcess:
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", *launcher, "powerflow_fast.cli", "train", *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a launcher's processes
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def trained(folder) -> list[dict[str, float]]:
@@ -75,7 +84,7 @@ def test_a_run(server, flags, ahead):
 
 
 def test_a_run_of_two_processes(server, flags):
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     flags |= {"adapter_server": server.url, "per_device_train_batch_size": 4}
     done = command(flags | {"ddp_backend": "gloo"}, *launcher)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -51,11 +51,11 @@ def alive(server: Server) -> Server:
     return server
 
 
-def fails(folder, url, trouble, match, name, timeout=60.0, before=False) -> None:
-    """A run that ends soon after `trouble()`, which comes in the middle of the third rollout or
-    just before it, with a checkpoint of the two updates that it has made."""
+def fails(folder, url, trouble, match, name, timeout=60.0, before=False, ahead=0) -> None:
+    """A run that ends soon after `trouble()`, which comes in the middle of the rollout that the
+    policy of two updates draws or just before it, with a checkpoint of all updates so far."""
     rollout = AdapterRollout(url, str(folder / "adapters"), timeout, server_timeout=5.0)
-    trainer = make(folder, rollout, **LONG)
+    trainer = make(folder, rollout, **LONG, rollout_ahead=ahead)
     draw, began = rollout.draw, []
 
     def draw_in_trouble(*args):
@@ -72,19 +72,21 @@ def fails(folder, url, trouble, match, name, timeout=60.0, before=False) -> None
         return answers
 
     rollout.draw = draw_in_trouble
-    with pytest.raises(SamplerError, match=f"{match}.*checkpoint-2 holds all that was trained"):
+    saved = f"checkpoint-{2 + ahead} holds all that was trained"
+    with pytest.raises(SamplerError, match=f"{match}.*{saved}"):
         trainer.train()
     took = time.monotonic() - began[0]
     server_run.tell(name, f"{took:.1f} s to the error")
     assert took < SECONDS
 
 
-def goes_on(folder, url, expected) -> None:
+def goes_on(folder, url, expected=None, ahead=0) -> None:
     """The run's end, on a server that works, is that of a run that nothing happened to."""
-    trainer = make(folder, url, **LONG)
+    trainer = make(folder, url, **LONG, rollout_ahead=ahead)
     trainer.train(resume_from_checkpoint="last")
     check(steps(trainer), "resumed", 4)
-    same(server_run.adapter(folder, 4), expected)
+    if expected is not None:
+        same(server_run.adapter(folder, 4), expected)
 
 
 def test_a_server_that_is_stopped_and_goes_on(tmp_path, server, victim, expected):
@@ -132,11 +134,15 @@ def test_a_server_that_is_slow(tmp_path, server, expected):
     goes_on(tmp_path, server.url, expected)
 
 
-def test_an_adapter_that_someone_unloads(tmp_path, server, expected):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_adapter_that_someone_unloads(tmp_path, server, expected, ahead):
+    """A rollout ahead that failed is drawn again, by the policy of the checkpoint: another run."""
+
     def unload():
         for name in server.adapters():
             requests.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
 
     match = "has lost the adapter powerflow-.*unloaded by someone else"
-    fails(tmp_path, server.url, unload, match, "unloaded", before=True)
-    goes_on(tmp_path, server.url, expected)
+    fails(tmp_path, server.url, unload, match, "unloaded", before=True, ahead=ahead)
+    goes_on(tmp_path, server.url, None if ahead else expected, ahead)
+    assert server.adapters() == []
