@@ -89,19 +89,17 @@ class AdapterRollout(Sampler):
         self._take_folder()
         try:
             self._limit = self.server.check(rank, self.folder, args.temperature)
-        except ValueError:
+        finally:  # as it was: the run may still be refused, and is tried again
             self._lock.release()
             os.unlink(self._lock.lock_file)
             for path in new:
                 os.rmdir(path)
-            raise
         return self._limit
 
     def _take_folder(self) -> None:
         try:
             os.makedirs(self.folder, exist_ok=True)
-            if not self._lock.is_locked:  # by this run
-                self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"folder: {self.folder} is in use by another run") from None
         except OSError as error:

@@ -219,7 +219,7 @@ class VLLMServer:
         for attempt in range(RETRIES + 1):
             last = attempt == RETRIES
             try:
-                left = max(end - time.monotonic(), 1.0)
+                left = max(end - time.monotonic(), 0.1)
                 response = self._session.post(url, json=body, timeout=(10.0, left))
             except requests.ReadTimeout as error:
                 raise SamplerError(slow(self.url, timeout)) from error
@@ -252,7 +252,8 @@ class VLLMServer:
         """
         pending, alive = set(futures), time.monotonic()
         while pending:
-            done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
+            left = max(end - time.monotonic(), 0.0)
+            done, pending = wait(pending, min(POLL, left), return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if not pending:

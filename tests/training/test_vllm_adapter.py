@@ -126,9 +126,7 @@ def test_a_server_that_cannot_serve_the_run_is_refused(tmp_path, server, rollout
         setattr(server, name, value)
     with pytest.raises(ValueError, match=match):
         make(tmp_path / "run", rollout=rollout, temperature=0.7)
-    assert not server.asked
-    if "max_len" not in setting:
-        assert not os.path.isdir(rollout.folder)
+    assert not server.asked and not os.path.isdir(rollout.folder)
 
 
 def test_addresses_and_keys(tmp_path, server, url, monkeypatch):
@@ -199,9 +197,18 @@ def test_what_vllm_does_not_serve(tmp_path, url):
 
 
 def test_a_second_run_in_the_same_folder(tmp_path, url, rollout):
-    make(tmp_path / "a", rollout=rollout)
-    with pytest.raises(ValueError, match="folder: .*adapters is in use by another run"):
-        make(tmp_path / "b", rollout=AdapterRollout(url, rollout.folder))
+    first, _ = make(tmp_path / "a", rollout=rollout)
+    other = AdapterRollout(url, rollout.folder)
+    second, _ = make(tmp_path / "b", rollout=other)
+    rollout.put(first)
+    refused = "folder: .*adapters is in use by another run"
+    with pytest.raises(SamplerError, match=refused):
+        second.train()
+    rollout.close()
+    second.train()
+    rollout.put(first)
+    with pytest.raises(ValueError, match=refused):
+        make(tmp_path / "c", rollout=AdapterRollout(url, rollout.folder))
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path, server, rollout):
