@@ -271,7 +271,8 @@ class VLLMServer:
 
 
 def slow(url: str, timeout: float) -> str:
-    return f"{url}: a rollout has taken more than {timeout:g} s (timeout of the adapter server)"
+    limit = f"{timeout:g} s (timeout of AdapterRollout, --adapter_server_timeout)"
+    return f"{url}: a rollout has taken more than {limit}"
 
 
 def in_background(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:
