@@ -28,6 +28,7 @@ from trl.experimental.async_grpo.async_grpo_trainer import (
     validate_lora_for_vllm_sync,
 )
 
+from powerflow_fast.models.parameters import is_sharded
 from powerflow_fast.training.agreement import on_every_rank
 from powerflow_fast.training.sampler import Asked, Sampler, SamplerError
 from powerflow_fast.training.vllm_server import VLLMServer
@@ -108,6 +109,8 @@ class AdapterRollout(Sampler):
     def put(self, trainer) -> str:
         accelerator = trainer.accelerator
         policy, main = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
+        if is_sharded(policy):
+            raise ValueError("rollout_func: ZeRO-3 takes the adapter apart; use FSDP2, or ZeRO-2")
         rank = validate_lora_for_vllm_sync(policy).r
         if not self.run:
             self._together(lambda: self._start(main), "")
