@@ -48,7 +48,8 @@ class AdapterRollout(Sampler):
         url: of the server, without data parallelism (an adapter reaches one replica only).
         folder: where adapters are handed over; trainer and server see it under the same path. One
             run at a time.
-        timeout: seconds that a rollout may take.
+        timeout: seconds that a rollout may take from when it is asked for; with rollout_ahead,
+            beside the others in flight.
         server_timeout: seconds to wait for a server that is still starting.
         api_key: of the server, where it wants one; default: the variable VLLM_API_KEY.
 
@@ -90,9 +91,10 @@ class AdapterRollout(Sampler):
         self._take_folder()
         try:
             self._limit = self.server.check(rank, self.folder, args.temperature)
-        finally:  # as it was: the run may still be refused, and is tried again
+        finally:
             self._lock.release()
-            os.unlink(self._lock.lock_file)
+            if new:  # leave no trace: the run may be refused for something else, and tried again
+                os.unlink(self._lock.lock_file)
             for path in new:
                 os.rmdir(path)
         return self._limit

@@ -13,21 +13,9 @@ from transformers import TrainerCallback  # noqa: E402
 from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.vllm_adapter import AdapterRollout  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
-from tests.helpers.vllm_stand_in import StandIn, serving  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 GAP = "sampling/sampling_logp_difference/max"
-
-
-@pytest.fixture
-def server():
-    return StandIn()
-
-
-@pytest.fixture
-def url(server):
-    with serving(server) as url:
-        yield url
 
 
 @pytest.fixture
