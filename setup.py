@@ -10,9 +10,11 @@ TRAIN = [
     "peft>=0.21",
     "accelerate>=1.15",
     "datasets>=4.7",
+    "filelock",
     "matplotlib",
     "pandas",
     "pyyaml",
+    "requests",
     "rich",
 ]
 DEMO = [*TRAIN, "gguf", "sentencepiece"]

@@ -47,6 +47,7 @@ class RolloutsAhead(GRPOTrainer):
 
     args: Any  # a PowerFlowConfig
     rollout_func: Any
+    health: Any
     _epoch = 0
     _loader: Any = None
     _save_checkpoint: Any
@@ -107,8 +108,8 @@ class RolloutsAhead(GRPOTrainer):
         for i, batch in enumerate(self._read):
             number, within = divmod(self._step + i, self._cycle())
             if not within and number not in self.rollout_func.asked:
-                prompts = [row["prompt"] for row in batch]
-                self.rollout_func.ask(number, prompts, self)
+                with self.health.phase("rollout"):
+                    self.rollout_func.ask(number, [row["prompt"] for row in batch], self)
         return [self._read.popleft() for _ in range(min(num_batches, len(self._read)))], None
 
     def _fill(self, count: int) -> None:

@@ -53,6 +53,7 @@ class WholeCheckpoints(GRPOTrainer):
     sums: Any  # by mode, `MetricSums`
     _logged_step: int
     log_z: Any = None  # the learned log Z' with its optimizer, a `LearnedLogZ`
+    replay: Any  # a `Replay`
     _made_for: dict[str, str]  # what `describe` says of the policy as it is trained
     _staging = False
     _sampler: Any = None  # TRL's, unless the data set is a stream
@@ -151,6 +152,8 @@ class WholeCheckpoints(GRPOTrainer):
             "logged_step": self._logged_step,
             "health": self.health.state_dict(),
         }
+        if self.args.replay:
+            state["replay"] = self.replay.state_dict()
         if isinstance(self.rollout_func, Sampler):
             state["asked"] = self.rollout_func.state_dict()
         rank = self.accelerator.process_index
@@ -180,6 +183,8 @@ class WholeCheckpoints(GRPOTrainer):
         if saved_shape == shape:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
+            kept = send_to_device(state.get("replay", []), self.accelerator.device)
+            self.replay.load_state_dict(kept)
             if isinstance(self.rollout_func, Sampler):
                 self.rollout_func.load_state_dict(state.get("asked", {}))
             return

@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "min_distinct": SHARE,
     "sample_completions": _count(0),
     "rollout_ahead": _count(0),
+    "replay": _count(0),
     "max_sampler_gap": POSITIVE,
     "draw_curves": SWITCH,
     "disable_dropout": ("True: the policy must start at the reference", lambda x: x is True),
@@ -177,6 +178,11 @@ class PowerFlowConfig(GRPOConfig):
         "Updates that a rollout may be drawn before the one that it serves, by a sampler of its "
         "own (adapter_server): sampler and trainer run side by side. 0: on policy.",
     )
+    replay: int = _option(
+        0,
+        "Rollouts to keep: with num_iterations, the updates after a rollout's first train on one "
+        "of the last of these, the newest most often. 0: on the same again.",
+    )
     max_sampler_gap: float = _option(
         0.1,
         "Mean nats a token by which log-probs of sampler and policy may differ, for rounding; "
@@ -228,6 +234,11 @@ class PowerFlowConfig(GRPOConfig):
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
         if self.log_z_lr_scheduled and self.learning_rate == 0:
             raise ValueError("learning_rate: expected > 0 beside log_z_lr_scheduled, got 0")
+        if self.replay and self.num_iterations < 2:
+            raise ValueError(
+                f"replay: expected 0 where a rollout serves one update, got {self.replay}; set "
+                "num_iterations to the updates that are made for every new rollout"
+            )
         if self.bf16 is None:  # TRL's default is bf16, which a machine without accelerator refuses
             self.bf16 = torch.accelerator.is_available() and not (self.fp16 or self.use_cpu)
         self._check_json()

@@ -24,6 +24,7 @@ from powerflow_fast.training.data_checks import LONG, check_prompt
 from powerflow_fast.training.forward import LossInForward, counted_mask
 from powerflow_fast.training.health import RolloutFigures, SoundSteps, check_sampler
 from powerflow_fast.training.metrics import ROLLOUT_SIZES
+from powerflow_fast.training.replay import Kept, Replay
 from powerflow_fast.training.sampler import Sampler
 
 SAMPLER_GAP = "sampling/sampling_logp_difference"  # in the logs, as TRL's
@@ -39,6 +40,7 @@ class ScoredRollouts(LossInForward):
     eos_token_ids: list[int]
     sound: SoundSteps
     table: CompletionTable
+    replay: Replay
     _context: Context
 
     def train(self, *args: Any, **kwargs: Any):
@@ -62,7 +64,23 @@ class ScoredRollouts(LossInForward):
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = split_tensor_dict(batch, steps)
+            self.replay.kept.append(Kept(self.state.global_step, batch))
+        elif self.args.replay and self._step % steps == 0:
+            self._buffered_inputs = split_tensor_dict(self._replayed(), steps)
         return self._buffered_inputs[self._step % steps]
+
+    def _replayed(self) -> dict[str, Any]:
+        """One of the last rollouts, its log Z' estimated anew by the policy of now; importance
+        weights stay those of the policy that drew it."""
+        step, rollout = self.replay.choose(self._step // self.args.steps_per_generation)
+        self._metrics["train"]["replay/age"].append(float(self.state.global_step - step))
+        alpha = self.args.alpha_at(self.state.global_step)
+        rollout = rollout | {"alpha": torch.full_like(rollout["psi"], alpha)}
+        if self.log_z is None:
+            now = rollout | {"old_per_token_logps": self._score(rollout)[0]}
+            size = self._group_size()
+            rollout["group_log_z"] = group_log_z(now, size, self.args, self.accelerator)
+        return rollout
 
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
@@ -115,6 +133,7 @@ class ScoredRollouts(LossInForward):
         several = self.model.training and (
             self.args.steps_per_generation * self.num_iterations
             > self.args.gradient_accumulation_steps
+            or self.args.replay > 0
         )
         estimated = self.log_z is None and (several or not self._groups_are_whole())
         fresh = self.log_z is not None and not self.log_z.started

@@ -34,6 +34,7 @@ from powerflow_fast.training.health import START_KL, Health, SoundSteps, check_s
 from powerflow_fast.training.learned_log_z import LearnedLogZ
 from powerflow_fast.training.metrics import LossFigures, over_rollouts
 from powerflow_fast.training.progress import show_lines
+from powerflow_fast.training.replay import Replay
 from powerflow_fast.training.rollout import ScoredRollouts
 from powerflow_fast.training.sampler import Sampler
 from powerflow_fast.training.vllm_colocated import in_own_type
@@ -117,6 +118,7 @@ class PowerFlowTrainer(LossFigures, RolloutsAhead, WholeCheckpoints, ScoredRollo
         # Of training passes since the last log: [real, computed, saved by shared prompts].
         self._tokens: Tensor | None = None
         self.table = CompletionTable()
+        self.replay = Replay(args.replay, args.seed)
         self.health = Health(args)
         self.add_callback(self.health)
         show_lines(self)

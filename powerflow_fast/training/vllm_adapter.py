@@ -16,7 +16,6 @@ import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from trl.experimental.async_grpo.async_grpo_trainer import (
     validate_lora_for_vllm_sync,
 )
 
+from powerflow_fast.models.parameters import is_sharded
 from powerflow_fast.training.agreement import on_every_rank
 from powerflow_fast.training.sampler import Asked, Sampler, SamplerError
 from powerflow_fast.training.vllm_server import VLLMServer
@@ -48,7 +48,8 @@ class AdapterRollout(Sampler):
         url: of the server, without data parallelism (an adapter reaches one replica only).
         folder: where adapters are handed over; trainer and server see it under the same path. One
             run at a time.
-        timeout: seconds that a rollout may take.
+        timeout: seconds that a rollout may take from when it is asked for; with rollout_ahead,
+            beside the others in flight.
         server_timeout: seconds to wait for a server that is still starting.
         api_key: of the server, where it wants one; default: the variable VLLM_API_KEY.
 
@@ -90,20 +91,18 @@ class AdapterRollout(Sampler):
         self._take_folder()
         try:
             self._limit = self.server.check(rank, self.folder, args.temperature)
-        finally:  # a run takes it when it begins: this one may never do so
+        finally:
             self._lock.release()
-            if new:
-                with suppress(OSError):
-                    os.unlink(self._lock.lock_file)
-                    for path in new:
-                        os.rmdir(path)
+            if new:  # leave no trace: the run may be refused for something else, and tried again
+                os.unlink(self._lock.lock_file)
+            for path in new:
+                os.rmdir(path)
         return self._limit
 
     def _take_folder(self) -> None:
         try:
             os.makedirs(self.folder, exist_ok=True)
-            if not self._lock.is_locked:  # by this run
-                self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"folder: {self.folder} is in use by another run") from None
         except OSError as error:
@@ -112,6 +111,8 @@ class AdapterRollout(Sampler):
     def put(self, trainer) -> str:
         accelerator = trainer.accelerator
         policy, main = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
+        if is_sharded(policy):
+            raise ValueError("rollout_func: ZeRO-3 takes the adapter apart; use FSDP2, or ZeRO-2")
         rank = validate_lora_for_vllm_sync(policy).r
         if not self.run:
             self._together(lambda: self._start(main), "")

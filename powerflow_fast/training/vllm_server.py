@@ -7,6 +7,7 @@ trainer.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from requests.adapters import HTTPAdapter
 from powerflow_fast.training.sampler import SamplerError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 LANES = 256  # requests at a time; vLLM's own limit is 256 sequences by default
 RETRIES = 3  # of a dropped connection
 FIRST_PAUSE = 1.0  # seconds before the first; each later one is twice as long
@@ -69,14 +71,18 @@ class VLLMServer:
 
     def wait_until_ready(self, seconds: float) -> None:
         """ValueError unless /health answers within `seconds`."""
-        end = time.monotonic() + seconds
+        end, pause = time.monotonic() + seconds, POLL
         while not self.is_healthy():
-            if time.monotonic() > end:
+            left = end - time.monotonic()
+            if left <= 0:
                 raise ValueError(
                     f"{self.url}: no vLLM server answers /health there, for {seconds:g} s; start "
                     f"one: {START.format(rank='RANK')}"
                 )
-            time.sleep(min(POLL, max(end - time.monotonic(), 0.1)))
+            if pause == POLL < left:
+                logger.warning("%s: waiting up to %g s for a vLLM server", self.url, seconds)
+            time.sleep(min(pause, left))
+            pause = 2 * POLL
 
     def base(self) -> dict[str, Any]:
         """What the server says of its base model: `id`, `root`, `max_model_len` [tokens], ..."""
@@ -219,7 +225,7 @@ class VLLMServer:
         for attempt in range(RETRIES + 1):
             last = attempt == RETRIES
             try:
-                left = max(end - time.monotonic(), 1.0)
+                left = max(end - time.monotonic(), 0.1)
                 response = self._session.post(url, json=body, timeout=(10.0, left))
             except requests.ReadTimeout as error:
                 raise SamplerError(slow(self.url, timeout)) from error
@@ -252,7 +258,8 @@ class VLLMServer:
         """
         pending, alive = set(futures), time.monotonic()
         while pending:
-            done, pending = wait(pending, timeout=POLL, return_when=FIRST_EXCEPTION)
+            left = max(end - time.monotonic(), 0.0)
+            done, pending = wait(pending, min(POLL, left), return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
             if not pending:
@@ -270,7 +277,8 @@ class VLLMServer:
 
 
 def slow(url: str, timeout: float) -> str:
-    return f"{url}: a rollout has taken more than {timeout:g} s (timeout of the adapter server)"
+    limit = f"{timeout:g} s (timeout of AdapterRollout, --adapter_server_timeout)"
+    return f"{url}: a rollout has taken more than {limit}"
 
 
 def in_background(jobs: Iterable[Callable[[], T]]) -> list[Future[T]]:

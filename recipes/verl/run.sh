@@ -38,6 +38,7 @@ exec "${PYTHON:-python}" -m verl.trainer.main_ppo \
     actor_rollout_ref.model.enable_gradient_checkpointing=True \
     actor_rollout_ref.model.use_fused_kernels=True \
     actor_rollout_ref.model.fused_kernel_options.impl_backend=triton \
+    actor_rollout_ref.actor.strategy=fsdp2 \
     actor_rollout_ref.actor.policy_loss.loss_mode=la_tb \
     actor_rollout_ref.actor.clip_ratio=0.2 \
     actor_rollout_ref.actor.use_kl_loss=True \

@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 import powerflow_fast  # noqa: E402
 from powerflow_fast.cli import main  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.vllm_stand_in import StandIn, serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_help_of_train_begins_with_ours(capsys):
     assert main(["train", "--help"]) == 0
     short = capsys.readouterr().out
     assert short.index("--model") < short.index("--alpha ") < short.index("--output_dir")
-    assert "--ddp_backend" not in short and "--help-all" in short and short.count("\n") < 130
+    assert "--ddp_backend" not in short and "--help-all" in short and short.count("\n") < 140
     assert main(["train", "--help_all"]) == 0
     assert "--ddp_backend" in capsys.readouterr().out
 
@@ -190,6 +191,10 @@ def test_bad_options_are_refused(capsys, tmp_path, model_folder, prompts):
     server = ("--adapter_server", "http://localhost:1")
     assert "--adapter_server" in refused(capsys, *flags, *server, "--lora_rank", "0")
     assert "url: expected" in refused(capsys, *flags, "--adapter_server", "localhost:1")
+    assert "seconds > 0" in refused(capsys, *flags, *server, "--adapter_server_timeout", "0")
+    nobody = refused(capsys, *flags, *server, "--adapter_server_wait", "0.1")
+    assert "http://localhost:1: no vLLM server answers" in nobody
+    assert "need a server of their own" in refused(capsys, *flags, "--rollout_ahead", "1")
     assert "--lora_rank: expected" in refused(capsys, *flags, "--lora_rank", "-2")
     assert "beta" in refused(capsys, *flags, "--beta", "0.1")
     assert "num_generations" in refused(capsys, *flags, "--num_generations", "1")
@@ -328,6 +333,23 @@ def test_a_run_goes_on_from_its_last_checkpoint(capsys, tmp_path, model_folder, 
     (tmp_path / "out" / ".saving").write_text("in the way")
     assert main([*flags, "--max_steps", "4"]) == 1
     assert "stopped: could not write" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_adapter_server_samples_ahead(capsys, tmp_path, model_folder, prompts):
+    flags = train_flags(model_folder, prompts, tmp_path / "out")
+    stand_in = StandIn()
+    with serving(stand_in) as url:
+        flags += ["--adapter_server", url, "--rollout_ahead", "1"]
+        stand_in.updating = False
+        assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in refused(capsys, *flags)
+        assert not (tmp_path / "out").exists()  # so that the next try is no second run
+        stand_in.updating, stand_in.max_len = True, 6
+        assert "beyond the context of 6" in refused(capsys, *flags)
+        stand_in.max_len = 64
+        assert main(flags) == 0 and len(stand_in.asked) == 2 * 4 and not stand_in.adapters
+        stand_in.delay = 0.5
+        assert main([*flags, "--overwrite", "--adapter_server_timeout", "0.2"]) == 1
+        assert "a rollout has taken more than 0.2 s" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_info_says_which_back_end_and_why(capsys):

@@ -8,11 +8,13 @@ import shutil
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from powerflow_fast import PowerFlowTrainer
+from powerflow_fast.training.vllm_adapter import AdapterRollout
 from tests.helpers import ranks, tiny
 
 KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
@@ -28,17 +30,22 @@ KILL = dict(  # each rollout serves six steps; several epochs of shuffled data
 RESIZE = dict(save_steps=2, optim="sgd", lr_scheduler_type="constant")
 
 
-def train(folder: Path, world: int, sharded: bool = False, callbacks=(), **options) -> None:
-    """A rank of a run in `folder`, which goes on from the last checkpoint there."""
+def train(
+    folder: Path, world: int, sharded: bool = False, callbacks=(), url: str = "", **options
+) -> None:
+    """A rank of a run in `folder`, which goes on from the last checkpoint there. A server at `url`
+    draws its rollouts; without one they are transformers'."""
     if sharded:
         ranks.shard_on_cpu()
     tiny.start_log_z_off_its_estimate()
-    rollout = tiny.rollout if options.get("optim") == "sgd" else None
+    rollout: Any = tiny.rollout if options.get("optim") == "sgd" else None
+    if url:
+        rollout = AdapterRollout(url, str(folder / "adapters"))
     backend = {"ddp_backend": "gloo"} if world > 1 else {}
     trainer = PowerFlowTrainer(
         model=tiny.model(),
         args=tiny.config(folder, log_z="learned", save_strategy="steps", **options | backend),
-        train_dataset=tiny.dataset(4 if rollout else world),
+        train_dataset=tiny.dataset(4 if rollout is tiny.rollout else world),
         processing_class=tiny.tokenizer(),
         peft_config=tiny.lora(),
         rollout_func=rollout,
@@ -64,8 +71,8 @@ def finish(folder: Path, world: int, **options) -> dict:
     return torch.load(folder / "end.pt", weights_only=True)
 
 
-def kill(folder: Path, world: int, kills: int, seed: int, sharded: bool) -> None:
-    options = KILL | {"sharded": sharded}
+def kill(folder: Path, world: int, kills: int, seed: int, **more) -> None:
+    options = KILL | more
     draw, began = random.Random(seed), time.monotonic()
     expected = finish(folder / "whole", world, **options)
     length = time.monotonic() - began

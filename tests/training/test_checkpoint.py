@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 from powerflow_fast import PowerFlowTrainer  # noqa: E402
 from powerflow_fast.training.checkpoint import CheckpointError, last_checkpoint  # noqa: E402
 from tests.helpers import kill_run, tiny  # noqa: E402
+from tests.helpers.vllm_stand_in import StandIn, serving  # noqa: E402
 
 KILLS = int(os.environ.get("KILLS", 0))  # `KILLS=20` is the long form
 
@@ -29,7 +30,17 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills, sharded):
             pytest.skip("two ranks are in the sharded run; `make test-kills` takes this one too")
         if version.parse(torch.__version__).release < (2, 13):
             pytest.skip("before 2.13 torch cannot load an optimizer to gloo's device cpu:0")
-    kill_run.kill(tmp_path, world, KILLS or kills, 0, sharded)
+    kill_run.kill(tmp_path, world, KILLS or kills, 0, sharded=sharded)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_whose_rollouts_are_ahead_ends_with_the_same_bits(tmp_path, world):
+    """The rollouts in flight are in the checkpoint, or drawn again by the same policies."""
+    if world > 1 and not KILLS:
+        pytest.skip("`make test-kills` takes two ranks too")
+    with serving(StandIn()) as url:
+        ahead = dict(rollout_ahead=3, num_iterations=1, steps_per_generation=1)
+        kill_run.kill(tmp_path, world, KILLS or 1, 0, url=url, **ahead)
 
 
 def test_saved_by_two_loaded_by_one_and_the_reverse(tmp_path):

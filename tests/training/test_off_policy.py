@@ -11,6 +11,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer  # noqa: E402
 from powerflow_fast.models.packing import Rows  # noqa: E402
 from powerflow_fast.training import forward as forward_module  # noqa: E402
 from powerflow_fast.training.checks import check_policy  # noqa: E402
+from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 from tests.training.test_trainer import assert_close, make  # noqa: E402
 
@@ -34,7 +35,7 @@ def sampler(shift):
 
 def test_the_samplers_log_probs_weigh_the_loss_and_are_measured(tmp_path):
     """exp(mean(log pi - old)) = exp(0.1) for every sequence, inside the clip of 0.2."""
-    weighted, seen = make(tmp_path, rollout=sampler(-0.1))
+    weighted, seen = make(tmp_path, rollout=sampler(-0.1), max_sampler_gap=2.0)
     plain, plain_seen = make(tmp_path)
     weighted.train()
     plain.train()
@@ -43,10 +44,16 @@ def test_the_samplers_log_probs_weigh_the_loss_and_are_measured(tmp_path):
     assert log["loss"] == pytest.approx(factor * plain_seen.logs[0]["loss"], rel=1e-4)
     assert log["sampling/sampling_logp_difference/mean"] == pytest.approx(0.1, rel=1e-4)
     assert log["sampling/sampling_logp_difference/max"] == pytest.approx(0.1, rel=1e-4)
-    far, far_seen = make(tmp_path, rollout=sampler(-1.0))
+    far, far_seen = make(tmp_path, rollout=sampler(-1.0), max_sampler_gap=2.0)
     far.train()
     assert far_seen.logs[0]["importance/mean"] == pytest.approx(1.2)
     assert far_seen.logs[0]["importance/clipped_share"] == 1
+
+
+def test_a_sampler_further_off_than_rounding_ends_the_run(tmp_path):
+    trainer, _ = make(tmp_path, rollout=sampler(-0.2))
+    with pytest.raises(TrainingStopped, match="0.2 nats/token off the policy's, at most 0.1"):
+        trainer.train()
 
 
 def test_a_log_prob_the_sampler_does_not_know_is_the_policys_own(tmp_path):

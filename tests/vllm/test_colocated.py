@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from powerflow_fast.training.health import LARGEST_SAMPLER_GAP
-
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(os.environ.get("POWERFLOW_VLLM", "none")).resolve()
 SECONDS = 240  # that a run may take; the first takes 37 on two quiet cores, the second 16
@@ -96,9 +94,8 @@ def test_an_adapter_is_merged_and_taken_out(adapted):
 
 
 def test_a_stale_prefix_is_noticed(adapted):
-    """A cache that outlives the weights it was computed with: the gap shows it, with a warning."""
-    assert max(step["gap"] for step in adapted["stale"]) > LARGEST_SAMPLER_GAP, adapted
-    assert any("nats/token off the policy's" in text for text in adapted["warnings"]), adapted
+    """A cache that outlives the weights it was computed with: the gap ends the run."""
+    assert "nats/token off the policy's" in adapted["stopped"], adapted
 
 
 def test_all_parameters(folder):
