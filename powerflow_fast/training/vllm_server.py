@@ -241,7 +241,9 @@ class VLLMServer:
         raise AssertionError("not reached")
 
     def _failure(self, response: requests.Response, body: dict[str, Any]) -> str:
-        text = f"{self.url}: {response.status_code}, {_reason(response)}"
+        text = f"{self.url}: {response.status_code}, {_reason(response).rstrip('.')}"
+        if response.status_code >= 500:
+            text += "; the server failed, its log says why"
         if response.status_code == 404 and "does not exist" in text:
             text += (
                 f"; it has lost the adapter {body['model']}: was it started anew, or was the "

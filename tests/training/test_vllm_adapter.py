@@ -18,6 +18,7 @@ from powerflow_fast.training.health import TrainingStopped  # noqa: E402
 from powerflow_fast.training.sampler import SamplerError  # noqa: E402
 from powerflow_fast.training.vllm_adapter import AdapterRollout  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.vllm_stand_in import error  # noqa: E402
 from tests.training.test_trainer import make  # noqa: E402
 
 GAP = "sampling/sampling_logp_difference/max"
@@ -167,6 +168,13 @@ def test_answers_of_another_form(tmp_path, server, rollout, edit, match):
     with pytest.raises(SamplerError, match=match):
         trainer.train()
     assert not server.adapters and not left_behind(rollout.folder)
+
+
+def test_a_server_whose_engine_dies(tmp_path, server, rollout):
+    trainer, _ = make(tmp_path, rollout=rollout)
+    server.completions = lambda sent: error(500, "EngineCore encountered an issue.")
+    with pytest.raises(SamplerError, match="500, EngineCore .* issue; the server failed, its log"):
+        trainer.train()
 
 
 def test_what_vllm_does_not_serve(tmp_path, url):
