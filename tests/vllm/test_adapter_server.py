@@ -1,6 +1,8 @@
 """Rollouts of a real vLLM server that is sent the adapter alone: it samples from the policy."""
 
 import os
+import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,18 +69,19 @@ def test_other_weights_in_the_same_folder(tmp_path, server):
     assert_nothing_is_left(server, folder)
 
 
-def test_a_name_that_repeats_would_show(tmp_path, server):
+def test_a_name_that_repeats_would_show(tmp_path, server, monkeypatch):
     """vLLM's prefix cache answers for the adapter that had the name and the path before."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: SimpleNamespace(hex="repeated"))
     gaps = []
     for seed in (1, 2):
         rollout = AdapterRollout(server.url, str(tmp_path / "adapters"))
-        rollout.run = "again"
         options = dict(max_steps=3, seed=seed, max_sampler_gap=100.0)
         trainer = make(tmp_path / f"run{seed}", rollout, **options)
         trainer.train()
         gaps.append(max(row[GAP] for row in steps(trainer)))
     server_run.tell("repeated names", f"gap max {gaps[1]:.2g} nats")
     assert gaps[0] < server_run.EXACT and gaps[1] > 0.1
+    assert_nothing_is_left(server, tmp_path / "adapters")
 
 
 def test_two_runs_at_once(tmp_path, server):
