@@ -155,8 +155,7 @@ class Sampler(TrainerCallback):
         if self._sent is not None and self._sent[0] is state and self._sent[1] == step:
             return
         self.policy, self._sent = self.put(trainer), (state, step)
-        waiting = [*self.asked.values(), *([self.drawn] if self.drawn else [])]
-        self.retire({self.policy, *(asked.policy for asked in waiting)})
+        self.retire({self.policy, *(asked.policy for asked in self.asked.values())})
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """This rank's rollouts in flight, which are waited for; those that fail are left out, and

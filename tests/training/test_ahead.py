@@ -110,32 +110,26 @@ def test_prompts_from_a_stream(run, server):
     assert len(server.asked) == 4 * 8
 
 
-class Slow(TrainerCallback):
-    """An update that takes longer; `ended` holds when each did."""
+class Watch(TrainerCallback):
+    """Within each update: how many requests have come by then, after a wait for more."""
 
-    def __init__(self):
-        self.ended = []
+    def __init__(self, server, seconds):
+        self.server, self.seconds, self.came = server, seconds, []
 
     def on_pre_optimizer_step(self, *_, **__):
-        time.sleep(0.3)
-        self.ended.append(time.monotonic())
+        end, more = time.monotonic() + self.seconds, min(8 * (len(self.came) + 2), 24)
+        while len(self.server.asked) < more and time.monotonic() < end:
+            time.sleep(0.01)
+        self.came.append(len(self.server.asked))
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_the_sampler_draws_while_the_trainer_updates(run, server, ahead):
-    slow, came = Slow(), []
-    trainer, seen = run("run", rollout_ahead=ahead)
-    trainer.add_callback(slow)
-    original = server.completions
-
-    def completions(sent):
-        came.append(time.monotonic())
-        return original(sent)
-
-    server.completions = completions
+@pytest.mark.parametrize(("ahead", "seconds"), [(0, 0.3), (1, 20.0)])
+def test_the_sampler_draws_while_the_trainer_updates(run, server, ahead, seconds):
+    watch = Watch(server, seconds)
+    trainer, seen = run("run", rollout_ahead=ahead, max_steps=3)
+    trainer.add_callback(watch)
     trainer.train()
-    for update in range(3):  # the last prompt of the next rollout comes before its end, or after
-        assert (sorted(came)[8 * (update + 2) - 1] < slow.ended[update]) == bool(ahead)
+    assert watch.came[:2] == [8 * (1 + ahead), 8 * (2 + ahead)]
     log = seen.logs[-2]
     assert log["sampling/trainer_waits"] >= 0 and log["sampling/sampler_waits"] >= 0
 
