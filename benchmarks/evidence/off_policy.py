@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # options of PowerFlowConfig
     "4 ahead": {"rollout_ahead": 4},
     "8 ahead": {"rollout_ahead": 8},
 }
-KL_SAMPLES = 2  # a held-out question
+KL_QUESTIONS = 6  # held-out ones of a task, one completion of each
 CURVES = {  # name here -> the trainer's; 0 where a step does not log it
     "staleness": "sampling/staleness",
     "drift": "sampling/drift/mean",
@@ -66,7 +66,7 @@ def run(setting: str, seed: int, steps: int = sharpening.STEPS) -> Results:
         sampler=InProcess(),
     ) as result:
         held_out = sharpening.asked(tasks, "held_out", seed)
-        prompts = [question.prompt for _, questions in held_out for question in questions]
+        prompts = [q.prompt for _, questions in held_out for q in questions[:KL_QUESTIONS]]
         size = max(t.max_new_tokens for t in tasks)
         return {
             "held_out": sharpening.measured(result.model, tasks, "held_out", seed),
@@ -95,7 +95,6 @@ def kl_to_base(model, prompts: Sequence[str], max_new_tokens: int, seed: int) ->
             inputs["input_ids"],
             inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            num_return_sequences=KL_SAMPLES,
         )
     _, counted = drawn.completion(inputs["input_ids"].shape[1])
     given = {name: value for name, value in drawn._asdict().items() if name != "labels"}
