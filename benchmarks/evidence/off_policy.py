@@ -172,26 +172,26 @@ def tables(results: Results) -> str:
 def _figures_table(summary: Results) -> str:
     rows = []
     for setting in SETTINGS:
-        curves = summary[setting]["curves"]
+        curves, gap = summary[setting]["curves"], summary[setting]["largest_gap"]
         clipped, drift = curves["clipped"], curves["drift"]
         rows.append(
             [
                 setting,
                 f"{statistics.mean(curves['staleness']):.1f}",
-                _spread(summary[setting]["kl"], 1, ".3f"),
+                _spread(summary[setting]["kl"], 1, ".2f"),
+                f"{curves['kl'][-1]:.2g}",
                 f"{100 * statistics.mean(clipped):.0f} %, {100 * clipped[-1]:.0f} %",
                 f"{statistics.mean(drift):.2f}, {drift[-1]:.2f}",
-                f"{curves['importance'][-1]:.2f}",
-                f"{summary[setting]['largest_gap']:.0e}",
+                f"{gap:.0e}" if gap else "0",
             ]
         )
     head = [
         "mean over seeds",
         "updates between drawn and used, mean over steps",
         "KL to the base at the end, nats/token",
+        "`kl` in the log, last step",
         "weights clipped: mean over steps, last",
         "drift, nats/token: mean over steps, last",
-        "weight, last step",
         "largest difference between sampler and its policy, nats",
     ]
     return table(head, rows)
