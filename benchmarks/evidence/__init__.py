@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-EXPERIMENTS = ("exact", "length_bias", "sharpening", "flattening", "ablations")
+EXPERIMENTS = ("exact", "length_bias", "sharpening", "flattening", "ablations", "off_policy")
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,15 @@ def trained(
     powerflow: dict[str, Any] | None = None,
     grpo: dict[str, Any] | None = None,
     rewards: Sequence[Callable] = (),
+    sampler: Callable | None = None,
 ) -> Iterator[Trained]:
     """Train a new adapter on the prompts of `questions`; it is taken off again on leaving.
 
     Either `powerflow` (options of PowerFlowConfig; `rewards` are its psi) or `grpo` (of TRL's
     GRPOConfig; `rewards` are its rewards); `lora` are options of the adapter beside `ADAPTER`'s.
     Answers are looked up by `Rollouts` to draw curves, and by a reward that says so. Without
-    `shuffle` the questions come in the order given.
+    `shuffle` the questions come in the order given. `sampler` draws the rollouts instead of the
+    trainer, as its `rollout_func`.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -139,6 +141,7 @@ def trained(
             train_dataset=Dataset.from_list([{"prompt": q.prompt} for q in order]),
             processing_class=tokenizer,
             peft_config=LoraConfig(**ADAPTER | (lora or {})),
+            rollout_func=sampler,
         )
         functions = [rollouts, *rewards]
         if powerflow is not None:

@@ -103,23 +103,25 @@ def run(
     tasks = [task(name) for name in TASKS]
     model, _ = base_model()
     if method == "base":
-        return {split: _measure(model, tasks, split, seed)}
+        return {split: measured(model, tasks, split, seed)}
     if method == "target":
         return {split: _targets(model, tasks, split, seed)}
     questions = mixed(tasks, seed, steps)
-    options = dict(
-        seed=seed,
-        steps=steps,
-        learning_rate=learning_rate,
+    options = budget(tasks) | dict(seed=seed, steps=steps, learning_rate=learning_rate)
+    with trained(questions, **options, **objective(method, questions)) as result:
+        found = {"steps": result.steps, "seconds": result.seconds}
+        return found | {split: measured(result.model, tasks, split, seed)}
+
+
+def budget(tasks: list[Task]) -> dict[str, Any]:
+    """Keywords of `language.trained` that are the same for every method."""
+    return dict(
         max_new_tokens=max(t.max_new_tokens for t in tasks),
         prompts_per_step=len(tasks),
         completions=COMPLETIONS,
         shuffle=False,
         lora=UPPER,
     )
-    with trained(questions, **options, **objective(method, questions)) as result:
-        found = {"steps": result.steps, "seconds": result.seconds}
-        return found | {split: _measure(result.model, tasks, split, seed)}
 
 
 def mixed(tasks: list[Task], seed: int, steps: int) -> list[Question]:
@@ -143,12 +145,12 @@ def objective(method: str, questions: list[Question]) -> dict[str, Any]:
     return {"grpo": {"beta": 0.0}, "rewards": [reward]}
 
 
-def _measure(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[str, float]]:
-    """Task -> figures."""
+def measured(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[str, float]]:
+    """Task -> figures of `language.measure`."""
     options = dict(samples=SAMPLES, seed=seed)
     return {
-        t.name: measure(model, asked, max_new_tokens=t.max_new_tokens, **options)
-        for t, asked in _asked(tasks, split, seed)
+        t.name: measure(model, questions, max_new_tokens=t.max_new_tokens, **options)
+        for t, questions in asked(tasks, split, seed)
     }
 
 
@@ -158,15 +160,15 @@ def _targets(model, tasks: list[Task], split: str, seed: int) -> dict[str, dict[
     return {
         t.name: {
             alpha: power_accuracy(
-                model, asked, float(alpha), max_new_tokens=t.max_new_tokens, **options
+                model, questions, float(alpha), max_new_tokens=t.max_new_tokens, **options
             )
             for alpha in TARGETS
         }
-        for t, asked in _asked(tasks, split, seed)
+        for t, questions in asked(tasks, split, seed)
     }
 
 
-def _asked(tasks: list[Task], split: str, seed: int) -> list[tuple[Task, list[Question]]]:
+def asked(tasks: list[Task], split: str, seed: int) -> list[tuple[Task, list[Question]]]:
     """Every seed measures other questions, the same ones for all methods."""
     return [(t, random.Random(seed).sample(getattr(t, split), QUESTIONS)) for t in tasks]
 

@@ -173,6 +173,7 @@ class PowerFlowConfig(GRPOConfig):
     padding_free: bool = _option(
         False, "Compute real tokens only, packed into one row; shared_prompt does so anyway."
     )
+    # Off policy: 1, 2, 4 and 8 updates ahead end within the spread of on policy.
     rollout_ahead: int = _option(
         0,
         "Updates that a rollout may be drawn before the one that it serves, by a sampler of its "
