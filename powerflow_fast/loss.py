@@ -147,8 +147,9 @@ def tb_loss(
     loss = (weight * residual.square()).sum() / normalizer
 
     logps, ref_logps = sequences.counted_only(logps), sequences.counted_only(ref_logps)
+    old_logps = logps if old_logps is None else sequences.counted_only(old_logps)
     lengths, metrics = sequences.lengths, {"loss": loss.detach()}
-    metrics |= _metrics(lengths, logps, ref_logps, residual, log_z, raw, weight)
+    metrics |= _metrics(lengths, logps, ref_logps, old_logps, residual, log_z, raw, weight)
     return TBOutput(loss, logps, ref_logps, residual, weight, lengths, metrics)
 
 
@@ -369,6 +370,7 @@ def _metrics(
     lengths: Tensor,  # [S]
     logps: Tensor,  # tokens, 0 where not counted
     ref_logps: Tensor,  # likewise
+    old_logps: Tensor,  # likewise
     residual: Tensor,  # [S]
     log_z: Tensor | float,
     raw_weight: Tensor,  # [S] before clipping
@@ -389,8 +391,9 @@ def _metrics(
         "policy_logp": logps.sum() / tokens,
         "ref_logp": ref_logps.sum() / tokens,
         "log_z": mean(_on_device(log_z, residual).expand(len(residual))),
-        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased, never negative.
-        "kl": (gap.expm1() - gap).sum() / tokens,
+        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased, never negative. A
+        # token that another policy drew counts by how much likelier it is now.
+        "kl": ((logps - old_logps).exp() * (gap.expm1() - gap)).sum() / tokens,
         "importance_mean": mean(weight),
         "clipped_share": mean((raw_weight != weight).to(residual.dtype)),
         "length_mean": mean(lengths.to(residual.dtype)),

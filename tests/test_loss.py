@@ -228,7 +228,7 @@ def test_metrics_say_what_they_claim():
         "policy_logp": logps.mean(),
         "ref_logp": ref_logps.mean(),
         "log_z": torch.tensor(0.2).double(),
-        "kl": (gap.exp() - 1 - gap).mean(),
+        "kl": ((logps - old_logps).exp() * (gap.exp() - 1 - gap)).mean(),
         "importance_mean": out.importance.mean(),
         "length_mean": torch.tensor(2.75).double(),
         "length_min": torch.tensor(1),
@@ -239,6 +239,19 @@ def test_metrics_say_what_they_claim():
         assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-6), name
         assert not out.metrics[name].requires_grad and out.metrics[name].dim() == 0
     assert set(out.metrics) == set(expected) | {"clipped_share"}
+
+
+def test_kl_does_not_depend_on_who_drew_the_tokens():
+    """Of one token's distribution, from many draws by another: the KL that sums give."""
+    draw = torch.Generator().manual_seed(0)
+    policy, reference, other = torch.randn(3, 12, generator=draw).double().log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum()
+    for drew, rel in ((policy, 0.02), (other, 0.05)):
+        ids = torch.multinomial(drew.exp(), 100_000, replacement=True, generator=draw)
+        offsets = torch.tensor([0, len(ids)], dtype=torch.int32)
+        options = dict(log_z=0.0, alpha=2.0, old_logps=drew[ids], cu_seqlens=offsets)
+        out = tb_loss(policy[ids], reference[ids], **options)
+        assert out.metrics["kl"].item() == pytest.approx(exact.item(), rel=rel)
 
 
 def head_inputs(layout="packed", dtype=torch.float32):

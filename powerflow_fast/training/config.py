@@ -179,6 +179,7 @@ class PowerFlowConfig(GRPOConfig):
         "Updates that a rollout may be drawn before the one that it serves, by a sampler of its "
         "own (adapter_server): sampler and trainer run side by side. 0: on policy.",
     )
+    # Off policy: within 14 updates no better than the same rollout again.
     replay: int = _option(
         0,
         "Rollouts to keep: with num_iterations, the updates after a rollout's first train on one "
@@ -235,6 +236,12 @@ class PowerFlowConfig(GRPOConfig):
             raise ValueError("log_z='learned': no support for fp16 loss scaling; use bf16=True")
         if self.log_z_lr_scheduled and self.learning_rate == 0:
             raise ValueError("learning_rate: expected > 0 beside log_z_lr_scheduled, got 0")
+        older = "rollout_ahead" if self.rollout_ahead else "replay" if self.replay else None
+        if older and not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                f"vllm_importance_sampling_correction: expected True beside {older}, whose weights "
+                "come from the log-probs of the policy that drew"
+            )
         if self.replay and self.num_iterations < 2:
             raise ValueError(
                 f"replay: expected 0 where a rollout serves one update, got {self.replay}; set "

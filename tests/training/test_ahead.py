@@ -163,6 +163,12 @@ def test_without_a_sampler_of_its_own_it_is_refused(tmp_path, options, why):
         make(tmp_path, rollout_ahead=1, **options)
 
 
+def test_weights_cannot_be_left_out(tmp_path):
+    options = dict(rollout_ahead=1, vllm_importance_sampling_correction=False)
+    with pytest.raises(ValueError, match="expected True beside rollout_ahead"):
+        tiny.config(tmp_path, **options)
+
+
 def test_the_last_rollouts_are_not_drawn_in_vain(run, server):
     data = Dataset.from_dict({"prompt": tiny.PROMPTS})
     trainer, _ = run("run", rollout_ahead=4, max_steps=2, data=data)
