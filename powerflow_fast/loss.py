@@ -98,14 +98,12 @@ def tb_loss(
         balance: "length" (LA-TB); "trajectory": sums instead of means (plain TB); "token": a sum
             for the policy, a mean for the reference. The latter two are for comparison.
         importance: "mean" as above; "sum" takes the ratio of whole sequences.
-        normalizer: number of sequences over all micro-batches and ranks. Default: those of this
-            call that are not empty.
+        normalizer: sequences over all micro-batches and ranks. Default: this call's non-empty ones.
         group_size: completions of one prompt are consecutive, this many each.
         group_ids: [S] integers, equal for completions of one prompt.
         backend: as in `linear_logprobs`; the triton one forms the residuals in one kernel.
         validate: check values on a GPU too, which synchronises. On a CPU it is always done.
-        check_finite: where values are checked, refuse logps that are not finite. False: the loss is
-            not finite either, for a trainer that watches for it by itself.
+        check_finite: where values are checked, refuse logps that are not finite.
 
     An empty sequence counts for nothing. With no counted token the loss is 0 and still has a graph.
 
@@ -147,9 +145,9 @@ def tb_loss(
     loss = (weight * residual.square()).sum() / normalizer
 
     logps, ref_logps = sequences.counted_only(logps), sequences.counted_only(ref_logps)
-    old_logps = logps if old_logps is None else sequences.counted_only(old_logps)
+    old = logps if old_logps is None else sequences.counted_only(old_logps)
     lengths, metrics = sequences.lengths, {"loss": loss.detach()}
-    metrics |= _metrics(lengths, logps, ref_logps, old_logps, residual, log_z, raw, weight)
+    metrics |= _metrics(lengths, logps, ref_logps, old, residual, log_z, raw, weight)
     return TBOutput(loss, logps, ref_logps, residual, weight, lengths, metrics)
 
 
@@ -370,7 +368,7 @@ def _metrics(
     lengths: Tensor,  # [S]
     logps: Tensor,  # tokens, 0 where not counted
     ref_logps: Tensor,  # likewise
-    old_logps: Tensor,  # likewise
+    old: Tensor,  # likewise, of the policy that drew
     residual: Tensor,  # [S]
     log_z: Tensor | float,
     raw_weight: Tensor,  # [S] before clipping
@@ -384,16 +382,15 @@ def _metrics(
         return values.where(counted, 0.0).sum() / sequences
 
     residual_mean = mean(residual)
-    gap = ref_logps - logps
     return {
         "residual_mean": residual_mean,
         "residual_std": mean((residual - residual_mean).square()).sqrt(),
         "policy_logp": logps.sum() / tokens,
         "ref_logp": ref_logps.sum() / tokens,
         "log_z": mean(_on_device(log_z, residual).expand(len(residual))),
-        # Schulman's k3 estimator of KL(policy || reference) per token: unbiased, never negative. A
-        # token that another policy drew counts by how much likelier it is now.
-        "kl": ((logps - old_logps).exp() * (gap.expm1() - gap)).sum() / tokens,
+        # Schulman's k3 estimator of KL(policy || reference), each token weighed by who drew it.
+        "kl": ((logps - old).exp() * ((ref_logps - logps).expm1() - ref_logps + logps)).sum()
+        / tokens,
         "importance_mean": mean(weight),
         "clipped_share": mean((raw_weight != weight).to(residual.dtype)),
         "length_mean": mean(lengths.to(residual.dtype)),

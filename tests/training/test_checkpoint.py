@@ -33,14 +33,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, world, kills, sharded):
     kill_run.kill(tmp_path, world, KILLS or kills, 0, sharded=sharded)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_run_whose_rollouts_are_ahead_ends_with_the_same_bits(tmp_path, world):
+@pytest.mark.skipif(not KILLS, reason="resumed in test_ahead.py; `make test-kills` kills it")
+@pytest.mark.parametrize(("world", "sharded"), [(1, False), (2, False), (2, True)])
+def test_a_killed_run_whose_rollouts_are_ahead_ends_with_the_same_bits(tmp_path, world, sharded):
     """The rollouts in flight are in the checkpoint, or drawn again by the same policies."""
-    if world > 1 and not KILLS:
-        pytest.skip("`make test-kills` takes two ranks too")
     with serving(StandIn()) as url:
         ahead = dict(rollout_ahead=3, num_iterations=1, steps_per_generation=1)
-        kill_run.kill(tmp_path, world, KILLS or 1, 0, url=url, **ahead)
+        kill_run.kill(tmp_path, world, KILLS, 0, sharded=sharded, url=url, **ahead)
 
 
 def test_saved_by_two_loaded_by_one_and_the_reverse(tmp_path):

@@ -271,7 +271,7 @@ def restart(server):
     ("trouble", "match"),
     [
         (hang, "has not answered /health for 0.5 s, with 8 completions to come"),
-        (slow, "a rollout has taken more than 5 s"),
+        (slow, "a rollout has taken more than 3 s"),
         (restart, "has lost the adapter powerflow-.*started anew"),
     ],
 )
@@ -281,7 +281,7 @@ def test_what_is_trained_is_saved_when_the_server_fails(
     monkeypatch.setattr(vllm_server, "SILENCE", 0.5)
     monkeypatch.setattr(vllm_server, "POLL", 0.1)
     monkeypatch.setattr(vllm_server, "HEALTH_TIMEOUT", 0.2)
-    rollout.timeout = 5.0 if trouble is slow else 60.0
+    rollout.timeout = 3.0 if trouble is slow else 60.0
     options = dict(max_steps=4, save_strategy="steps", save_steps=100)
     trainer, _ = make(tmp_path, rollout=rollout, **options)
     original = rollout.draw
