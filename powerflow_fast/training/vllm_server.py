@@ -209,6 +209,10 @@ class VLLMServer:
         if len(choices) != 1:
             raise SamplerError(f"{self.url}: expected 1 completion, got {len(choices)}")
         choice = choices[0]
+        if choice.get("finish_reason") not in ("stop", "length"):  # a server that ends aborts
+            raise SamplerError(
+                f"{self.url}: the server broke off a completion, {choice.get('finish_reason')!r}"
+            )
         ids, logprobs = choice.get("token_ids"), choice.get("logprobs") or {}
         if not ids:
             raise SamplerError(

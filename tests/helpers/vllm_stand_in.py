@@ -86,7 +86,7 @@ class StandIn:
         policy = self.model().eval() if name == BASE else self.cache[self.adapters[name]]
         with self.lock:
             ids, logps = self.draw(policy, sent["prompt"], sent)
-        choice = {"index": 0, "logprobs": {"token_logprobs": logps}}
+        choice = {"index": 0, "logprobs": {"token_logprobs": logps}, "finish_reason": "length"}
         if sent.get("return_token_ids"):
             choice["token_ids"] = ids
         return 200, {"choices": self.edit([choice])}

@@ -154,9 +154,14 @@ def no_logprobs(choices):
     return [choice | {"logprobs": None} for choice in choices]
 
 
+def broken_off(choices):
+    return [choice | {"finish_reason": "abort"} for choice in choices]
+
+
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
+        (broken_off, "the server broke off a completion, 'abort'"),
         (lambda choices: [], "expected 1 completion, got 0"),
         (no_ids, "expected the completion's token_ids.*vLLM 0.10.2"),
         (no_logprobs, "expected a log-prob for each of"),

@@ -67,7 +67,7 @@ def fails(folder, url, trouble, match, name, timeout=60.0, before=False, ahead=0
         answers = draw(*args)
         if not before:
             time.sleep(0.1)
-            assert not all(answer.done() for answer in answers)
+            assert not all(answer.done() for answer in answers), answers[0]
             trouble()
         return answers
 
@@ -100,7 +100,7 @@ def test_a_server_that_is_stopped_and_goes_on(tmp_path, server, victim, expected
 
 def test_a_server_that_is_terminated(tmp_path, server, victim, expected):
     """Its front end alone, as a service manager or Ctrl-C would."""
-    match = "(the server is gone|has not answered /health|its log says why)"
+    match = "(is gone|has not answered /health|its log says why|broke off a completion)"
     terminate = (alive(victim).url, lambda: victim.process.send_signal(signal.SIGTERM))
     fails(tmp_path, *terminate, match, "SIGTERM")
     goes_on(tmp_path, server.url, expected)
