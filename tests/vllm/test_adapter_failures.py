@@ -66,7 +66,7 @@ def fails(folder, url, trouble, match, name, timeout=60.0, before=False, ahead=0
         began.append(time.monotonic())
         answers = draw(*args)
         if not before:
-            time.sleep(0.1)
+            time.sleep(0.03)
             assert not all(answer.done() for answer in answers), answers[0]
             trouble()
         return answers
