@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from powerflow_fast.models.sampling import Sample, sample
-from powerflow_fast.training.sampler import Asked, Sampler
+from powerflow_fast.training.sampler import Asked, Sampler, done
 
 
 class InProcess(Sampler):
@@ -57,7 +57,7 @@ class InProcess(Sampler):
         completions, counted = drawn.completion(width)
         logps = _scored(trainer, drawn, width)
         return [
-            _finished({"token_ids": row[kept].tolist(), "logprobs": values[kept].tolist()})
+            done({"token_ids": row[kept].tolist(), "logprobs": values[kept].tolist()})
             for row, kept, values in zip(completions, counted, logps, strict=True)
         ]
 
@@ -86,9 +86,3 @@ def _scored(trainer, drawn: Sample, width: int) -> Tensor:
         "ref_per_token_logps": torch.zeros(ids[:, width:].shape),  # saves the reference's pass
     }
     return trainer._logps(trainer.model, rollout)[0]
-
-
-def _finished(answer: dict[str, Any]) -> Future:
-    future: Future = Future()
-    future.set_result(answer)
-    return future

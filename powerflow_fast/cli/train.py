@@ -338,8 +338,7 @@ def _adapter_rollout(options: TrainArguments, config):
         server_timeout=options.adapter_server_wait,
         api_key=options.adapter_server_key,
     )
-    limits = rollout.check(config, options.lora_rank), config.vllm_max_model_length
-    config.vllm_max_model_length = min(n for n in limits if n)
+    rollout.fit(config, options.lora_rank)
     return rollout
 
 

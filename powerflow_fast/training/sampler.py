@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
-
-from transformers import TrainerCallback
 
 from powerflow_fast.training.agreement import on_every_rank
 from powerflow_fast.training.health import TrainingStopped
@@ -35,7 +33,7 @@ class Asked:
     at: float = field(default_factory=time.monotonic)
 
 
-class Sampler(TrainerCallback):
+class Sampler(ABC):
     """What draws the rollouts of a `PowerFlowTrainer`, as its `rollout_func`.
 
     Every method is called on all ranks alike, each with its own rows.
@@ -48,11 +46,10 @@ class Sampler(TrainerCallback):
         self.failed = False
         self._restored: dict[int, dict[str, Any]] = {}
         self._sent: tuple[Any, int] | None = None  # state and step of the newest policy
-        self._trainer: Any = None
         self._last_answer = 0.0  # when it came
 
     def prepare(self, args, model, peft_config) -> None:
-        """Before a trainer is built: `check`, whose limit becomes the run's context length."""
+        """Before a trainer is built: `fit` to the adapter that it will train."""
         given = getattr(model, "peft_config", {}).get("default") if peft_config is None else None
         adapter = peft_config or given
         if adapter is None:
@@ -61,7 +58,11 @@ class Sampler(TrainerCallback):
                 "peft_config, or a PeftModel"
             )
         ranks = [getattr(adapter, "r", 1), *(getattr(adapter, "rank_pattern", None) or {}).values()]
-        limits = self.check(args, max(ranks)), args.vllm_max_model_length
+        self.fit(args, max(ranks))
+
+    def fit(self, args, rank: int) -> None:
+        """`check`, whose limit becomes the run's context length."""
+        limits = self.check(args, rank), args.vllm_max_model_length
         args.vllm_max_model_length = min((n for n in limits if n), default=None)
 
     @abstractmethod
@@ -81,6 +82,7 @@ class Sampler(TrainerCallback):
     def wait(self, asked: Asked) -> list[dict[str, Any]]:
         """The answers to a rollout; SamplerError where they do not come."""
 
+    @abstractmethod
     def retire(self, needed: set[str]) -> None:
         """Drop all policies but those of these names."""
 
@@ -89,12 +91,9 @@ class Sampler(TrainerCallback):
         return None
 
     def close(self) -> None:
-        """Leave nothing behind; the next rollout sends its policy anew."""
+        """At the end of `train()`: leave nothing behind; the next rollout sends its policy anew."""
         self.asked, self.drawn, self._restored = {}, None, {}
         self.policy, self._sent, self.failed = "", None, False
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.close()
 
     def __call__(self, prompts: list, trainer) -> dict[str, Any]:
         """TRL's form of a rollout: prompt_ids and completion_ids, a list of token ids for each row,
@@ -125,7 +124,7 @@ class Sampler(TrainerCallback):
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
         found = self._restored.pop(number, None)
         if found is not None and found["prompt_ids"] == prompt_ids:
-            answers = [_done(answer) for answer in found["answers"]]
+            answers = [done(answer) for answer in found["answers"]]
             self.asked[number] = Asked(prompt_ids, "", found["step"], answers)
             return
         step, rank = trainer.state.global_step, trainer.accelerator.process_index
@@ -148,9 +147,6 @@ class Sampler(TrainerCallback):
 
     def _send(self, trainer) -> None:
         """Send the policy unless this update's is there; drop those that nothing waits for."""
-        if self._trainer is not trainer:
-            trainer.add_callback(self)
-            self._trainer = trainer
         state, step = trainer.state, trainer.state.global_step
         if self._sent is not None and self._sent[0] is state and self._sent[1] == step:
             return
@@ -185,7 +181,8 @@ def seed_of(*what: Any) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _done(result: Any) -> Future:
+def done(result: Any) -> Future:
+    """A future that has this result already."""
     future: Future = Future()
     future.set_result(result)
     return future

@@ -34,6 +34,7 @@ HEALTH_TIMEOUT = 5.0  # seconds
 SILENCE = 15.0  # seconds without an answer of /health, after which a server is gone
 BUSY = (429, 502, 503, 504)  # of a proxy before the server, mostly; tried again
 LOAD_TIMEOUT = 1800.0  # seconds
+KEY = "the server wants another api_key (or VLLM_API_KEY)"
 START = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank {rank} "
     "--max-loras 2 --logprobs-mode processed_logprobs"
@@ -101,7 +102,7 @@ class VLLMServer:
         try:
             response = self._session.get(url, timeout=30)
             if response.status_code == 401:
-                raise ValueError(f"{url}: the server wants another api_key (or VLLM_API_KEY)")
+                raise ValueError(f"{url}: {KEY}")
             return list(response.json()["data"])
         except (requests.RequestException, LookupError, TypeError) as error:
             raise ValueError(f"{url}: expected vLLM's list of models, got {error!r}") from error
@@ -193,7 +194,7 @@ class VLLMServer:
                 "file system in common, under the same path"
             )
         if response.status_code == 401:
-            return f"{self.url}: the server wants another api_key (or VLLM_API_KEY)"
+            return f"{self.url}: {KEY}"
         if response.status_code == 404:  # the route itself
             return f"{self.url}: the server takes no adapters while it runs; start it with {start}"
         if "lora" in text.lower() and "enable" in text.lower():
