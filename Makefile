@@ -62,6 +62,7 @@ lint: $(STAMP)  ## style, format and types; part of test
 
 bench: $(STAMP)  ## measure against other heads, into runs/bench/; 10 minutes at most
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps unsloth-zoo
 	$(BIN)/pytest benchmarks/ --results runs/bench --budget 500 --benchmark-quiet $(ARGS)
 
 step-70b-small: $(STAMP)  ## the 70B step at 1/100 of the size, on a CPU, about 2 minutes

@@ -17,6 +17,7 @@ Outputs = tuple[Tensor, ...]
 ANCHOR = Shape(16384, 4096, 131072, length=512)  # other projects publish times for it
 # Ours, what people write by hand, and what a trainer gives them: where all would take too long.
 FEW_PEERS = ("powerflow-fast", "naive PyTorch", "TRL fused head")
+AXES = ("tokens", "vocabulary", "hidden", "sequences", "group size")  # of the scaling group
 
 
 def _forward(method: Composed, inputs: Inputs) -> Outputs:
@@ -82,10 +83,16 @@ class Group:
             return (logps,) if self.run is _forward else (logps, ref_logps)
         ones = torch.ones(sequences, dtype=torch.float64, device=hidden.device)
         lengths = part.cu_seqlens.diff().tolist()
+        policy, base = logps.split(lengths), ref_logps.split(lengths)
+        log_z = 0 * ones
+        if part.group is not None:
+            pairs = zip(policy, base, strict=True)
+            own = torch.stack([alpha * q.mean() - p.detach().mean() for p, q in pairs])
+            log_z = own.view(-1, part.group).mean(1).repeat_interleave(part.group)
         loss, _ = reference.tb_loss(
-            logps.split(lengths),
-            ref_logps.split(lengths),
-            log_z=0 * ones,
+            policy,
+            base,
+            log_z=log_z,
             alpha=alpha * ones,
             psi=0 * ones,
             weights=ones,
@@ -110,7 +117,7 @@ class Case:
     shape: Shape
     source: str  # of the inputs
     dtype: torch.dtype
-    axis: str | None = None  # of the scaling group: tokens, vocabulary, hidden, sequences
+    axis: str | None = None  # of the scaling group: one of AXES
 
     @property
     def id(self) -> str:
@@ -181,14 +188,18 @@ def model_head(name: str, n: int, length: int) -> Shape:
 
 
 def _scaling(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
-    """Each size doubled from the same start; tokens for a few peers, the other axes for ours."""
+    """Each size doubled from the same start; tokens for a few peers, the other axes for ours.
+
+    log Z' is 0 on every axis but the group size, where it is the group's, from groups of 2: of one
+    sequence alone it would leave no gradient.
+    """
     if tiny:
-        start = Shape(32, 64, 256, length=16)
+        start = Shape(32, 64, 256, length=8)
     elif device.type == "cuda":
-        start = Shape(2048, 2048, 32768, length=256)
+        start = Shape(2048, 2048, 32768, length=128)
     else:
-        start = Shape(256, 256, 12288, length=32)
-    for axis in ("tokens", "vocabulary", "hidden", "sequences"):
+        start = Shape(256, 256, 12288, length=16)
+    for axis in AXES:
         for doublings in range(2 if tiny else 4):
             factor = 2**doublings
             shape = {
@@ -196,6 +207,7 @@ def _scaling(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[C
                 "vocabulary": replace(start, v=factor * start.v),
                 "hidden": replace(start, h=factor * start.h),
                 "sequences": replace(start, length=start.length // factor),
+                "group size": replace(start, group=2 * factor),
             }[axis]
             for peer in FEW_PEERS if axis == "tokens" else FEW_PEERS[:1]:
                 yield Case("scaling", peer, f"{axis}_x{factor}", shape, "random", dtype, axis)

@@ -12,6 +12,7 @@ from benchmarks.peers import OURS
 from benchmarks.trainers import KINDS
 
 Row = dict[str, Any]
+PAGE_BYTES = 4096  # what the system counts memory in
 GROUP_COLUMNS = {  # of the table that sets the groups side by side
     "forward": "log-probs",
     "pair": "policy and reference",
@@ -114,11 +115,20 @@ def _inputs(row: Row) -> str:
 def _step_table(rows: list[Row]) -> str:
     floor = f"over the floor ({_seconds(rows[0]['floor_seconds'])})"
     lines = []
+    faster: Row | None = None
     for row in sorted(rows, key=lambda row: row["seconds"]):
         extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f} MB"
         ratio, error = f"{row['ratio_to_floor']:.2f}x", f"{row['error']:.0e}"
-        lines.append((label(row), _time(row), ratio, extra, error))
+        time = f"≈ {_time(row)}" if faster and _alike(faster, row) else _time(row)
+        lines.append((label(row), time, ratio, extra, error))
+        faster = row
     return table((_inputs(rows[0]), "one step", floor, "extra memory", "gradient error"), lines)
+
+
+def _alike(faster: Row, slower: Row) -> bool:
+    """Whether the laps of one of the two are further apart than the two are."""
+    apart = max(row.get("seconds_apart", 0.0) for row in (faster, slower))
+    return slower["seconds"] - faster["seconds"] < apart
 
 
 def _time(row: Row) -> str:
@@ -206,20 +216,34 @@ def _certified_table(rows: list[Row]) -> str:
 
 
 def _scaling_table(rows: list[Row]) -> str:
-    """A size doubled, the others as they were: the step's time, and the power it grows with."""
+    """A size doubled, the others as they were: time and extra memory, and how they grow with it."""
     powers = results_file.slopes(rows)
+    memory_powers = results_file.slopes(rows, "extra_bytes", PAGE_BYTES)
     factors = sorted({_factor(row) for row in rows})
-    start = min(rows, key=_factor)["shape"]
-    sizes = f"{rows[0]['dtype']}, N={start['n']}, H={start['h']}, V={start['v']}"
-    head = [f"step, frozen head, one size times ... from {sizes}"]
-    head += [*(f"x{factor:g}" for factor in factors), "power"]
+    head = [f"step, frozen head, one size times ... from {_start(rows)}"]
+    head += [*(f"x{factor:g}" for factor in factors), "exponent", "extra memory", "its exponent"]
     lines = []
     for axis, peer in dict.fromkeys((row["axis"], row["peer"]) for row in rows):
         found = {_factor(row): row for row in rows if (row["axis"], row["peer"]) == (axis, peer)}
         times = [_seconds(found[f]["seconds"]) if f in found else "-" for f in factors]
-        power = f"{powers[peer, axis]:.2f}" if (peer, axis) in powers else "-"
-        lines.append((f"{axis}: {_bold(peer)}", *times, power))
+        extra = [found[f]["extra_bytes"] if f in found else None for f in factors]
+        cells = ["-" if size is None else f"{size / 1e6:.0f}" for size in extra]
+        memory = f"{', '.join(cells)} MB" if any(size is not None for size in extra) else "-"
+        grows, memory_grows = (
+            f"{grown[peer, axis]:.2f}" if (peer, axis) in grown else "-"
+            for grown in (powers, memory_powers)
+        )
+        lines.append((f"{axis}: {_bold(peer)}", *times, grows, memory, memory_grows))
     return table(head, lines)
+
+
+def _start(rows: list[Row]) -> str:
+    """The sizes that all axes start from."""
+    first = min(rows, key=_factor)["shape"]
+    sizes = f"{rows[0]['dtype']}, N={first['n']}, H={first['h']}, V={first['v']}"
+    sizes += f", {first['n'] // first['length']} sequences"
+    groups = [row["shape"]["group"] for row in rows if row["shape"].get("group")]
+    return f"{sizes}, groups of {min(groups)}" if groups else sizes
 
 
 def _factor(row: Row) -> float:

@@ -19,7 +19,8 @@ def input_sets(case: Case, device: torch.device) -> tuple[list[Inputs], int, Out
     group = GROUPS[case.group]
     arguments = (case.source, case.shape, case.dtype, device)
     sets = [draw(*arguments, seed=s, train_head=group.train_head) for s in range(INPUT_SETS)]
-    sequences = max(1, min(CHECKED_ROWS, case.shape.n) // case.shape.length)
+    whole = case.shape.group or 1  # a group is checked as a whole
+    sequences = max(1, min(CHECKED_ROWS, case.shape.n) // (case.shape.length * whole)) * whole
     return sets, sequences, group.truth(sets[0], sequences, peers.ALPHA)
 
 

@@ -12,12 +12,17 @@ INPUT_SETS = 3  # of each case, used in turn, so that no cache holds them
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens N, hidden size H, vocabulary V; sequences of `length` tokens."""
+    """Tokens N, hidden size H, vocabulary V; sequences of `length` tokens, `group` to a prompt."""
 
     n: int
     h: int
     v: int
     length: int
+    group: int | None = None  # each sequence for itself
+
+    @property
+    def sequences(self) -> int:
+        return self.n // self.length
 
     @property
     def product_flops(self) -> int:
@@ -32,6 +37,7 @@ class Inputs:
     targets: Tensor  # [N]
     ref_hidden: Tensor  # [N, H]
     cu_seqlens: Tensor  # [S + 1]
+    group: int | None = None  # consecutive sequences of a prompt, which have one log Z'
 
     def sharpened(self, alpha: float) -> Inputs:
         """The policy's logits times `alpha`, as of one that was trained towards p^alpha."""
@@ -61,6 +67,7 @@ def draw(
         targets,
         ref_hidden.to(dtype),
         torch.arange(0, shape.n + 1, shape.length, dtype=torch.int32, device=device),
+        shape.group,
     )
 
 

@@ -52,8 +52,16 @@ class Composed:
         return self.logps(inputs), ref_logps
 
     def tb(self, inputs: Inputs) -> TBOutput:
-        pair = self.pair(inputs)
-        return tb_loss(*pair, log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
+        return tb_loss(*self.pair(inputs), **_objective(inputs))
+
+
+def _objective(inputs: Inputs) -> dict:
+    """log Z' is 0, or each group's own mean where the inputs have groups."""
+    if inputs.group is None:
+        log_z: dict = {"log_z": 0.0}
+    else:
+        log_z = {"log_z": "group", "group_size": inputs.group}
+    return {"alpha": ALPHA, "cu_seqlens": inputs.cu_seqlens, **log_z}
 
 
 class PowerflowFast(Composed):
@@ -70,8 +78,7 @@ class PowerflowFast(Composed):
 
     def tb(self, inputs: Inputs) -> TBOutput:
         both = (inputs.hidden, inputs.weight, inputs.targets, inputs.ref_hidden)
-        loss = dict(log_z=0.0, alpha=ALPHA, cu_seqlens=inputs.cu_seqlens)
-        return fused_linear_tb_loss(*both, **loss, **self.options)
+        return fused_linear_tb_loss(*both, **_objective(inputs), **self.options)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -147,10 +154,31 @@ def liger_grpo(device: torch.device) -> dict[str, Head]:
     return {"": lambda hidden, weight, targets: forward(hidden[None], weight, targets[None])[0]}
 
 
+def liger_cross_entropy(device: torch.device) -> dict[str, Head]:
+    """Fused linear cross-entropy by token, with its own chunks of logits and larger ones.
+
+    Without a reduction its gradients wait for backward, which forms the logits again.
+    """
+    if device.type != "cuda":
+        raise Unavailable("its Triton kernels need a GPU")
+    require("liger_kernel")
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    apply = LigerFusedLinearCrossEntropyFunction.apply
+    before = (None, None, -100, 0.0, 0.0, "none")  # bias to reduction
+    after = (None, False, None, False, False, False, None, None)  # softcap to the kernel's choice
+
+    def head(factor: int, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -apply(hidden, weight, targets, *before, *after, factor)[0]
+
+    return {f"logits of {factor} x [N, H]": partial(head, factor) for factor in (1, 8)}
+
+
 def liger_scaled(device: torch.device) -> dict[str, Head]:
     """Fused linear scaled cross-entropy: its CuTe kernel on SM90, chunked PyTorch elsewhere.
 
-    Without its check of the targets, which waits for the device.
+    Without its check of the targets, which waits for the device. It forms the weight's gradient
+    whether asked or not.
     """
     require("liger_kernel")
     os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")
@@ -240,11 +268,14 @@ def quack_scaled_exp(device: torch.device) -> dict[str, Head]:
 
 
 def unsloth_zoo(device: torch.device) -> dict[str, Head]:
-    """unsloth-zoo's fused linear log-probs; the module is read from its file.
+    """unsloth-zoo's fused linear log-probs, with its own chunks of rows; on a CPU also smaller.
 
-    The package itself wants unsloth and patches other libraries when it is imported.
+    On a GPU a given chunk would turn off the fastest of its routes. The module is read from its
+    file: the package itself wants unsloth and patches other libraries when it is imported.
     """
     require("unsloth_zoo", "unsloth-zoo")
+    # The module asks it for the free memory, and takes its own default where it is missing.
+    sys.modules.setdefault("unsloth_zoo.tiled_mlp", None)  # type: ignore[arg-type]
     module = sys.modules.get("unsloth_zoo_fused_linear")
     if module is None:
         package = Path(next(iter(find_spec("unsloth_zoo").submodule_search_locations)))
@@ -254,7 +285,9 @@ def unsloth_zoo(device: torch.device) -> dict[str, Head]:
         spec = spec_from_file_location("unsloth_zoo_fused_linear", path)
         module = sys.modules[spec.name] = module_from_spec(spec)
         spec.loader.exec_module(module)
-    return {"": module.fused_linear_logprobs}
+    head = module.fused_linear_logprobs
+    chunks = _chunk_rows(device) if device.type == "cpu" else ()
+    return {"": head} | {f"{rows} rows": partial(head, rows_per_chunk=rows) for rows in chunks}
 
 
 def require(module: str, package: str | None = None) -> None:
@@ -282,6 +315,7 @@ PEERS: dict[str, Peer] = {
     "F.linear_cross_entropy": Peer(linear_cross_entropy, logit_bytes=14),
     "TRL fused head": Peer(trl),
     "Liger GRPO head": Peer(liger_grpo),
+    "Liger fused CE": Peer(liger_cross_entropy),
     "Liger scaled CE": Peer(liger_scaled),
     "CCE": Peer(partial(cce, impl="cce"), approximate=True),
     "CCE exact": Peer(partial(cce, impl="cce", filter_eps=None)),

@@ -107,13 +107,18 @@ def source(results: dict[str, Any], *, short: bool = False) -> str:
     return f"{results['device']}; {results['date']}; {packages}."
 
 
-def slopes(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """(peer, axis) -> exponent b of seconds ~ size^b, a least-squares line in logarithms."""
+def slopes(
+    rows: list[dict[str, Any]], quantity: str = "seconds", least: float = 0.0
+) -> dict[tuple[str, str], float]:
+    """(peer, axis) -> exponent b of quantity ~ size^b, a least-squares line in logarithms.
+
+    A value below `least` reads as that: a logarithm has no 0.
+    """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        if row.get("axis"):
+        if row.get("axis") and row[quantity] is not None:
             factor = float(row["shape_name"].rpartition("_x")[2])
-            point = (math.log(factor), math.log(row["seconds"]))
+            point = (math.log(factor), math.log(max(row[quantity], least)))
             points.setdefault((row["peer"], row["axis"]), []).append(point)
     return {
         key: statistics.linear_regression(*zip(*line, strict=True)).slope

@@ -31,7 +31,7 @@ def test_head(benchmark, session, record, device, case):
         reason = f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         session.skip(case.group, case.peer, reason)
     try:
-        row = measure(benchmark, session, case)
+        measure(benchmark, session, case)
     except peers.Unavailable as reason:
         session.skip(case.group, case.peer, str(reason))
     except torch.OutOfMemoryError:
@@ -39,11 +39,11 @@ def test_head(benchmark, session, record, device, case):
     except Exception as error:  # the results file says so too
         session.unavailable[f"{case.group}: {case.peer}"] = f"fails: {str(error)[:200]}"
         raise
-    benchmark.extra_info.update(row)
     record(benchmark.extra_info)  # the same dict: its floor is set when the run ends
 
 
-def measure(benchmark, session: Session, case: Case) -> dict:
+def measure(benchmark, session: Session, case: Case) -> None:
+    """The row of the results, as the benchmark's further information."""
     group, device = GROUPS[case.group], session.device
     methods = peers.methods(case.peer, device)
     key = (case.peer, case.dtype, case.shape_name)
@@ -64,16 +64,23 @@ def measure(benchmark, session: Session, case: Case) -> dict:
         session.best_setting[key] = next(iter(methods)) if only else min(methods, key=seconds)
     setting = session.best_setting[key]
     rounds = method.rounds_within(session.case_seconds, seconds(setting))
-    benchmark.pedantic(lambda: group.run(methods[setting], next(turns)), rounds=rounds)
-    times = benchmark.stats.stats.data if benchmark.enabled else [seconds(setting)]
+
+    def call() -> Outputs:
+        return group.run(methods[setting], next(turns))
+
+    benchmark.pedantic(call, rounds=rounds)
+    times = list(benchmark.stats.stats.data) if benchmark.enabled else [seconds(setting)]
     extra = extra_bytes(case, setting, methods[setting], sets[0])
-    return heads.row(case, setting, times, errors[setting], extra)
+    benchmark.extra_info.update(heads.row(case, setting, times, errors[setting], extra))
+    if case.axis is None and not session.tiny:
+        session.lap.enter(benchmark.extra_info, call, times)
 
 
 def input_sets(session: Session, case: Case) -> tuple[list[Inputs], int, Outputs]:
     """Inputs that the peers of a group share, the sequences that are checked, and their truth."""
     key = (case.group, case.shape, case.source, case.dtype)
     if key not in session.cached:
+        session.lap.run()
         session.cached.clear()  # only one shape at a time has to fit
         if case.axis is None or case.dtype not in session.ceilings:
             session.measure_ceilings(case.dtype)
@@ -88,5 +95,5 @@ def extra_bytes(case: Case, setting: str, method_: peers.Composed, inputs: Input
     """Peak memory beside inputs and outputs; on a CPU, where it costs a process, not everywhere."""
     if inputs.hidden.is_cuda:
         return memory.on_gpu(GROUPS[case.group], method_, inputs)
-    worth = case.source == "random" and (case.group.startswith("tb-") or case.axis == "tokens")
+    worth = case.source == "random" and (case.group.startswith("tb-") or case.axis is not None)
     return memory.on_cpu(case, setting) if worth else None

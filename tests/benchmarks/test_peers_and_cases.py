@@ -1,16 +1,19 @@
 """The recipes give the specification's result, and a wrong or absent one is told apart."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import heads, method, peers, test_heads
-from benchmarks.cases import GROUPS, Case, table
+from benchmarks.cases import AXES, GROUPS, Case, table
 from benchmarks.inputs import Shape, draw
 
 CPU = torch.device("cpu")
 SHAPE = Shape(48, 24, 130, length=8)
 # Those that compile take their own tests' time; `pytest benchmarks/` checks them all.
-ON_GPU = ("CCE", "CCE exact", "verl", "quack", "quack chunked")
+ON_GPU = ("CCE", "CCE exact", "Liger fused CE", "verl", "quack", "quack chunked")
 QUICK = [peer for peer in peers.PEERS if "compile" not in peer and peer not in ON_GPU]
 
 
@@ -38,6 +41,42 @@ def test_a_wrong_peer_is_not_timed(group):
     wrong = peers.Composed(lambda *tensors: 1.001 * peers.naive(*tensors))
     with pytest.raises(AssertionError, match=r"naive PyTorch is wrong: relative error \d"):
         heads.check(case("naive PyTorch", group), wrong, inputs, 2, expected)
+
+
+@pytest.mark.parametrize("peer", ["powerflow-fast", "naive PyTorch"])
+def test_the_log_z_of_groups_against_float64(peer):
+    of_groups = case(peer, "scaling", replace(SHAPE, group=3))
+    sets, sequences, expected = heads.input_sets(of_groups, CPU)
+    assert sequences == 6
+    (candidate, *_) = peers.methods(peer, CPU).values()
+    assert heads.check(of_groups, candidate, sets[0], sequences, expected) < 1e-5
+    alone = replace(sets[0], group=None)
+    with pytest.raises(AssertionError, match="is wrong"):
+        heads.check(of_groups, candidate, alone, sequences, expected)
+
+
+def test_a_module_is_read_without_its_package(tmp_path, monkeypatch):
+    """unsloth-zoo's module asks the package, whose import patches others, for the free memory."""
+    package = tmp_path / "unsloth_zoo"
+    (package / "fused_losses").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
+    (package / "fused_losses" / "fused_linear.py").write_text(
+        "try:\n    import unsloth_zoo.tiled_mlp\nexcept ImportError:\n    pass\n"
+        "def fused_linear_logprobs(hidden, weight, targets, rows_per_chunk=None):\n"
+        "    return rows_per_chunk\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as modules:
+        for name in ("unsloth_zoo_fused_linear", "unsloth_zoo.tiled_mlp"):
+            modules.setitem(sys.modules, name, None)  # so that what comes is taken away again
+            del sys.modules[name]
+        found = peers.unsloth_zoo(CPU)
+        assert {name: head(None, None, None) for name, head in found.items()} == {
+            "": None,
+            "128 rows": 128,
+        }
+        assert list(peers.unsloth_zoo(torch.device("cuda"))) == [""]
+    assert not {"unsloth_zoo", "unsloth_zoo_fused_linear"} & set(sys.modules)
 
 
 def test_peers_that_cannot_run_say_why(monkeypatch):
@@ -90,7 +129,10 @@ def test_table_of_cases(monkeypatch, units):
         assert {one.group for one in found} == set(GROUPS)
         some = {peers.ROUNDED} if device != CPU or not units else set()  # of no use there
         assert {one.peer for one in found if one.group == "tb-frozen"} == set(peers.PEERS) - some
-        for axis, size in (("tokens", "n"), ("vocabulary", "v"), ("hidden", "h")):
+        growing = (("tokens", "n"), ("vocabulary", "v"), ("hidden", "h"))
+        growing += (("sequences", "sequences"), ("group size", "group"))
+        assert [axis for axis, _ in growing] == list(AXES)
+        for axis, size in growing:
             ours = [c for c in found if c.axis == axis and c.peer == "powerflow-fast"]
             sizes = [getattr(c.shape, size) for c in ours]
             assert [b / a for a, b in zip(sizes, sizes[1:], strict=False)] == [2, 2, 2]

@@ -109,7 +109,7 @@ def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
         "| **powerflow-fast** | 2.00 s (1.60x) | 2.00 s (1.60x) |",
         "| **powerflow-fast** | 2.00 s (5 runs, IQR 5 %) | 128 | 1.00 GB |",
         "| 0.50 nats (random) | 1e-03 | 2.00x | 0.50x | 2.0 % | 9e-04 | 500 MB, 120 MB |",
-        "| tokens: **powerflow-fast** | 2.00 s | 4.00 s | 1.00 |",
+        "| tokens: **powerflow-fast** | 2.00 s | 4.00 s | 1.00 | 10, 10 MB | 0.00 |",
         "Not measured here: verl (its Triton kernel needs a GPU).",
         "Dropped for lack of time: 1 cases",
     ):

@@ -63,7 +63,7 @@ def test_results_and_the_options_of_pytest_benchmark(tmp_path, run, benchmarks):
     assert ratios == sorted(row["ratio_to_floor"] for row in rows)
     assert f"{len(rows)} cases walked through in tiny sizes: right, not timed." in first.stdout
     assert "Not measured here: verl (its Triton kernel needs a GPU)." in first.stdout
-    for figure in ("floor", "TFLOP", "time in", "power"):
+    for figure in ("floor", "TFLOP", "time in", "exponent"):
         assert figure not in first.stdout
 
     # Times are shown at full size alone.

@@ -50,17 +50,26 @@ class Wheel:
         return not dropped and any(fnmatch(path, pattern) for pattern in self.only)
 
 
+def _as_here(name: str, **what: tuple[str, ...]) -> Wheel:
+    """Of the version that `make` installs."""
+    constraints = Path(__file__).resolve().parents[3] / "constraints.txt"
+    found = re.search(rf"^{name}==(\S+)$", constraints.read_text(), re.M)
+    if found is None:
+        raise ValueError(f"constraints.txt: expected a line {name}==VERSION")
+    return Wheel(name, found[1], **what)
+
+
 WHEELS = (
-    Wheel("liger-kernel", "0.8.5"),
-    Wheel("cut-cross-entropy", "25.1.1"),
-    Wheel("trl", "1.16.0"),
-    Wheel("datasets", "5.2.0"),
+    _as_here("liger-kernel"),
+    _as_here("cut-cross-entropy"),
+    _as_here("trl"),
+    _as_here("datasets"),
     Wheel("dill", "0.4.1"),
     Wheel("multiprocess", "0.70.19"),
     # Its one module with the head; the rest wants unsloth and patches other libraries.
-    Wheel("unsloth-zoo", "2026.10.9", only=("unsloth_zoo/fused_losses/fused_linear.py",)),
+    _as_here("unsloth-zoo", only=("unsloth_zoo/fused_losses/fused_linear.py",)),
     # CUDA 13's library alone, and its Python.
-    Wheel("bitsandbytes", "0.50.2", only=("*.py", "*cuda130.so")),
+    _as_here("bitsandbytes", only=("*.py", "*cuda130.so")),
     Wheel("quack-kernels", "0.6.5"),
     Wheel("einops", "0.8.2"),
     Wheel("apache-tvm-ffi", "0.1.15.post2"),
