@@ -24,32 +24,24 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(name: str) -> Loaded:
+def load(name: str, folder: Path) -> Loaded:
     """SmolLM2 in float32, or random weights in the shape of that name: bf16 on a GPU.
 
-    Completions end at their greatest length alone: the end token is one that is not drawn.
+    Completions end at their greatest length alone: the end token is one that is not drawn. On a CPU
+    the model is kept in `folder`, from where a sampler may read it, and for the next time.
     """
-    if name == SMOLLM2:
-        return _smollm2()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape = _tiny_shape() if name == TINY else model_shape(name)
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    torch.manual_seed(0)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model = AutoModelForCausalLM.from_config(shape.to_config(), dtype=dtype)
-    tokenizer = _word_tokenizer(shape.vocab_size)
-    _end_with(model, tokenizer)
-    return Loaded(model, tokenizer)
-
-
-def save(loaded: Loaded, folder: Path) -> None:
-    """For a sampler that reads the model from a folder, which the model then names as its own."""
+    if torch.cuda.is_available():
+        return _of_shape(name, torch.device("cuda"))
     if not folder.exists():
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    loaded.model.config._name_or_path = loaded.model.name_or_path = str(folder)
+        made = _smollm2() if name == SMOLLM2 else _of_shape(name, torch.device("cpu"))
+        made.model.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # a mapped file becomes resident when it is read
+    return Loaded(model, AutoTokenizer.from_pretrained(folder, padding_side="left"))
 
 
 def texts(tokenizer, length: int, count: int) -> list[str]:
@@ -64,6 +56,19 @@ def texts(tokenizer, length: int, count: int) -> list[str]:
     if lengths != {length}:
         raise RuntimeError(f"texts of {lengths} tokens, expected {length}")
     return found
+
+
+def _of_shape(name: str, device: torch.device) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    shape = _tiny_shape() if name == TINY else model_shape(name)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape.to_config(), dtype=dtype)
+    tokenizer = _word_tokenizer(shape.vocab_size)
+    _end_with(model, tokenizer)
+    return Loaded(model, tokenizer)
 
 
 def _smollm2() -> Loaded:

@@ -38,7 +38,7 @@ def cases(on_gpu: bool, tiny: bool) -> list[Case]:
     for model in GPU_MODELS if on_gpu else (step_models.SMOLLM2,):
         for sizes in SIZES:
             found += [Case(model, name, "transformers", *sizes) for name in TRAINERS]
-            if sizes == ANCHOR:
+            if sizes == ANCHOR and not on_gpu:
                 found.append(Case(model, TRL_WHOLE, "transformers", *sizes))
             if sizes in VLLM_SIZES:
                 found += [Case(model, name, "vLLM", *sizes) for name in (OURS, TRL)]

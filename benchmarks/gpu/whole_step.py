@@ -29,7 +29,7 @@ def step(run: Run) -> Iterator[None]:
     yield
     model = step_models.TINY if run.tiny else run.part
     needs = 0 if run.tiny else 3 * 2 * model_shape(model).parameters()  # bf16, and room for a step
-    for trainer in (*whole_step.TRAINERS, whole_step.TRL_WHOLE):
+    for trainer in whole_step.TRAINERS:
         case = whole_step.Case(model, trainer, "transformers", **(TINY if run.tiny else SIZE))
         run.case(case.id, partial(_measure, run, case), needs)
 
