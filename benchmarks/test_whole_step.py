@@ -1,6 +1,6 @@
 """Whole optimizer steps with sampling: PowerFlowTrainer against TRL's GRPOTrainer.
 
-    pytest benchmarks/ --groups whole-step --results runs/bench --budget 1500
+    pytest benchmarks/ --groups whole-step --results runs/bench --budget 2400
 
 vLLM samples, too, where it is installed or POWERFLOW_VLLM names a folder with it (`make test-vllm`
 fills .vllm). The budget drops the last cases; the most telling ones come first.
@@ -24,7 +24,7 @@ SIZES = (ANCHOR, (1024, 64), (64, 64), (256, 256), (1024, 256), (64, 256))
 VLLM_SIZES = (ANCHOR, (1024, 64))
 GPU_MODELS = ("Qwen2.5-1.5B", "Llama-3-8B")
 FASTER = 2.0  # ours at the anchor, in steps a minute
-SMALLER = 0.5  # and in memory, where as many sequences go through the model at once
+SMALLER = 0.5  # in memory, where as many sequences go through the model at once; else no larger
 
 
 def cases(on_gpu: bool, tiny: bool) -> list[Case]:
@@ -80,4 +80,4 @@ def test_ours_at_the_anchor(session):
     seconds = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
     peak = {name: row["peak_bytes"] for name, row in rows.items()}
     assert seconds[TRL] >= FASTER * seconds[OURS], seconds
-    assert peak[OURS] <= SMALLER * peak[TRL_WHOLE], peak
+    assert peak[OURS] <= min(peak[TRL], SMALLER * peak[TRL_WHOLE]), peak
