@@ -96,15 +96,17 @@ def row(case: Case, folder: Path, **limits: float) -> dict[str, Any]:
 def measure(case: Case, folder: Path, most: int = 3, enough: float = 50.0) -> dict[str, Any]:
     """Up to `most` steps, none after `enough` seconds; `folder` is one for all cases.
 
-    A step of few tokens, by a trainer of its own, comes first and loads libraries.
+    A step of few tokens, by a trainer of its own, comes first and loads libraries. Of vLLM's steps
+    the first does not count either: its engine starts within it.
     """
     if case.sampler == "vLLM":
         use_vllm(folder)
     few = replace(case, prompt=8, completion=4, sampler="transformers")
     _trainer(few, 1, folder).train()
     gc.collect()
-    trainer = _trainer(case, most, folder)
-    watch = Watch(trainer, enough)
+    uncounted = int(case.sampler == "vLLM")
+    trainer = _trainer(case, most + uncounted, folder)
+    watch = Watch(trainer, enough, uncounted)
     trainer.train()
     lengths = [row[LENGTH] for row in trainer.state.log_history if LENGTH in row]
     if min(lengths) < 0.9 * case.completion:
@@ -118,9 +120,12 @@ def measure(case: Case, folder: Path, most: int = 3, enough: float = 50.0) -> di
 
 
 class Watch:
-    """Seconds of each step of a trainer by phase, and the memory held before the first."""
+    """Seconds of a trainer's steps by phase, and the memory held before the first.
 
-    def __init__(self, trainer, enough: float) -> None:
+    It ends the run after `enough` seconds; the first `uncounted` steps do not count.
+    """
+
+    def __init__(self, trainer, enough: float, uncounted: int = 0) -> None:
         from transformers import TrainerCallback
 
         self.steps: list[dict[str, float]] = []
@@ -136,6 +141,8 @@ class Watch:
 
             def on_step_end(callback, args, state, control, **__):
                 self._end_step()
+                if state.global_step <= uncounted:
+                    self.steps, self._began = [], self._mark
                 control.should_training_stop |= self._mark - self._began > enough
 
         trainer.add_callback(Ends())

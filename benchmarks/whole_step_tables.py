@@ -90,7 +90,8 @@ def draw(results: dict[str, Any]) -> str:
 
 
 def _panel(place, rows: list[Row]) -> None:
-    labels = [f"{row['trainer']}\n{row['sampler']}" for row in rows]
+    vllm = {"transformers": "", "vLLM": ", vLLM"}
+    labels = [row["trainer"] + vllm[row["sampler"]] for row in rows]
     left = [0.0] * len(rows)
     for phase in PHASES:
         seconds = [statistics.median(row["phases"][phase]) for row in rows]
