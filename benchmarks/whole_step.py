@@ -47,7 +47,7 @@ OURS, EACH, TRL, TRL_WHOLE = (
     "GRPOTrainer, one micro-batch",
 )
 TRAINERS = (OURS, TRL, EACH)
-MICRO_BATCH = {OURS: 8, EACH: 8, TRL: 2, TRL_WHOLE: 8}  # the fastest of 1, 2, 4 and 8, and all
+MICRO_BATCH = {OURS: 8, EACH: 8, TRL: 2, TRL_WHOLE: 8}  # on a CPU; see above
 VLLM = {  # for a CPU
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
