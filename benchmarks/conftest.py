@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import head_tables, results_file
+from benchmarks import head_tables, results_file, whole_step_tables
 from benchmarks.markdown import plain
 from benchmarks.method import Ceilings, Clock, ceilings
 from benchmarks.names import listed, pick
@@ -27,7 +27,7 @@ pytest_plugins = ["benchmarks.budget"]
 ORDER = ("tb-frozen", "certified", "forward", "scaling", "training-step", "pair", "tb-trained")
 
 # Whole trainers, minutes each: only where --groups or the command line names them.
-ON_REQUEST = ("grpo-step", "trainer-step", "shared-prompt")
+ON_REQUEST = ("grpo-step", "whole-step")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,8 +111,7 @@ class Session:
         default = 0.01 if self.tiny else 2.0
         self.case_seconds = config.getoption("case_seconds") or default
         self.rows: list[dict] = []
-        self.trainer: dict | None = None  # steps a minute of whole trainers
-        self.prompts: dict | None = None  # steps of whole trainers by the length of the prompt
+        self.steps: dict = {"rows": [], "unavailable": {}}  # of whole trainers
         self.notes: list[str] = []  # lines for the end of the run
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
         self.best_setting: dict[tuple, str] = {}
@@ -155,12 +154,10 @@ class Session:
     def report(self, folder: Path | None, dropped: list[str]) -> Iterator[str]:
         """Lines for the end of a run: its tables, and where the results are."""
         measured = {"tiny" if self.tiny else "head": self.content(dropped)} if self.rows else {}
-        if self.trainer is not None:
-            measured["trainer"] = self.trainer
-        if self.prompts is not None and not self.tiny:
-            measured["prompts"] = self.prompts
+        if self.steps["rows"] and not self.tiny:
+            measured["whole-step"] = self.steps | {"dropped": dropped}
         for name, content in measured.items():
-            for block in head_tables.of_run(name, results_file.complete(content)):
+            for block in _tables(name, results_file.complete(content)):
                 yield f"\n{plain(block)}"
         yield from self.notes
         if folder is None:
@@ -171,6 +168,12 @@ class Session:
             yield "To contribute it: copy it to benchmarks/results/ and run `make report`."
         if not measured:
             yield f"\nNothing was measured, nothing written to {folder}"
+
+
+def _tables(measurement: str, results: dict) -> list[str]:
+    if measurement == "whole-step":
+        return whole_step_tables.tables([results])
+    return head_tables.of_run(measurement, results)
 
 
 SESSION = pytest.StashKey[Session]()

@@ -9,7 +9,6 @@ from benchmarks import results_file
 from benchmarks.heads import label
 from benchmarks.markdown import table
 from benchmarks.peers import OURS
-from benchmarks.trainers import KINDS
 
 Row = dict[str, Any]
 PAGE_BYTES = 4096  # what the system counts memory in
@@ -26,10 +25,6 @@ def of_run(measurement: str, results: dict[str, Any]) -> list[str]:
     if measurement == "tiny":
         cases = f"{len(results['rows'])} cases walked through in tiny sizes: right, not timed."
         return [cases, *not_measured(results)]
-    if measurement == "trainer":
-        return [trainer_table([results])]
-    if measurement == "prompts":
-        return prompt_tables([results])
     return [results_file.source(results, short=True), *every_table(results)]
 
 
@@ -49,48 +44,6 @@ def short_tables(rows: list[Row]) -> list[str]:
     steps = _by_inputs(rows, "tb-frozen")
     blocks = [_step_table(same) for same in steps if same[0]["source"] == "random"]
     return blocks + [_training_table(same) for same in _by_model(rows)]
-
-
-def trainer_table(measured: list[dict[str, Any]]) -> str:
-    """Steps a minute of the whole trainer and of TRL's, a line for each device."""
-    lines = []
-    for results in measured:
-        rates = results["steps_per_minute"]
-        ratio = f"{rates['powerflow'] / rates['grpo']:.2f}x"
-        cells = (results["device"], f"{rates['powerflow']:.1f}", f"{rates['grpo']:.1f}", ratio)
-        lines.append((*cells, results["date"]))
-    head = ("steps a minute", "`PowerFlowTrainer`", "`GRPOTrainer`, beta > 0", "ratio", "date")
-    return table(head, lines)
-
-
-def prompt_tables(measured: list[dict[str, Any]]) -> list[str]:
-    """Every device: a step by the length of the prompt, once and for each completion, and TRL's."""
-    blocks = []
-    for results in measured:
-        lines = []
-        rows: dict[tuple, dict[str, Row]] = {}
-        for row in results["rows"]:
-            sizes = tuple(row[name] for name in ("prompt", "group", "completion"))
-            rows.setdefault(sizes, {})[row["kind"]] = row
-        for (prompt, group, completion), kinds in rows.items():
-            once, each, grpo = (kinds[kind] for kind in KINDS)
-            seconds, peaks = (
-                [f"{row[name] / unit:.2f}" for row in (once, each, grpo)]
-                for name, unit in (("median_seconds", 1), ("peak_bytes", 1e9))
-            )
-            gains = (row["median_seconds"] / once["median_seconds"] for row in (each, grpo))
-            size = f"{prompt} + {group} x {completion}"
-            lines.append((size, *seconds, " / ".join(f"{g:.2f}x" for g in gains), *peaks))
-        head = ("prompt + completions, tokens", "once", "for each", "GRPOTrainer")
-        units = [f"{head[1]} [s]", f"{head[2]} [s]", f"{head[3]} [s]", "gain over the two"]
-        memory = [f"{name} [GB]" for name in head[1:]]
-        blocks += [
-            results_file.source(results, short=True),
-            table((head[0], *units, *memory), lines),
-        ]
-        said = "; ".join(f"{name} ({why})" for name, why in results["unavailable"].items())
-        blocks.append(f"Not measured here: {said}.")
-    return blocks
 
 
 def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:

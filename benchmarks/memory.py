@@ -65,8 +65,15 @@ def return_freed_blocks() -> None:
     and not count. Other libraries give them back anyway.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    give_back()
+
+
+def give_back() -> None:
+    """What the C library has kept of freed blocks until now goes back to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import head_tables, plots, results_file
+from benchmarks import head_tables, plots, results_file, whole_step_tables
 from benchmarks.evidence import page as evidence_page
 from benchmarks.evidence import sharpening
 from benchmarks.gpu import page as gpu_page
@@ -39,14 +39,18 @@ def every_table() -> str:
     return "\n\n".join(blocks)
 
 
-def trainer_table() -> str:
-    """Every device: steps a minute of the whole trainer and of TRL's."""
-    return head_tables.trainer_table(results_file.load("trainer"))
+def whole_steps() -> str:
+    """Every device: whole steps of all sizes, and their plot."""
+    blocks = []
+    for results in results_file.load("whole-step"):
+        blocks += whole_step_tables.tables([results])
+        blocks += [f"![{whole_step_tables.TITLE}](results/{whole_step_tables.plot_name(results)})"]
+    return "\n\n".join(blocks)
 
 
-def prompt_tables() -> str:
-    """Every device: steps by the length of the prompt."""
-    return "\n\n".join(head_tables.prompt_tables(results_file.load("prompts")))
+def short_whole_steps() -> str:
+    """Every device: whole steps at the anchor."""
+    return "\n\n".join(whole_step_tables.short_tables(results_file.load("whole-step")))
 
 
 def _plot(name: str, folder: str) -> str:
@@ -86,12 +90,16 @@ def evidence_table() -> str:
 
 
 TABLES = {
-    README: {"step": step_tables, "demo": demo_tables, "evidence": evidence_table},
+    README: {
+        "step": step_tables,
+        "whole-step": short_whole_steps,
+        "demo": demo_tables,
+        "evidence": evidence_table,
+    },
     PAGE: {
         "gpu": gpu_page.tables,
         "head": every_table,
-        "trainer": trainer_table,
-        "prompts": prompt_tables,
+        "whole-step": whole_steps,
     },
 }
 
@@ -113,6 +121,9 @@ def files() -> dict[Path, str]:
     for results in results_file.load("head"):
         for name in plots.names(results):
             drawn[results_file.FOLDER / name] = plots.draw(name, results)
+    for results in results_file.load("whole-step"):
+        name = whole_step_tables.plot_name(results)
+        drawn[results_file.FOLDER / name] = whole_step_tables.draw(results)
     return {path: render(path) for path in TABLES} | drawn | evidence_page.files()
 
 

@@ -10,6 +10,7 @@ from benchmarks.gpu.lines import Line
 from benchmarks.heads import label
 from benchmarks.markdown import table
 from benchmarks.method import Ceilings
+from benchmarks.whole_step import PHASES
 
 
 def tables() -> str:
@@ -197,6 +198,16 @@ def _prompts(rows: list[Line], found: list[Line]) -> list[str]:
     return [table((*head, "peak for each", "peak once"), cells)]
 
 
+def _whole_steps(rows: list[Line], found: list[Line]) -> list[str]:
+    cells = []
+    for row in rows:
+        phases = [_seconds(row["phases"][name]) for name in PHASES]
+        rate = f"{60 / row['seconds']:.1f} ({row['steps']})"
+        cells.append((row["case"], rate, f"{row['tokens_per_second']:.0f}", *phases, _peak(row)))
+    head = ("whole step", "steps a minute (steps)", "tokens/s", *PHASES, "peak")
+    return [table(head, cells)]
+
+
 def _peak(row: Line) -> str:
     return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
 
@@ -259,4 +270,5 @@ TABLES = {
     "sanitizer": _sanitizer,
     "lora": _lora,
     "prompts": _prompts,
+    "whole-step": _whole_steps,
 }

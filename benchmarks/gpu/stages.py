@@ -76,6 +76,16 @@ STAGES = (
         early=True,
     ),
     Stage(
+        "whole-step",
+        "optimizer steps with sampling, beside TRL's trainer",
+        (
+            Part("Qwen2.5-1.5B", HERE + "whole_step:step", 35),
+            Part("Llama-3-8B", HERE + "whole_step:step", 50),
+        ),
+        prepare_seconds=15,
+        early=True,
+    ),
+    Stage(
         "tuner",
         "candidate tiles, timed",
         _parts("tuner:tuner", ("ours",), {"default": 25}),

@@ -84,6 +84,9 @@ LINES = [
         "peak_bytes": 22.4e9,
         "planned_bytes": 23.1e9,
     },
+    {"stage": "whole-step", "part": "Qwen2.5-1.5B", "case": "256 + 8 x 64, GRPOTrainer"}
+    | {"seconds": 4.0, "steps": 3, "tokens_per_second": 640.0, "peak_bytes": 12.3e9}
+    | {"phases": {"sampling": 2.5, "update": 1.25, "rest": 0.25}},
     {"stage": "lora", "part": "NF4", "case": "built", "planned_bytes": 50e9},
     {"stage": "lora", "part": "NF4", "case": "step 1", "seconds": 20.0}
     | {"tokens_per_second": 400.0, "peak_bytes": 51e9},
@@ -124,6 +127,7 @@ def test_every_table(folder):
         "| statistics_kernel | 5 ms | 88 % | 70 % | - | 30 % |",
         "compute-sanitizer on small steps: memcheck: 0 errors.",
         "| Llama-3-8B shape | 700 ms | 5851 | 22.4 GB | 23.1 GB |",
+        "| 256 + 8 x 64, GRPOTrainer | 15.0 (3) | 640 | 2.50 s | 1.25 s | 250 ms | 12.3 GB |",
         "| NF4, step 1 | 20.00 s | 400 | 51.0 GB | 50.0 GB |",
         "Kernels compiled while it ran: heads, powerflow-fast: 12 in 34 s.",
         "* heads, CCE exact: cut_cross_entropy is not installed",

@@ -84,12 +84,12 @@ def test_dry_run_walks_through_every_stage(dry_run):
     assert json.loads((folder / "tiles.json").read_text())
 
 
-def test_limits_are_named_and_stay_under_thirteen_minutes(dry_run):
+def test_limits_are_named_and_stay_under_fifteen_minutes(dry_run):
     output, folder = dry_run
     for stage in STAGES:
         assert re.search(rf"^limit +{stage.limit:.0f} s  {stage.name}: ", output, re.M)
     total = sum(stage.limit for stage in STAGES)
-    assert f"limit {total:4.0f} s  in all" in output and total < 780
+    assert f"limit {total:4.0f} s  in all" in output and total < 900
     assert written(folder)[0]["limits"] == {stage.name: stage.limit for stage in STAGES}
 
 

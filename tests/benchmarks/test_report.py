@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from benchmarks import markdown, plots, report, results_file
+from benchmarks import markdown, plots, report, results_file, whole_step_tables
+from benchmarks.whole_step import OURS, PHASES, TRL
 
 
 def test_pages_and_plots_are_what_the_results_say():
@@ -126,3 +127,39 @@ def test_tables_and_plots_of_every_group(tmp_path, monkeypatch):
     assert "(benchmarks/results/tokens-" in short and "nats" not in short
     results["rows"], results["ceilings"] = results["rows"][:2], {}
     assert plots.names(results) == []  # no plot without data
+
+
+def whole_step_results() -> dict:
+    """A results file of whole steps: both trainers at the anchor, ours at another size."""
+    common = {"model": "SmolLM2", "sampler": "transformers", "group": 8}
+    rows = []
+    for trainer, prompt, seconds in ((OURS, 256, 3.0), (TRL, 256, 6.0), (OURS, 64, 1.0)):
+        size = {"prompt": prompt, "completion": 64, "tokens": 8 * (prompt + 64)}
+        shares = {"sampling": 0.5, "update": 0.4, "rest": 0.1}
+        phases = {name: [share * seconds] * 2 for name, share in shares.items()}
+        figures = {"seconds": [seconds] * 2, "phases": phases, "peak_bytes": seconds * 1e9}
+        rows.append(common | size | figures | {"trainer": trainer})
+    rows.append(rows[1] | {"sampler": "vLLM"})
+    return {"rows": rows, "unavailable": {"whole-step: Unsloth": "it needs a GPU"}}
+
+
+def test_whole_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path)
+    assert report.whole_steps() == report.short_whole_steps() == ""
+    results_file.write("whole-step", whole_step_results() | {"dropped": ["one"]})
+    text, short = report.whole_steps(), report.short_whole_steps()
+    ours = "**powerflow-fast** | 20.00 (2) | 853 | 1.50 s (50 %) | 1.20 s (40 %) | 0.30 s (10 %) "
+    assert f"| 256 + 8 x 64 tokens | {ours}| 3.00 GB |" in text
+    assert "| 256 + 8 x 64 tokens | GRPOTrainer | 10.00 (2) | 427 |" in text
+    assert "| 64 + 8 x 64 tokens | **powerflow-fast** | 60.00 (2) |" in text
+    assert "| SmolLM2, sampled by vLLM | trainer |" in text
+    assert "Not measured here: Unsloth (it needs a GPU)." in text
+    assert "Dropped for lack of time: 1 cases" in text
+    assert "| **powerflow-fast** | transformers | 20.00 (2) |" in short
+    assert "| GRPOTrainer | vLLM | 10.00 (2) |" in short and "60.00" not in short
+    (results,) = results_file.load("whole-step")
+    name, drawn = whole_step_tables.plot_name(results), whole_step_tables.draw(results)
+    assert f"(results/{name})" in text and results_file.FOLDER / name in report.files()
+    assert drawn == whole_step_tables.draw(results)
+    for shown in ("64 + 8 x 64 tokens", "256 + 8 x 64 tokens", "vLLM", *PHASES):
+        assert shown in drawn

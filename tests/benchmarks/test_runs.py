@@ -15,8 +15,7 @@ from benchmarks.conftest import Session
 from benchmarks.heads import TOLERANCE
 from benchmarks.names import pick
 from benchmarks.peers import PEERS, ROUNDED
-from benchmarks.trainers import KINDS
-from tests.benchmarks.test_report import head_results
+from tests.benchmarks.test_report import head_results, whole_step_results
 from tests.helpers import pytest_run
 
 
@@ -117,34 +116,24 @@ def test_what_cannot_be_run_or_written_is_said(tmp_path, benchmarks):
 def test_the_end_of_a_run(tmp_path, monkeypatch):
     """The tables of the pages, where the file is, and how to contribute it."""
     session = Session.__new__(Session)
-    session.tiny, session.rows, session.trainer, session.notes = False, [], None, ["a note"]
+    session.tiny, session.rows, session.notes = False, [], ["a note"]
     results = head_results()
     session.rows, session.ceilings = results["rows"], {}
     session.unavailable = results["unavailable"]
-    session.trainer = {"steps_per_minute": {"powerflow": 30.0, "grpo": 20.0}}
-    sizes = {"prompts": 1, "group": 8, "completion": 64, "prompt": 256}
-    times = dict(zip(KINDS, (2.0, 6.0, 7.0), strict=True))
-    session.prompts = {
-        "rows": [
-            {"kind": kind, "median_seconds": s, "peak_bytes": s * 1e9, **sizes}
-            for kind, s in times.items()
-        ],
-        "unavailable": {"Unsloth": "it needs a GPU"},
-    }
+    session.steps = whole_step_results()
     text = re.sub(" +", " ", "\n".join(session.report(tmp_path, ["one"])))
     for shown in (
         "naive PyTorch 1.00 s (one run) 1.60x 10 MB 3e-07",
         "Dropped for lack of time: 1 cases",
-        "30.0 20.0 1.50x",
-        "256 + 8 x 64 2.00 6.00 7.00 3.00x / 3.50x 2.00 6.00 7.00",
+        "256 + 8 x 64 tokens powerflow-fast 20.00 (2) 853",
         "Not measured here: Unsloth (it needs a GPU).",
         "a note",
         f"Written to {tmp_path}/head-",
-        f"Written to {tmp_path}/trainer-",
+        f"Written to {tmp_path}/whole-step-",
         "To contribute it: copy it to benchmarks/results/ and run `make report`.",
     ):
         assert shown in text
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(results_file, "FOLDER", tmp_path)
     assert "To contribute" not in "\n".join(session.report(tmp_path, []))
     assert "Written" not in "\n".join(session.report(None, []))
@@ -159,6 +148,14 @@ def test_whole_trainers_run_on_request_alone(run):
     ):
         done = run(*options, "--tiny", "--collect-only", "-q", "-p", "no:cacheprovider")
         assert (f"{path}::test_grpo_is" in done.stdout) == found, done.stdout
+
+
+def test_whole_steps_are_walked_through(benchmarks):
+    """Each trainer with transformers' sampler; vLLM's, where POWERFLOW_VLLM names it."""
+    done = benchmarks("--groups", "whole-step")
+    assert done.returncode == 0, done.stdout
+    assert re.search("4 passed, 3 skipped|6 passed, 1 skipped", done.stdout)
+    assert "steps a minute" not in done.stdout  # of a tiny model
 
 
 def test_what_the_budget_drops_is_named(benchmarks):
