@@ -16,6 +16,7 @@ from torch import Tensor
 from powerflow_fast.logprobs.validation import check_number
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model, check_acts, modes_kept, positions
+from powerflow_fast.models.prefill import prompts_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ def sample(
         pad_token_id=ends[0] if ends else 0,  # masked out
         use_cache=True,
     )
-    with modes_kept(base), generation_config(base, **options):
+    with modes_kept(base), generation_config(base, **options), prompts_once(base):
         base.eval()
         ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
     prompts = attention_mask.bool().repeat_interleave(num_return_sequences, 0)
