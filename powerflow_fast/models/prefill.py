@@ -73,7 +73,7 @@ def why_each(
     capacity = [k for k, v in config.get_text_config().to_dict().items() if "capacity" in k and v]
     if capacity:
         return f"experts drop tokens by how many there are ({', '.join(capacity)})"
-    if generation_config.num_beams > 1 or generation_config.is_assistant:
+    if generation_config.num_beams > 1 or getattr(generation_config, "is_assistant", False):
         return "beams and assistants share rows among themselves"
     if generation_config.return_dict_in_generate:
         return "states of every row are to be returned"  # what the prefill gives beside logits
@@ -87,6 +87,8 @@ def why_each(
         cache, "_is_user_defined", False
     ):
         return "the cache was given"
+    if (own := _own_state(base)) is not None:
+        return f"{own} is kept outside the cache"
     for layer in cache.layers:
         kind = type(layer)
         if not kind.__module__.startswith("transformers.cache_utils") and (
@@ -95,10 +97,26 @@ def why_each(
             return f"{kind.__name__} does not say how its rows are selected"
     for name, value in inputs.items():
         known = value is None or name in CACHES or isinstance(value, (bool, int, float, str))
+        if isinstance(value, dict):  # of a vision model's encoder: empty for text alone
+            known = all(part is None for part in value.values())
         if name in OF_ROWS and isinstance(value, Tensor):
             known = value.ndim == 2 and len(value) == rows
         if not known:
             return f"{name} is not known to have a row for each prompt"
+    return None
+
+
+def _own_state(base: PreTrainedModel) -> str | None:
+    """The attribute in which a module keeps what it remembers of the rows (RecurrentGemma).
+
+    It is None at rest, so its name must tell. A buffer or a parameter is none of them.
+    """
+    for where, module in base.named_modules():
+        for name, value in vars(module).items():
+            if ("state" in name or name == "rope_deltas") and (
+                value is None or isinstance(value, Tensor)
+            ):
+                return f"{where}.{name}"
     return None
 
 

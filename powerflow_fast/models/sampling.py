@@ -75,7 +75,8 @@ def sample(
     """Draw completions from the distribution of `model` itself, at `temperature`.
 
     The model's `generation_config` (top_p, penalties and the like) has no effect. A completion ends
-    with the first end token; a model may have several.
+    with the first end token; a model may have several. A prompt of several completions is computed
+    once, where the model can.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one, unwrapped.
