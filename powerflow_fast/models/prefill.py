@@ -49,13 +49,13 @@ def prompts_once(base: PreTrainedModel) -> Iterator[None]:
         return outputs
 
     before = vars(base).get("_prefill")
-    base._prefill = prefill
+    setattr(base, "_prefill", prefill)  # noqa: B010  # for its type, a module's attribute
     try:
         yield
     finally:
         del base._prefill
         if before is not None:
-            base._prefill = before
+            setattr(base, "_prefill", before)  # noqa: B010
 
 
 def why_each(
@@ -128,10 +128,12 @@ def _distinct(input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Numbers of the first rows of their kind, and for each row the place of its kind in them."""
     whole = input_ids if mask is None else torch.cat([input_ids, mask.to(input_ids)], 1)
     found: dict[bytes, int] = {}
-    first, place = [], []
+    first: list[int] = []
+    place: list[int] = []
     for number, row in enumerate(whole.cpu().numpy()):
         kind = found.setdefault(row.tobytes(), len(found))
         if kind == len(first):
             first.append(number)
         place.append(kind)
-    return tuple(torch.tensor(x, device=input_ids.device) for x in (first, place))
+    device = input_ids.device
+    return torch.tensor(first, device=device), torch.tensor(place, device=device)
