@@ -16,6 +16,7 @@ from torch import Tensor
 from powerflow_fast.logprobs.validation import check_number
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model, check_acts, modes_kept, positions
+from powerflow_fast.models.prefill import prompts_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,8 @@ def sample(
     """Draw completions from the distribution of `model` itself, at `temperature`.
 
     The model's `generation_config` (top_p, penalties and the like) has no effect. A completion ends
-    with the first end token; a model may have several.
+    with the first end token; a model may have several. A prompt of several completions is computed
+    once, where the model can.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one, unwrapped.
@@ -114,7 +116,7 @@ def sample(
         pad_token_id=ends[0] if ends else 0,  # masked out
         use_cache=True,
     )
-    with modes_kept(base), generation_config(base, **options):
+    with modes_kept(base), generation_config(base, **options), prompts_once(base):
         base.eval()
         ids = base.generate(input_ids=input_ids, attention_mask=attention_mask.long())
     prompts = attention_mask.bool().repeat_interleave(num_return_sequences, 0)

@@ -16,6 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 from powerflow_fast.loss import tb_loss
 from powerflow_fast.models.context import Context
 from powerflow_fast.models.lm_head import base_model
+from powerflow_fast.models.prefill import prompts_once
 from powerflow_fast.models.sampling import generation_config
 from powerflow_fast.rewards import no_psi
 from powerflow_fast.training.ahead import as_sent, is_whole
@@ -121,7 +122,7 @@ class ScoredRollouts(LossInForward):
         self._ref_logps = None
         base = base_model(self._policy())
         ends = {"eos_token_id": self.eos_token_ids, "pad_token_id": self._tokenizer.pad_token_id}
-        with self.health.phase("rollout"), generation_config(base, **ends):
+        with self.health.phase("rollout"), generation_config(base, **ends), prompts_once(base):
             output = super()._generate_and_score_completions(inputs)
         count, rank = len(inputs), self.accelerator.process_index
         rows = torch.arange(rank * count, (rank + 1) * count, device=self._psi.device)
