@@ -156,8 +156,9 @@ def test_pair_equals_two_single_calls(small_tiles):
         )
         head = (weight, bias) if len(args) == 1 else (ref_weight, keywords.get("ref_bias"))
         expected = linear_logprobs(ref_hidden, head[0], targets, bias=head[1])
-        torch.testing.assert_close(logps, alone, rtol=0, atol=0)
-        torch.testing.assert_close(ref_logps, expected, rtol=0, atol=0)
+        # Other tiles, other order of sums: a CPU's back end may put both models in one product.
+        torch.testing.assert_close(logps, alone, rtol=0, atol=2e-6)
+        torch.testing.assert_close(ref_logps, expected, rtol=0, atol=2e-6)
         assert not ref_logps.requires_grad
     logps.sum().backward()
     assert ref_hidden.grad is None and ref_weight.grad is None

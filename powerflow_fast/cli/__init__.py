@@ -9,7 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from powerflow_fast.cli.common import Parser, UsageError, offline_without_hub, quiet
+from powerflow_fast.cli.common import (
+    Parser,
+    UsageError,
+    let_threads_sleep,
+    offline_without_hub,
+    quiet,
+)
 from powerflow_fast.cli.demo import add_demo
 from powerflow_fast.cli.info import add_info
 from powerflow_fast.cli.measuring import add_eval, add_forecast
@@ -21,6 +27,7 @@ from powerflow_fast.data.errors import one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names (default: the process's); returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    let_threads_sleep()
     quiet()
     try:
         if argv and argv[0] in ("train", "eval", "forecast", "merge", "plan"):

@@ -91,6 +91,15 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def let_threads_sleep() -> None:
+    """Have threads that wait for each other sleep, unless the environment says otherwise.
+
+    By default they spin for milliseconds, and so take the cores from the threads they wait for
+    wherever other programs run too. To be called before torch is imported, whose OpenMP reads it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def offline_without_hub() -> None:
     """Set HF_HUB_OFFLINE where the Hub cannot be reached: its cache is used at once, no retries.
 

@@ -1,10 +1,10 @@
-"""A frozen head as attention, on the CPUs where PyTorch's attention kernel is the fastest way.
+"""A frozen head as attention, on the CPUs where PyTorch's attention kernel serves it well.
 
 With hidden states as queries and the head's rows as keys and values, attention returns
 sum_v p_v W_v, which the unit gradient needs, and the log-sum-exp. The kernel (flash attention, its
-CPU form) forms both of a whole tile in one parallel region and keeps float32 logits in registers
-and cache, from bfloat16 operands too. So there is no pass over logits, and no barrier at which
-threads wait between passes while other processes hold the cores.
+CPU form) makes one parallel region of it, so there is no barrier after each pass over logits at
+which threads wait while other processes hold the cores. It gives bfloat16 operands float32 logits.
+In float32, plain products are faster; there the kernel's log-sum-exp is the fewest passes.
 """
 
 from __future__ import annotations
@@ -13,23 +13,32 @@ import torch
 from torch import Tensor
 
 from powerflow_fast.kernels.config import ceil_div
+from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.products import is_intel
-from powerflow_fast.logprobs.torch_tiles import OnlineHead
+from powerflow_fast.logprobs.torch_tiles import OnlineHead, TiledHead
 
-ROWS, COLUMNS = 1024, 4096  # of a tile: their mask is what a call holds beside its sums
-_KERNELS_ROWS = 64  # that one thread takes at a time; more rows of larger batches
+TILE = (1024, 4096)  # rows and columns of a call
+_KERNELS_ROWS = 64  # that one thread takes at a time; more of larger batches
 
 
 def takes_attention(head: OnlineHead) -> bool:
-    """Whether attention computes all that is wanted of `head`, and at more speed."""
+    """Whether this module computes all that is wanted of `head`, and at more speed."""
     options = head.options
-    plain = head.bias is None and options.softcap is None and not options.round_logits
-    sums_alone = head.weighted is None and head.column_max is None and head.cache is None
-    if not (plain and sums_alone and head.hidden.device.type == "cpu"):
+    plain = head.bias is None and options.softcap is None and head.hidden.device.type == "cpu"
+    if not plain or head.weighted is not None or head.column_max or head.cache:
         return False
-    if head.hidden.dtype == torch.bfloat16:  # the second product costs little, even if not wanted
+    if options.round_logits:
+        alone = head.rounds_in_product and head.expected is None and options.scale == 1.0
+        return alone and is_intel()
+    if head.hidden.dtype == torch.bfloat16:
         return torch.cpu._is_amx_tile_supported()
-    return head.hidden.dtype == torch.float32 and is_intel() and head.expected is not None
+    return head.hidden.dtype == torch.float32 and is_intel()
+
+
+def attention_sweeps(heads: list[OnlineHead]) -> list[AttentionSweep]:
+    """Models that share a weight go together: their products have more rows to share out."""
+    shared = len({head.weight.data_ptr() for head in heads}) == 1
+    return [AttentionSweep(group) for group in ([heads] if shared else [[h] for h in heads])]
 
 
 class AttentionSweep:
@@ -38,59 +47,81 @@ class AttentionSweep:
     Targets are left out, as in `OnlineHead`; `finish` hands the result to the models.
     """
 
-    def __init__(self, models: list[OnlineHead]) -> None:
-        self.models = models
-        policy = models[0]
-        self.hidden = torch.cat([head.hidden for head in models])
-        self.targets = torch.cat([head.targets for head in models])
-        self.scale = policy.options.scale
-        rows = len(self.hidden)
-        self.lse = torch.full((rows,), -torch.inf)
-        self.mean = policy.expected  # [n, H] of the policy's rows alone, which come first
-        size = (min(ROWS, rows), min(COLUMNS, len(policy.weight)))
-        self.mask = torch.zeros(size, dtype=self.hidden.dtype)
+    def __init__(self, heads: list[OnlineHead]) -> None:
+        self.heads = heads
+        hidden = torch.cat([head.hidden for head in heads])
+        targets = torch.cat([head.targets for head in heads])
+        self.rows = TiledHead(Head(hidden, heads[0].weight, None), targets, heads[0].options)
+        self.lse = torch.full((len(hidden),), -torch.inf)
+        self.mean = heads[0].expected  # [n, H] sum_v p_v W_v of the first model's rows
+        rounded = heads[0].options.round_logits
+        self.forms_logits = rounded or hidden.dtype == torch.float32
+        size = (min(TILE[0], len(hidden)), min(TILE[1], len(heads[0].weight)))
+        # Added to the logits that the kernel forms; or softmax of logits that are formed here.
+        self.buffer = hidden.new_zeros((0, 0) if self.forms_logits and self.mean is None else size)
 
     def update(self, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop of the vocabulary into the statistics."""
-        for first in range(0, len(self.hidden), ROWS):
-            r = slice(first, min(first + ROWS, len(self.hidden)))
-            mask = self.mask[: r.stop - r.start, : stop - start]
-            targets = self.targets[r] - start
-            rows = ((targets >= 0) & (targets < stop - start)).nonzero()[:, 0]
-            places = (rows, targets[rows])  # scatter_ would copy a whole mask of bfloat16
-            mask[places] = -torch.inf
-            means, lse = _attention(self.hidden[r], weight_tile, mask, self.scale)
-            mask[places] = 0.0
-            self._add(r, means, lse)
+        for first in range(0, len(self.lse), TILE[0]):
+            r = slice(first, min(first + TILE[0], len(self.lse)))
+            targets = self.rows.targets[r] - start
+            inside = ((targets >= 0) & (targets < stop - start)).nonzero()[:, 0]
+            places = (inside, targets[inside])  # scatter_ would copy a whole tile of bfloat16
+            if stop - start == 1:  # of a row without any logit the kernel says lse 0
+                z = self.rows.logits(r, self.rows.factor(weight_tile))
+                z[places] = -torch.inf
+                self._add(r, z[:, 0], weight_tile.expand(len(z), -1))
+                continue
+            update = self._from_logits if self.forms_logits else self._from_kernel
+            update(r, weight_tile, places)
 
-    def _add(self, r: slice, means: Tensor, lse: Tensor) -> None:
-        """Parts of the vocabulary: sum_v p_v W_v [parts, n, H] of rows r, log-sum-exp [parts, n]."""
-        before = self.lse[r]
-        total = torch.cat([before[None], lse]).logsumexp(0)
-        if self.mean is not None and r.start < len(self.mean):
+    def _from_kernel(self, r: slice, weight_tile: Tensor, places: tuple[Tensor, Tensor]) -> None:
+        mask = self.buffer[: r.stop - r.start, : len(weight_tile)]
+        mask[places] = -torch.inf
+        scale = self.rows.options.scale
+        means, lses = _attention(self.rows.hidden[r], weight_tile, mask, scale)
+        mask[places] = 0.0
+        for mean, lse in zip(means, lses, strict=True):
+            self._add(r, lse, mean)
+
+    def _from_logits(self, r: slice, weight_tile: Tensor, places: tuple[Tensor, Tensor]) -> None:
+        rounded = self.rows.options.round_logits
+        z = (self.rows.rounded_logits if rounded else self.rows.logits)(r, weight_tile)
+        z[places] = -torch.inf
+        queries, keys = (z.new_zeros(size, 1) for size in z.shape)  # the logits are their mask
+        lse = _attention(queries, keys, z)[1].logsumexp(0)
+        n = 0 if self.mean is None else min(max(len(self.mean) - r.start, 0), len(z))
+        mean = None
+        if n:
+            p = torch.softmax(z[:n], 1, out=self.buffer[:n, : z.shape[1]])
+            mean = torch.threshold_(p, torch.finfo(p.dtype).tiny, 0.0) @ weight_tile
+        self._add(r, lse, mean)
+
+    def _add(self, r: slice, lse: Tensor, mean: Tensor | None) -> None:
+        """A part of the vocabulary: log-sum-exp [n] of rows r, and sum_v p_v W_v [n, H] of it."""
+        total = torch.logaddexp(self.lse[r], lse)
+        self.lse[r] = total
+        if self.mean is not None and mean is not None and r.start < len(self.mean):
             sums = self.mean[r]
             n = len(sums)
-            finite = total[:n].where(total[:n] != -torch.inf, 0.0)
-            sums.mul_((before[:n] - finite).exp()[:, None])
-            for mean, share in zip(means, (lse[:, :n] - finite).exp(), strict=True):
-                sums.addcmul_(mean[:n].to(sums.dtype), share[:, None])
-        self.lse[r] = total
+            share = (lse - total.where(total != -torch.inf, 0.0)).exp()
+            sums.lerp_(mean[:n].to(sums.dtype), share[:n, None])
 
     def finish(self) -> None:
-        sizes = [len(head.hidden) for head in self.models]
-        for head, lse in zip(self.models, self.lse.split(sizes), strict=True):
+        sizes = [len(head.hidden) for head in self.heads]
+        for head, lse in zip(self.heads, self.lse.split(sizes), strict=True):
             head.maximum = torch.maximum(head.maximum, lse)
             finite = head.maximum.where(head.maximum != -torch.inf, 0.0)
             head.others = (lse - finite).exp()
         if self.mean is not None:
-            self.mean.mul_(self.models[0].others[:, None])
+            self.mean.mul_(self.heads[0].others[:, None])
 
 
 def _attention(
     hidden: Tensor,  # [n, H]
     weight: Tensor,  # [v, H]
     mask: Tensor,  # [n, v] added to the logits
-    scale: float,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """sum_v p_v W_v [parts, n, H] and log-sum-exp [parts, n] of equal parts of the columns.
 
@@ -98,9 +129,9 @@ def _attention(
     """
     n, v = mask.shape
     parts = ceil_div(torch.get_num_threads(), ceil_div(n, _KERNELS_ROWS))
-    parts = parts if v % parts == 0 else 1
+    parts = parts if v % parts == 0 and v > parts else 1
     query = hidden.expand(parts, 1, n, -1)
-    key = weight.view(parts, 1, v // parts, -1)
+    key = weight.reshape(parts, 1, v // parts, -1)
     mask = mask.view(n, parts, 1, v // parts).permute(1, 2, 0, 3)
     mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, key, 0.0, False, attn_mask=mask, scale=scale

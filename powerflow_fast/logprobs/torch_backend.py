@@ -22,9 +22,15 @@ from powerflow_fast.logprobs.gradients import GradientSums
 from powerflow_fast.logprobs.options import HeadOptions
 from powerflow_fast.logprobs.products import has_bf16_units
 from powerflow_fast.logprobs.softmax_cache import SoftmaxCache, VocabTiling
+from powerflow_fast.logprobs.torch_attention import (
+    TILE,
+    attention_sweeps,
+    takes_attention,
+)
 from powerflow_fast.logprobs.torch_sparse import looks_sharp, sparse_unit_gradient
 from powerflow_fast.logprobs.torch_tiles import (
     BLOCK,
+    ROUNDED_TILES,
     ColumnMax,
     OnlineHead,
     TiledHead,
@@ -61,7 +67,10 @@ def forward(
             hidden = _take(head.hidden, rows)
             models.append(OnlineHead(head._replace(hidden=hidden), _take(targets, rows), options))
     online = models[0]
-    models[-1].buffer = online.buffer  # the models' tiles are formed one after the other
+    models[-1].buffer, models[-1].rounded = (
+        online.buffer,
+        online.rounded,
+    )  # the models' tiles are formed one after the other
     unit_gradient = sparsity = kept_columns = None
     with _bf16_products(online.product_dtype, policy.hidden):
         if options.wants_unit_gradient and options.grad_tolerance > 0 and looks_sharp(online):
@@ -143,13 +152,29 @@ def backward(
 def _sweep(models: list[OnlineHead]) -> None:
     """One pass over the vocabulary for all models; a shared weight's tiles are converted once."""
     policy = models[0]
-    for start, stop, weight_tile in policy.weight_tiles():
+    attended = [model for model in models if takes_attention(model)]
+    for model in models:
+        if model in attended or model.rounds_tiles:
+            model.product_dtype = model.hidden.dtype
+            small, large = ROUNDED_TILES
+            rounded = small if len(model.hidden) <= small[0] else large
+            model.tile = TILE if model in attended else rounded
+    sweeps = attention_sweeps(attended) if attended else []
+
+    def of(model: OnlineHead) -> Tensor:
+        """The tile of the model's own weight."""
+        if model.weight is policy.weight and weight_tile.dtype == model.product_dtype:
+            return weight_tile
+        return model.factor(model.weight[start:stop])
+
+    for start, stop, weight_tile in policy.weight_tiles():  # noqa: B007, read by `of`
+        for sweep in sweeps:
+            sweep.update(start, stop, of(sweep.heads[0]))
         for model in models:
-            tile = weight_tile
-            if model.weight is not policy.weight:
-                tile = model.factor(model.weight[start:stop])
-            for r in model.row_slices():
-                model.update(r, start, stop, tile)
+            for r in model.row_slices() if model not in attended else ():
+                model.update(r, start, stop, of(model))
+    for sweep in sweeps:
+        sweep.finish()
 
 
 def _dlogits(

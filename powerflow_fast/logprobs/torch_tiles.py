@@ -12,7 +12,13 @@ from torch import Tensor
 from powerflow_fast.kernels.config import ceil_div, stored_exponent
 from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.products import add_product_, has_bf16_units, matmul, uses_onednn
+from powerflow_fast.logprobs.products import (
+    add_product_,
+    has_bf16_units,
+    is_intel,
+    matmul,
+    uses_onednn,
+)
 from powerflow_fast.logprobs.softmax_cache import SoftmaxCache
 
 # Tiles of [rows, vocabulary] logits. On a CPU they live in the last-level cache, and with their
@@ -20,6 +26,10 @@ from powerflow_fast.logprobs.softmax_cache import SoftmaxCache
 # multiprocessors.
 _CPU_TILE = (512, 2048)
 _GPU_TILE = (4096, 8192)
+# Products that a CPU's bf16 units round take more columns at a time; the passes over their logits,
+# which are float32, as many numbers as the cores' own caches hold.
+ROUNDED_TILES = ((256, 16384), (512, 8192))  # of a batch that fits the first, and of larger ones
+_ROUNDED_PASS = 1 << 19
 # Cached exp-logits relative to the largest of their tile, and tiles relative to their row, are 0
 # below these. The first is far below a rounding of the tile. A tile is as far below its row as the
 # target is confident, up to 50 nats. Together with a gradient they stay clear of subnormal numbers,
@@ -78,6 +88,7 @@ class TiledHead:
         self.rounds_in_product = options.round_logits and bias is None and fast
         self.tile = tile_shape(hidden.device)
         self.buffer = torch.empty(0, dtype=self.dtype, device=hidden.device)
+        self.rounded = hidden.new_empty(0)
 
     def of_rows(self, r: slice) -> TiledHead:
         """The same head over some of the rows."""
@@ -109,14 +120,20 @@ class TiledHead:
         """Rows of the weight in `dtype`, or the product's, with no more digits than hidden has."""
         return rows.to(self.hidden.dtype).to(dtype or self.product_dtype)
 
-    def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None) -> Tensor:
+    def logits(self, r: slice, weight_tile: Tensor, bias_tile: Tensor | None = None) -> Tensor:
         """Logits of rows r and the tile's columns; the next call may overwrite them."""
         if self.rounds_in_product:
-            rounded = torch.mm(self.hidden[r], weight_tile.to(self.hidden.dtype).T)
-            return self._scale(rounded.to(self.dtype))
+            return self._scale(self.rounded_logits(r, weight_tile).to(self.dtype))
         x = self.hidden[r].to(self.product_dtype)
         out = None if uses_onednn(x) else self.scratch(len(x), len(weight_tile))
         return self._transform(matmul(x, weight_tile.T, out), bias_tile)
+
+    def rounded_logits(self, r: slice, weight_tile: Tensor) -> Tensor:
+        """Unscaled logits in the type of hidden; the next call overwrites them."""
+        x, w = self.hidden[r], weight_tile.to(self.hidden.dtype)
+        if len(self.rounded) < len(x) * len(w):
+            self.rounded = x.new_empty(len(x) * len(w))
+        return torch.mm(x, w.T, out=self.rounded[: len(x) * len(w)].view(len(x), len(w)))
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] of a buffer that the next call overwrites."""
@@ -147,7 +164,11 @@ class TiledHead:
 
     def accumulate(self, rows: Tensor, e: Tensor, weight_tile: Tensor) -> None:
         """rows += e @ weight_tile, summed in float32."""
-        add_product_(rows, e.to(self.product_dtype), weight_tile)
+        e = e.to(self.product_dtype)
+        if self.product_dtype == self.dtype or e.is_cuda:
+            add_product_(rows, e, weight_tile)
+        else:
+            rows += torch.mm(e, weight_tile)
 
 
 class OnlineHead(TiledHead):
@@ -167,6 +188,11 @@ class OnlineHead(TiledHead):
         self.column_max: ColumnMax | None = None  # where the columns that matter are to be found
         self.cache: SoftmaxCache | None = None  # to be filled
 
+    @property
+    def rounds_tiles(self) -> bool:
+        """Whether the sweep's products take and give the type of hidden, a wide tile at a time."""
+        return self.rounds_in_product and self.cache is None and self.column_max is None
+
     def collect_expected(self) -> None:
         """Have the sweep collect the sum that the unit gradient over the whole vocabulary needs."""
         self.expected = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
@@ -184,7 +210,27 @@ class OnlineHead(TiledHead):
 
     def update(self, r: slice, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop into the running statistics of rows r."""
-        z = self.logits(r, weight_tile, self.bias_tile(start, stop))
+        if not self.rounds_tiles:
+            z = self.logits(r, weight_tile, self.bias_tile(start, stop))
+            e, decay = self._take_in(z, r, start, stop)
+        else:
+            e, decay = self.rounded_logits(r, weight_tile), self.maximum[r].clone()
+            step = max(1, _ROUNDED_PASS // e.shape[1])
+            for first in range(0, len(e), step):
+                rows = slice(first, min(first + step, len(e)))
+                z = self._scale(self.scratch(*e[rows].shape).copy_(e[rows]))
+                at = slice(r.start + rows.start, r.start + rows.stop)
+                taken, decay[rows] = self._take_in(z, at, start, stop)
+                if self.expected is not None:
+                    e[rows] = taken
+        if self.expected is not None:
+            self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
+
+    def _take_in(self, z: Tensor, r: slice, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Logits of rows r and columns start:stop, overwritten, into the statistics.
+
+        Returns e^(z - max), times the softcap's slope, and the factor on sums of earlier columns.
+        """
         slope = softcap_slope(z, self.options) if self._wants_slope else None
         drop_targets(z, self.targets[r] - start, None)
         tile_maximum = z.amax(1)
@@ -205,10 +251,9 @@ class OnlineHead(TiledHead):
         self.maximum[r] = maximum
         if slope is not None:
             e.mul_(slope)
-        if self.expected is not None:
-            self.accumulate(self.expected[r].mul_(decay[:, None]), e, weight_tile)
         if self.cache is not None:
             self._fill_cache(e, finite - tile_maximum, r, start, stop)
+        return e, decay
 
     @property
     def _wants_slope(self) -> bool:
@@ -307,8 +352,9 @@ def exp_(z: Tensor) -> Tensor:
     Such numbers are below any rounding of a softmax, and CPUs multiply them many times slower.
     """
     smallest = math.log(torch.finfo(z.dtype).tiny)
-    # exp2 in place of exp, which MKL computes, on other makers' CPUs at a quarter of the speed.
-    return torch.threshold_(z, smallest, -torch.inf).mul_(LOG2E).exp2_()
+    torch.threshold_(z, smallest, -torch.inf)
+    # MKL computes exp, on other makers' CPUs at a quarter of the speed of exp2.
+    return z.exp_() if z.device.type == "cpu" and is_intel() else z.mul_(LOG2E).exp2_()
 
 
 def drop_targets(z: Tensor, targets: Tensor, columns: Tensor | None) -> None:

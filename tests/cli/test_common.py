@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -42,3 +45,21 @@ def test_options_that_are_fields():
 
     given = argparse.Namespace(steps=3, run=print)
     assert Settings(**fields_given(given, Settings)) == Settings(3, 0)
+
+
+@pytest.mark.parametrize("given,expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_command_sleep_where_they_wait(given, expected):
+    """OpenMP reads the variable once, when torch is imported: the command has to be earlier."""
+    code = """
+import os, sys
+import powerflow_fast.cli as cli
+def parser():
+    print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+    sys.exit()
+cli._parser = parser
+cli.main([])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.split() == [expected, "False"], run.stderr

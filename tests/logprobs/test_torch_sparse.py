@@ -35,7 +35,8 @@ def test_gradient_is_within_the_tolerance_for_every_row(tolerance, transform):
     hidden.requires_grad_()
     logps = linear_logprobs(hidden, weight, targets, grad_tolerance=tolerance, **transform)
     exact = linear_logprobs(hidden.detach(), weight, targets, **transform)
-    assert torch.equal(logps, exact)  # the tolerance is about the gradient alone
+    # The tolerance is about the gradient alone; the exact route may sum in another order.
+    torch.testing.assert_close(logps, exact, rtol=0, atol=2e-6)
     logps.sum().backward()
     expected = exact_direction(hidden, weight, targets, **transform)
     row_errors = (hidden.grad.double() - expected).norm(dim=1)
