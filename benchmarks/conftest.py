@@ -26,8 +26,8 @@ pytest_plugins = ["benchmarks.budget"]
 # In order of importance; a file without a group of its own is the group its name says.
 ORDER = ("tb-frozen", "certified", "forward", "scaling", "training-step", "pair", "tb-trained")
 
-# Whole trainers, minutes each: only where --groups or the command line names them.
-ON_REQUEST = ("grpo-step", "whole-step")
+# Minutes each: only where --groups or the command line names them.
+ON_REQUEST = ("busy", "grpo-step", "whole-step")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -112,6 +112,7 @@ class Session:
         self.case_seconds = config.getoption("case_seconds") or default
         self.rows: list[dict] = []
         self.steps: dict = {"rows": [], "unavailable": {}}  # of whole trainers
+        self.busy: list[dict] = []  # a step beside other programs
         self.notes: list[str] = []  # lines for the end of the run
         self.unavailable: dict[str, str] = {}  # "group: peer" -> reason
         self.best_setting: dict[tuple, str] = {}
@@ -156,6 +157,8 @@ class Session:
         measured = {"tiny" if self.tiny else "head": self.content(dropped)} if self.rows else {}
         if self.steps["rows"] and not self.tiny:
             measured["whole-step"] = self.steps | {"dropped": dropped}
+        if self.busy:
+            measured["busy"] = {"rows": self.busy}
         for name, content in measured.items():
             for block in _tables(name, results_file.complete(content)):
                 yield f"\n{plain(block)}"
@@ -173,6 +176,8 @@ class Session:
 def _tables(measurement: str, results: dict) -> list[str]:
     if measurement == "whole-step":
         return whole_step_tables.tables([results])
+    if measurement == "busy":
+        return [results_file.source(results, short=True), *head_tables.busy_tables(results)]
     return head_tables.of_run(measurement, results)
 
 

@@ -46,6 +46,26 @@ def short_tables(rows: list[Row]) -> list[str]:
     return blocks + [_training_table(same) for same in _by_model(rows)]
 
 
+def busy_tables(results: dict[str, Any]) -> list[str]:
+    """A step alone and beside two programs, by how threads wait for each other."""
+    rows, blocks = results["rows"], []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        policies = list(dict.fromkeys(row["waiting"] for row in chosen))
+        head = [f"step, frozen head, {dtype}, N={chosen[0]['tokens']}"]
+        for policy in policies:
+            head += [f"alone, {policy} waiting", "beside two programs"]
+        lines = []
+        for peer in dict.fromkeys(row["peer"] for row in chosen):
+            cells = [_bold(peer)]
+            for row in (row for row in chosen if row["peer"] == peer):
+                alone, beside = row["alone"], row["beside"]
+                cells += [_seconds(alone), f"{_seconds(beside)} ({beside / alone:.1f}x)"]
+            lines.append(cells)
+        blocks.append(table(head, lines))
+    return blocks
+
+
 def _by_inputs(rows: list[Row], group: str) -> Iterator[list[Row]]:
     """Rows of a group that ran on the same inputs."""
     chosen = [row for row in rows if row["group"] == group]

@@ -53,6 +53,14 @@ def short_whole_steps() -> str:
     return "\n\n".join(whole_step_tables.short_tables(results_file.load("whole-step")))
 
 
+def busy_tables() -> str:
+    """Every device: a step beside other programs."""
+    blocks = []
+    for results in results_file.load("busy"):
+        blocks += [results_file.source(results, short=True), *head_tables.busy_tables(results)]
+    return "\n\n".join(blocks)
+
+
 def _plot(name: str, folder: str) -> str:
     return f"![{plots.TITLES[name.partition('-')[0]]}]({folder}/{name})"
 
@@ -100,6 +108,7 @@ TABLES = {
         "gpu": gpu_page.tables,
         "head": every_table,
         "whole-step": whole_steps,
+        "busy": busy_tables,
     },
 }
 

@@ -25,7 +25,8 @@ def takes_attention(head: OnlineHead) -> bool:
     """Whether this module computes all that is wanted of `head`, and at more speed."""
     options = head.options
     plain = head.bias is None and options.softcap is None and head.hidden.device.type == "cpu"
-    if not plain or head.weighted is not None or head.column_max or head.cache:
+    others = (head.weighted, head.column_max, head.cache)
+    if not plain or any(wanted is not None for wanted in others):
         return False
     if options.round_logits:
         alone = head.rounds_in_product and head.expected is None and options.scale == 1.0
@@ -37,8 +38,9 @@ def takes_attention(head: OnlineHead) -> bool:
 
 def attention_sweeps(heads: list[OnlineHead]) -> list[AttentionSweep]:
     """Models that share a weight go together: their products have more rows to share out."""
-    shared = len({head.weight.data_ptr() for head in heads}) == 1
-    return [AttentionSweep(group) for group in ([heads] if shared else [[h] for h in heads])]
+    if heads and all(head.weight is heads[0].weight for head in heads):
+        return [AttentionSweep(heads)]
+    return [AttentionSweep([head]) for head in heads]
 
 
 class AttentionSweep:

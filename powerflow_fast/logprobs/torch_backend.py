@@ -4,7 +4,7 @@ The vocabulary is the outer loop: a tile of the weight is converted to the produ
 serves every row of policy and reference. Each row carries a running maximum and sum (online
 softmax). For the unit gradient it also carries the running sum_v p_v W_v, rescaled when the maximum
 moves, as flash attention rescales its output. So policy log-probs, their unit gradient and the
-reference log-probs cost three products.
+reference log-probs cost three products. On some CPUs a frozen head takes torch_attention.py.
 """
 
 from __future__ import annotations
@@ -153,13 +153,14 @@ def _sweep(models: list[OnlineHead]) -> None:
     """One pass over the vocabulary for all models; a shared weight's tiles are converted once."""
     policy = models[0]
     attended = [model for model in models if takes_attention(model)]
+    plain = [model for model in models if model not in attended]
     for model in models:
-        if model in attended or model.rounds_tiles:
-            model.product_dtype = model.hidden.dtype
+        if model in attended:
+            model.take_tiles(TILE)
+        elif model.rounds_tiles:
             small, large = ROUNDED_TILES
-            rounded = small if len(model.hidden) <= small[0] else large
-            model.tile = TILE if model in attended else rounded
-    sweeps = attention_sweeps(attended) if attended else []
+            model.take_tiles(small if len(model.hidden) <= small[0] else large)
+    sweeps = attention_sweeps(attended)
 
     def of(model: OnlineHead) -> Tensor:
         """The tile of the model's own weight."""
@@ -170,8 +171,8 @@ def _sweep(models: list[OnlineHead]) -> None:
     for start, stop, weight_tile in policy.weight_tiles():  # noqa: B007, read by `of`
         for sweep in sweeps:
             sweep.update(start, stop, of(sweep.heads[0]))
-        for model in models:
-            for r in model.row_slices() if model not in attended else ():
+        for model in plain:
+            for r in model.row_slices():
                 model.update(r, start, stop, of(model))
     for sweep in sweeps:
         sweep.finish()

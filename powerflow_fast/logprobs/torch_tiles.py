@@ -193,6 +193,10 @@ class OnlineHead(TiledHead):
         """Whether the sweep's products take and give the type of hidden, a wide tile at a time."""
         return self.rounds_in_product and self.cache is None and self.column_max is None
 
+    def take_tiles(self, tile: tuple[int, int]) -> None:
+        """Have the sweep take tiles of this size, in the type of hidden."""
+        self.product_dtype, self.tile = self.hidden.dtype, tile
+
     def collect_expected(self) -> None:
         """Have the sweep collect the sum that the unit gradient over the whole vocabulary needs."""
         self.expected = torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
