@@ -20,9 +20,9 @@ README = PAGE.parent.parent / "README.md"
 
 
 def step_tables() -> str:
-    """Every device: the step with a frozen head, and a training step."""
+    """GPUs, and the CPU measured last: the step with a frozen head, and a training step."""
     blocks = gpu_page.step_tables()
-    for results in results_file.load("head"):
+    for results in sorted(results_file.load("head"), key=lambda found: found["date"])[-1:]:
         blocks.append(results_file.source(results, short=True))
         blocks += head_tables.short_tables(results["rows"])
         tokens = [name for name in plots.names(results) if name.startswith("tokens")]

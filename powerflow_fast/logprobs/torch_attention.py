@@ -17,7 +17,7 @@ from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.products import is_intel
 from powerflow_fast.logprobs.torch_tiles import OnlineHead, TiledHead
 
-TILE = (1024, 4096)  # rows and columns of a call
+TILE = (1024, 4096)  # rows and columns of a call in bfloat16; float32 has the usual tiles
 _KERNELS_ROWS = 64  # that one thread takes at a time; more of larger batches
 
 
@@ -58,14 +58,15 @@ class AttentionSweep:
         self.mean = heads[0].expected  # [n, H] sum_v p_v W_v of the first model's rows
         rounded = heads[0].options.round_logits
         self.forms_logits = rounded or hidden.dtype == torch.float32
-        size = (min(TILE[0], len(hidden)), min(TILE[1], len(heads[0].weight)))
+        self.step = heads[0].tile[0]
+        size = (min(self.step, len(hidden)), min(heads[0].tile[1], len(heads[0].weight)))
         # Added to the logits that the kernel forms; or softmax of logits that are formed here.
         self.buffer = hidden.new_zeros((0, 0) if self.forms_logits and self.mean is None else size)
 
     def update(self, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop of the vocabulary into the statistics."""
-        for first in range(0, len(self.lse), TILE[0]):
-            r = slice(first, min(first + TILE[0], len(self.lse)))
+        for first in range(0, len(self.lse), self.step):
+            r = slice(first, min(first + self.step, len(self.lse)))
             targets = self.rows.targets[r] - start
             inside = ((targets >= 0) & (targets < stop - start)).nonzero()[:, 0]
             places = (inside, targets[inside])  # scatter_ would copy a whole tile of bfloat16

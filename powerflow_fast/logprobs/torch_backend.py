@@ -73,7 +73,7 @@ def forward(
     )  # the models' tiles are formed one after the other
     unit_gradient = sparsity = kept_columns = None
     with _bf16_products(online.product_dtype, policy.hidden):
-        if options.wants_unit_gradient and options.grad_tolerance > 0 and looks_sharp(online):
+        if _certified_pays(online):
             online.column_max = ColumnMax(len(online.hidden), online.weight)
         elif options.wants_unit_gradient:
             online.collect_expected()
@@ -149,6 +149,17 @@ def backward(
     return grads
 
 
+def _certified_pays(head: OnlineHead) -> bool:
+    """Whether the columns that matter are worth looking for, where a tolerance allows it.
+
+    Where attention multiplies bfloat16, all of them cost less than the few.
+    """
+    if not (head.options.wants_unit_gradient and head.options.grad_tolerance > 0):
+        return False
+    attended = head.hidden.dtype == torch.bfloat16 and takes_attention(head)
+    return not attended and looks_sharp(head)
+
+
 def _sweep(models: list[OnlineHead]) -> None:
     """One pass over the vocabulary for all models; a shared weight's tiles are converted once."""
     policy = models[0]
@@ -156,7 +167,7 @@ def _sweep(models: list[OnlineHead]) -> None:
     plain = [model for model in models if model not in attended]
     for model in models:
         if model in attended:
-            model.take_tiles(TILE)
+            model.take_tiles(TILE if model.hidden.dtype == torch.bfloat16 else model.tile)
         elif model.rounds_tiles:
             small, large = ROUNDED_TILES
             model.take_tiles(small if len(model.hidden) <= small[0] else large)

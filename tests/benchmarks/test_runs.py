@@ -120,7 +120,7 @@ def test_the_end_of_a_run(tmp_path, monkeypatch):
     results = head_results()
     session.rows, session.ceilings = results["rows"], {}
     session.unavailable = results["unavailable"]
-    session.steps = whole_step_results()
+    session.steps, session.busy = whole_step_results(), []
     text = re.sub(" +", " ", "\n".join(session.report(tmp_path, ["one"])))
     for shown in (
         "naive PyTorch 1.00 s (one run) 1.60x 10 MB 3e-07",

@@ -98,7 +98,11 @@ def compare(folder, name, build, tolerance=2e-4, **options):
     assert len(theirs) == len(ours) >= 3
     compared = 0
     for before, after in zip(theirs, ours, strict=True):
+        # At the start policy and reference are the same model: which is larger is rounding.
+        tied = abs(before.get("rewards/margins", 1.0)) < 1e-5
         for key, value in before.items():
+            if tied and key == "rewards/accuracies":
+                continue
             if isinstance(value, float) and not any(w in key for w in ("time", "runtime", "per_")):
                 assert after[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
                 compared += 1

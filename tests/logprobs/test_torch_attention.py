@@ -21,6 +21,7 @@ def everywhere(monkeypatch):
         monkeypatch.setattr(module, "TILE", (8, 32))
     monkeypatch.setattr(torch_backend, "ROUNDED_TILES", ((8, 32), (8, 16)))
     monkeypatch.setattr(torch_tiles, "_ROUNDED_PASS", 100)
+    monkeypatch.setattr(torch_tiles, "_CPU_TILE", (8, 32))
 
 
 def draw(dtype, n=21, h=24, v=97):
