@@ -55,13 +55,15 @@ class AttentionSweep:
         targets = torch.cat([head.targets for head in heads])
         self.rows = TiledHead(Head(hidden, heads[0].weight, None), targets, heads[0].options)
         self.lse = torch.full((len(hidden),), -torch.inf)
-        self.mean = heads[0].expected  # [n, H] sum_v p_v W_v of the first model's rows
+        # [n, H] sum_v p_v W_v of the first model's rows, or of none.
+        self.mean = hidden[:0] if heads[0].expected is None else heads[0].expected
         rounded = heads[0].options.round_logits
         self.forms_logits = rounded or hidden.dtype == torch.float32
         self.step = heads[0].tile[0]
         size = (min(self.step, len(hidden)), min(heads[0].tile[1], len(heads[0].weight)))
         # Added to the logits that the kernel forms; or softmax of logits that are formed here.
-        self.buffer = hidden.new_zeros((0, 0) if self.forms_logits and self.mean is None else size)
+        needed = not self.forms_logits or len(self.mean) > 0
+        self.buffer = hidden.new_zeros(size if needed else (0, 0))
 
     def update(self, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop of the vocabulary into the statistics."""
@@ -93,20 +95,18 @@ class AttentionSweep:
         z[places] = -torch.inf
         queries, keys = (z.new_zeros(size, 1) for size in z.shape)  # the logits are their mask
         lse = _attention(queries, keys, z)[1].logsumexp(0)
-        n = 0 if self.mean is None else min(max(len(self.mean) - r.start, 0), len(z))
-        mean = None
+        n, mean = len(self.mean[r]), weight_tile[:0]
         if n:
             p = torch.softmax(z[:n], 1, out=self.buffer[:n, : z.shape[1]])
             mean = torch.threshold_(p, torch.finfo(p.dtype).tiny, 0.0) @ weight_tile
         self._add(r, lse, mean)
 
-    def _add(self, r: slice, lse: Tensor, mean: Tensor | None) -> None:
+    def _add(self, r: slice, lse: Tensor, mean: Tensor) -> None:
         """A part of the vocabulary: log-sum-exp [n] of rows r, and sum_v p_v W_v [n, H] of it."""
         total = torch.logaddexp(self.lse[r], lse)
         self.lse[r] = total
-        if self.mean is not None and mean is not None and r.start < len(self.mean):
-            sums = self.mean[r]
-            n = len(sums)
+        sums = self.mean[r]
+        if n := len(sums):
             share = (lse - total.where(total != -torch.inf, 0.0)).exp()
             sums.lerp_(mean[:n].to(sums.dtype), share[:n, None])
 
@@ -116,7 +116,7 @@ class AttentionSweep:
             head.maximum = torch.maximum(head.maximum, lse)
             finite = head.maximum.where(head.maximum != -torch.inf, 0.0)
             head.others = (lse - finite).exp()
-        if self.mean is not None:
+        if len(self.mean):
             self.mean.mul_(self.heads[0].others[:, None])
 
 

@@ -131,16 +131,11 @@ class TiledHead:
     def rounded_logits(self, r: slice, weight_tile: Tensor) -> Tensor:
         """Unscaled logits in the type of hidden; the next call overwrites them."""
         x, w = self.hidden[r], weight_tile.to(self.hidden.dtype)
-        if len(self.rounded) < len(x) * len(w):
-            self.rounded = x.new_empty(len(x) * len(w))
-        return torch.mm(x, w.T, out=self.rounded[: len(x) * len(w)].view(len(x), len(w)))
+        return torch.mm(x, w.T, out=_room_in(self.rounded, len(x), len(w)))
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] of a buffer that the next call overwrites."""
-        size = rows * columns
-        if len(self.buffer) < size:
-            self.buffer.resize_(size)
-        return self.buffer[:size].view(rows, columns)
+        return _room_in(self.buffer, rows, columns)
 
     def bias_tile(self, start: int, stop: int) -> Tensor | None:
         return None if self.bias is None else self.bias[start:stop]
@@ -344,6 +339,14 @@ class OnlineHead(TiledHead):
             rows = sums[r].mul_((-self.options.scale / divisor[r])[:, None])
             rows.addcmul_(self.factor(target_rows, self.dtype), at_target[r][:, None])
         return sums
+
+
+def _room_in(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] of the buffer [any], which grows to hold them."""
+    size = rows * columns
+    if len(buffer) < size:
+        buffer.resize_(size)
+    return buffer[:size].view(rows, columns)
 
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
