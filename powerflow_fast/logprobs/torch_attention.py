@@ -4,7 +4,8 @@ With hidden states as queries and the head's rows as keys and values, attention 
 sum_v p_v W_v, which the unit gradient needs, and the log-sum-exp. The kernel (flash attention, its
 CPU form) makes one parallel region of it, so there is no barrier after each pass over logits at
 which threads wait while other processes hold the cores. It gives bfloat16 operands float32 logits.
-In float32, plain products are faster; there the kernel's log-sum-exp is the fewest passes.
+In float32, plain products are faster; there the kernel's log-sum-exp is the fewest passes, and the
+softmax takes the place of the logits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 from powerflow_fast.kernels.config import ceil_div
 from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs.products import is_intel
-from powerflow_fast.logprobs.torch_tiles import OnlineHead, TiledHead
+from powerflow_fast.logprobs.torch_tiles import OnlineHead, TiledHead, exp_
 
-TILE = (1024, 4096)  # rows and columns of a call in bfloat16; float32 has the usual tiles
+# Rows and columns of a call: the larger they are, the fewer parallel regions there are to wait for.
+TILES = {torch.bfloat16: (1024, 4096), torch.float32: (512, 8192)}
 _KERNELS_ROWS = 64  # that one thread takes at a time; more of larger batches
 
 
@@ -61,9 +63,8 @@ class AttentionSweep:
         self.forms_logits = rounded or hidden.dtype == torch.float32
         self.step = heads[0].tile[0]
         size = (min(self.step, len(hidden)), min(heads[0].tile[1], len(heads[0].weight)))
-        # Added to the logits that the kernel forms; or softmax of logits that are formed here.
-        needed = not self.forms_logits or len(self.mean) > 0
-        self.buffer = hidden.new_zeros(size if needed else (0, 0))
+        # Added to the logits that the kernel forms.
+        self.mask = hidden.new_zeros((0, 0) if self.forms_logits else size)
 
     def update(self, start: int, stop: int, weight_tile: Tensor) -> None:
         """Take columns start:stop of the vocabulary into the statistics."""
@@ -81,7 +82,7 @@ class AttentionSweep:
             update(r, weight_tile, places)
 
     def _from_kernel(self, r: slice, weight_tile: Tensor, places: tuple[Tensor, Tensor]) -> None:
-        mask = self.buffer[: r.stop - r.start, : len(weight_tile)]
+        mask = self.mask[: r.stop - r.start, : len(weight_tile)]
         mask[places] = -torch.inf
         scale = self.rows.options.scale
         means, lses = _attention(self.rows.hidden[r], weight_tile, mask, scale)
@@ -97,8 +98,7 @@ class AttentionSweep:
         lse = _attention(queries, keys, z)[1].logsumexp(0)
         n, mean = len(self.mean[r]), weight_tile[:0]
         if n:
-            p = torch.softmax(z[:n], 1, out=self.buffer[:n, : z.shape[1]])
-            mean = torch.threshold_(p, torch.finfo(p.dtype).tiny, 0.0) @ weight_tile
+            mean = exp_(z[:n].sub_(lse[:n, None])) @ weight_tile
         self._add(r, lse, mean)
 
     def _add(self, r: slice, lse: Tensor, mean: Tensor) -> None:

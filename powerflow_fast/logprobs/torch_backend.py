@@ -22,11 +22,7 @@ from powerflow_fast.logprobs.gradients import GradientSums
 from powerflow_fast.logprobs.options import HeadOptions
 from powerflow_fast.logprobs.products import has_bf16_units
 from powerflow_fast.logprobs.softmax_cache import SoftmaxCache, VocabTiling
-from powerflow_fast.logprobs.torch_attention import (
-    TILE,
-    attention_sweeps,
-    takes_attention,
-)
+from powerflow_fast.logprobs.torch_attention import TILES, attention_sweeps, takes_attention
 from powerflow_fast.logprobs.torch_sparse import looks_sharp, sparse_unit_gradient
 from powerflow_fast.logprobs.torch_tiles import (
     BLOCK,
@@ -167,7 +163,7 @@ def _sweep(models: list[OnlineHead]) -> None:
     plain = [model for model in models if model not in attended]
     for model in models:
         if model in attended:
-            model.take_tiles(TILE if model.hidden.dtype == torch.bfloat16 else model.tile)
+            model.take_tiles(TILES[model.hidden.dtype])
         elif model.rounds_tiles:
             small, large = ROUNDED_TILES
             model.take_tiles(small if len(model.hidden) <= small[0] else large)

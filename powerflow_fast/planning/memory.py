@@ -24,7 +24,7 @@ from powerflow_fast.models.shapes import FAMILIES, LARGEST_SIZE, ModelShape
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 4.127 / 8}  # QLoRA, arXiv 2305.14314: 4.127
 QUANTIZED = ("fp8", "nf4")  # linear layers only; embedding and head stay bf16
-CPU_TILES = 8 << 20  # bytes of the torch head's tiles
+CPU_TILES = 16 << 20  # bytes of the torch head's tiles
 RESTING = "weights reference gathered adapter gradients optimizer".split()  # always there
 MOST_SEQUENCES = 1 << 22  # of a micro-batch, that are tried
 RESERVED = 0.05  # of a GPU's memory: driver, allocator, fragmentation; an assumption

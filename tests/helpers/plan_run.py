@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from powerflow_fast import fused_linear_tb_loss, tb_loss
+from powerflow_fast.logprobs.torch_attention import TILES
 from powerflow_fast.models.lm_head import base_model, read_head
 from powerflow_fast.models.packed_attention import accept_packed_rows
 from powerflow_fast.models.packing import lay_out
@@ -88,9 +89,10 @@ def measure(out: Path, kind: str, checkpointing: bool, fused: bool, prompt: int)
     model = build(kind, checkpointing)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(0, SHAPES[kind].vocab_size, (SEQUENCES, run_of(kind, False).tokens))
-    step(
-        model, ids[:4, :32].clone(), fused, prompt and 16
-    )  # libraries, thread pools, gradients and optimizer states
+    # Libraries, thread pools, what MKL keeps of a tile's product, gradients and optimizer states.
+    step(model, ids[:4, :32].clone(), fused, prompt and 16)
+    head = read_head(base_model(model)).weight.detach()
+    torch.mm(torch.ones(TILES[head.dtype][0], head.shape[1]), head.T)
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     Path("/proc/self/clear_refs").write_text("5")

@@ -17,8 +17,8 @@ def everywhere(monkeypatch):
     for module in (products, torch_attention):
         monkeypatch.setattr(module, "is_intel", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    for module in (torch_attention, torch_backend):
-        monkeypatch.setattr(module, "TILE", (8, 32))
+    for dtype in torch_attention.TILES:
+        monkeypatch.setitem(torch_attention.TILES, dtype, (8, 32))
     monkeypatch.setattr(torch_backend, "ROUNDED_TILES", ((8, 32), (8, 16)))
     monkeypatch.setattr(torch_tiles, "_ROUNDED_PASS", 100)
     monkeypatch.setattr(torch_tiles, "_CPU_TILE", (8, 32))
