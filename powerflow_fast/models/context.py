@@ -16,7 +16,7 @@ class Context:
     def __init__(self, config: Any, limit: int | None = None) -> None:
         text = config.get_text_config()
         limits = (getattr(text, "max_position_embeddings", None), limit)
-        self.limit = min((n for n in limits if n), default=None)
+        self.limit = min((n for n in limits if n and n > 0), default=None)  # XLNet: -1, for none
         self.switch = _switch(text)
         self._first: tuple[str, bool] | None = None  # sequence, and on which side of the switch
 

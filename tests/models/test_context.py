@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, XLNetConfig
 
 pytest.importorskip("trl")
 
@@ -35,6 +35,11 @@ def test_the_smaller_limit_counts():
         Context(config).check("row 0", 10, 7, "; drop it")
     with pytest.raises(ValueError, match="row 1 has 13 tokens: beyond the context of 12"):
         Context(config, 12).check("row 1", 13)
+
+
+def test_a_model_without_a_limit_has_none():
+    assert XLNetConfig().max_position_embeddings == -1
+    Context(XLNetConfig()).check("row 0", 100_000)
 
 
 def test_all_sequences_lie_on_one_side_of_a_change_of_positions():
