@@ -26,11 +26,11 @@ demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minu
 	$(BIN)/powerflow-fast demo $(ARGS)
 
 test: lint  ## everything that CI checks, 6 to 12 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-test-kills: $(STAMP)  ## kills at random moments: 20 of a training run, 5 of the GPU's benchmark
+test-kills: $(STAMP)  ## kills at random moments, 25 in all; whole dry run of the GPU's benchmark
 	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/training/test_checkpoint.py -k bits
-	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k kill
+	KILLS=5 OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_gpu_run.py -k "kill or dry"
 
 test-chips: $(STAMP)  ## compiled kernels for every chip, not Hopper alone; about a minute a chip
 	ALL_CHIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_machine_code.py

@@ -31,8 +31,7 @@ def cases(on_gpu: bool, tiny: bool) -> list[Case]:
     """In the order of what they tell."""
     if tiny:
         small = dict(prompt=8, completion=4, group=2)
-        trainers = [(name, "transformers") for name in (*TRAINERS, TRL_WHOLE)]
-        trainers += [(name, "vLLM") for name in (OURS, TRL)]
+        trainers = [(name, by) for by in ("transformers", "vLLM") for name in (OURS, TRL)]
         return [Case(step_models.TINY, *trainer, **small) for trainer in trainers]
     found = []
     for model in GPU_MODELS if on_gpu else (step_models.SMOLLM2,):

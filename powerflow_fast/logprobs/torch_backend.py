@@ -265,6 +265,12 @@ def _bf16_products(product_dtype: torch.dtype, hidden: Tensor):
     setting is the whole process's, so it is left alone where another thread might multiply.
     """
     bf16_copies = hidden.dtype == torch.bfloat16 and product_dtype == torch.float32
-    if bf16_copies and has_bf16_units(hidden.device) and threading.active_count() == 1:
+    if bf16_copies and has_bf16_units(hidden.device) and _multiplies_alone():
         return _onednn_bf16()
     return nullcontext()
+
+
+def _multiplies_alone() -> bool:
+    """Whether no thread of Python's but this one could multiply; tqdm's, in trainers, watches."""
+    others = set(threading.enumerate()) - {threading.current_thread()}
+    return all(type(thread).__module__ == "tqdm._monitor" for thread in others)

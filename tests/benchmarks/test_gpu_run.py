@@ -23,6 +23,9 @@ from tests.helpers import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("KILLS", "1"))
+# `make test-kills` walks through all. These are the longest, and what they call has tests.
+LEFT_OUT = ("correct", "whole-step") if KILLS == 1 else ()
+WALKED = [stage for stage in STAGES if stage.name not in LEFT_OUT]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,20 +65,20 @@ def names(found: list[dict]) -> set[str]:
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    process = start("--out", str(folder))
+    process = start("--out", str(folder), "--stages", ",".join(stage.name for stage in WALKED))
     output, _ = process.communicate()
     assert process.returncode == 0, output + (folder / "log.txt").read_text()[-5000:]
     return output, folder
 
 
-def test_dry_run_walks_through_every_stage(dry_run):
+def test_dry_run_walks_through_the_stages(dry_run):
     output, folder = dry_run
     header, found = written(folder)
     assert header["dry_run"] and header["commit"] and "torch" in header["versions"]
     ended = {(line["stage"], line["part"]): line["ended"] for line in found if "ended" in line}
-    assert ended == {(s.name, p.name): "done" for s in STAGES for p in s.parts}
+    assert ended == {(s.name, p.name): "done" for s in WALKED for p in s.parts}
     assert not [line for line in found if "failed" in line]
-    for stage in STAGES:  # every stage has a figure, or a reason for each part that has none
+    for stage in WALKED:  # every stage has a figure, or a reason for each part that has none
         of_stage = [line for line in found if line["stage"] == stage.name]
         assert any("case" in line and "skipped" not in line for line in of_stage), stage.name
     errors = [line["error"] for line in found if line.get("group") in ("pair", "tb-trained")]
@@ -86,11 +89,11 @@ def test_dry_run_walks_through_every_stage(dry_run):
 
 def test_limits_are_named_and_stay_under_fifteen_minutes(dry_run):
     output, folder = dry_run
-    for stage in STAGES:
+    for stage in WALKED:
         assert re.search(rf"^limit +{stage.limit:.0f} s  {stage.name}: ", output, re.M)
-    total = sum(stage.limit for stage in STAGES)
-    assert f"limit {total:4.0f} s  in all" in output and total < 900
-    assert written(folder)[0]["limits"] == {stage.name: stage.limit for stage in STAGES}
+    assert f"limit {sum(stage.limit for stage in WALKED):4.0f} s  in all" in output
+    assert sum(stage.limit for stage in STAGES) < 900
+    assert written(folder)[0]["limits"] == {stage.name: stage.limit for stage in WALKED}
 
 
 def test_what_is_imported_before_the_fork_does_not_touch_the_device():

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm._monitor import TMonitor
 
 from powerflow_fast import linear_logprobs, tb_loss
 from powerflow_fast.logprobs import softmax_cache, torch_backend
@@ -273,7 +274,8 @@ def test_products_of_other_threads_stay_float32():
     other.start()
     hidden, weight = torch.randn(512, 256).bfloat16(), torch.randn(8192, 256).bfloat16()
     for _ in range(20):
-        linear_logprobs(hidden, weight, torch.zeros(512).long(), backend="torch")
+        targets = torch.zeros(512).long()
+        linear_logprobs(hidden, weight, targets, backend="torch", return_entropy=True)
     stop.set()
     other.join()
     assert len(wrong) > 20 and not any(wrong)
@@ -281,10 +283,15 @@ def test_products_of_other_threads_stay_float32():
 
 @pytest.mark.skipif(not has_bf16_units(torch.device("cpu")), reason="no bf16 units")
 def test_bf16_units_are_used_where_nothing_else_can_see_it(monkeypatch):
-    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    """A thread that tqdm starts watches its bars: every trainer with a bar has it."""
+    running = [threading.current_thread(), TMonitor.__new__(TMonitor)]
+    monkeypatch.setattr(threading, "enumerate", lambda: running)
     with torch_backend._bf16_products(torch.float32, torch.zeros(1, dtype=torch.bfloat16)):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    running.append(threading.Thread())
+    with torch_backend._bf16_products(torch.float32, torch.zeros(1, dtype=torch.bfloat16)):
+        assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 
 
 class Largest(TorchDispatchMode):

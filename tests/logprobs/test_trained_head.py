@@ -9,7 +9,6 @@ from powerflow_fast.kernels.operands import Head
 from powerflow_fast.logprobs import softmax_cache, torch_backend, torch_tiles
 from powerflow_fast.logprobs.ops import head_forward
 from powerflow_fast.logprobs.options import HeadOptions
-from powerflow_fast.logprobs.products import uses_onednn
 from powerflow_fast.logprobs.softmax_cache import new_softmax_cache
 from tests.conftest import TILES, use_tiles
 from tests.helpers.numerics import EPS32, gradient_tolerance, logps_error_bound, relative_error
@@ -182,7 +181,7 @@ def products(monkeypatch):
 
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             more = {torch.ops.aten.addmm_: in_place, kernel: attention}
-            if uses_onednn(torch.empty(0)):
+            if torch.backends.mkldnn.is_available():
                 more[torch.ops.mkldnn._linear_pointwise] = linear
             with FlopCounterMode(display=False, custom_mapping=more) as counter:
                 result = function(*args, **kwargs)
