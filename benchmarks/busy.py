@@ -8,6 +8,7 @@ other waits for. How threads wait, OMP_WAIT_POLICY, is read when torch is import
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -68,4 +69,6 @@ def _in_turn(steps) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(getattr(torch, sys.argv[1]))))
+    parser = argparse.ArgumentParser(prog="benchmarks.busy")
+    parser.add_argument("dtype", choices=("float32", "bfloat16"))
+    print(json.dumps(measure(getattr(torch, parser.parse_args().dtype))))
