@@ -25,7 +25,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)  ## raise a real model's accuracy without labels, in under 8 minutes on a CPU
 	$(BIN)/powerflow-fast demo $(ARGS)
 
-test: lint  ## everything that CI checks, 6 to 12 minutes on 2 cores
+test: lint  ## everything that CI checks, 6 to 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 test-kills: $(STAMP)  ## kills at random moments, 25 in all; whole dry run of the GPU's benchmark

@@ -63,10 +63,8 @@ def forward(
             hidden = _take(head.hidden, rows)
             models.append(OnlineHead(head._replace(hidden=hidden), _take(targets, rows), options))
     online = models[0]
-    models[-1].buffer, models[-1].rounded = (
-        online.buffer,
-        online.rounded,
-    )  # the models' tiles are formed one after the other
+    # The models' tiles are formed one after the other.
+    models[-1].buffer, models[-1].rounded = online.buffer, online.rounded
     unit_gradient = sparsity = kept_columns = None
     with _bf16_products(online.product_dtype, policy.hidden):
         if _certified_pays(online):

@@ -273,8 +273,8 @@ def test_products_of_other_threads_stay_float32():
     other = threading.Thread(target=multiply)
     other.start()
     hidden, weight = torch.randn(512, 256).bfloat16(), torch.randn(8192, 256).bfloat16()
+    targets = torch.zeros(512).long()
     for _ in range(20):
-        targets = torch.zeros(512).long()
         linear_logprobs(hidden, weight, targets, backend="torch", return_entropy=True)
     stop.set()
     other.join()
