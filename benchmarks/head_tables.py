@@ -49,16 +49,15 @@ def short_tables(rows: list[Row]) -> list[str]:
 def busy_tables(results: dict[str, Any]) -> list[str]:
     """A step alone and beside two programs, by how threads wait for each other."""
     rows, blocks = results["rows"], []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        chosen = [row for row in rows if row["dtype"] == dtype]
-        policies = list(dict.fromkeys(row["waiting"] for row in chosen))
-        head = [f"step, frozen head, {dtype}, N={chosen[0]['tokens']}"]
-        for policy in policies:
-            head += [f"alone, {policy} waiting", "beside two programs"]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        chosen = [row for row in rows if row["what"] == what]
+        head = [what]
+        for waiting in dict.fromkeys(row["waiting"] for row in chosen):
+            head += [f"alone, {waiting}", "beside two programs"]
         lines = []
-        for peer in dict.fromkeys(row["peer"] for row in chosen):
-            cells = [_bold(peer)]
-            for row in (row for row in chosen if row["peer"] == peer):
+        for step in dict.fromkeys(row["step"] for row in chosen):
+            cells = [_bold(step)]
+            for row in (row for row in chosen if row["step"] == step):
                 alone, beside = row["alone"], row["beside"]
                 cells += [_seconds(alone), f"{_seconds(beside)} ({beside / alone:.1f}x)"]
             lines.append(cells)

@@ -47,19 +47,27 @@ def test_options_that_are_fields():
     assert Settings(**fields_given(given, Settings)) == Settings(3, 0)
 
 
-@pytest.mark.parametrize("given,expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_of_a_command_sleep_where_they_wait(given, expected):
-    """OpenMP reads the variable once, when torch is imported: the command has to be earlier."""
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        ({}, "None 10000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+    ],
+)
+def test_threads_of_a_command_soon_sleep_where_they_wait(given, expected):
+    """OpenMP reads the variables once, when torch is imported: the command has to be earlier."""
     code = """
 import os, sys
 import powerflow_fast.cli as cli
 def parser():
-    print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    print(*(os.environ.get(name) for name in names), "torch" in sys.modules)
     sys.exit()
 cli._parser = parser
 cli.main([])
 """
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    read = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {name: value for name, value in os.environ.items() if name not in read} | given
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.stdout.split() == [expected, "False"], run.stderr
+    assert run.stdout.split() == [*expected.split(), "False"], run.stderr
