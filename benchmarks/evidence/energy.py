@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from powerflow_fast.training.forward import rows_of
 class Energy:
     """The reward alpha * log p - log pi, summed over a completion's tokens or their mean [nats].
 
-    `model` is the base with the trainer's adapter in it, which is switched off for log p.
+    `model` is the base with the trainer's adapter in it, which is switched off for log p. `log_p`
+    keeps the mean of a token's, a number a rollout.
     """
 
     model: Any
@@ -29,6 +30,7 @@ class Energy:
     alpha: float
     reduction: str  # "sum" or "mean"
     __name__: str = "energy"
+    log_p: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def __call__(self, prompts, completion_ids, **_: Any) -> list[float]:
@@ -37,8 +39,10 @@ class Energy:
         with adapters_off(self.model):
             reference = token_logps(self.model, rollout)
         total = (self.alpha * reference - policy).sum(1)
+        lengths = rollout["completion_mask"].sum(1)
+        self.log_p.append((reference.sum() / lengths.sum().clamp(min=1)).item())
         if self.reduction == "mean":
-            total /= rollout["completion_mask"].sum(1).clamp(min=1)
+            total /= lengths.clamp(min=1)
         return total.tolist()
 
 
