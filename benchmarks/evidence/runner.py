@@ -110,7 +110,6 @@ def _results(kept: Kept) -> dict[str, Any]:
 def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> None:
     plan, name = module(experiment).plan, module(experiment).__name__
     running: dict[Future, Run] = {}
-    began = time.perf_counter()
     while True:
         wanted = plan(_results(kept))
         names = {run.name for run in wanted}
@@ -126,9 +125,10 @@ def _run_experiment(experiment: str, kept: Kept, pool, workers: int, say) -> Non
             entry = future.result()
             kept.add(run, entry)
             known = plan(_results(kept))  # a search that ends adds runs
-            finished = sum(kept.result_of(r) is not None for r in known)
-            minutes = (time.perf_counter() - began) / 60
+            finished = [r.name for r in known if kept.result_of(r) is not None]
+            mean = sum(kept.runs[name]["seconds"] for name in finished) / len(finished)
+            left = mean * (len(known) - len(finished)) / workers / 60
             say(
                 f"{experiment} {run.name}: {entry['seconds']:.0f} s; "
-                f"{finished} of {len(known)} runs in {minutes:.1f} minutes"
+                f"{len(finished)} of {len(known)} runs, about {left:.0f} minutes left"
             )

@@ -40,7 +40,7 @@ def test_a_later_stage_depends_on_the_first(toy):
     assert toy() == [1, 2, 3, 20]
     assert written()["summary"] == {"final": -18}
     assert written()["runs"]["final"]["options"]["x"] == 20
-    assert "final" in lines[-2] and "written to" in lines[-1]
+    assert "4 of 4 runs, about 0 minutes left" in lines[-2] and "written to" in lines[-1]
     assert not runner.CACHE.exists()
 
 
