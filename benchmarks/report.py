@@ -94,7 +94,9 @@ def demo_tables() -> str:
 def evidence_table() -> str:
     """Accuracy of PowerFlow and its rivals."""
     every = results_file.load("evidence-sharpening")
-    return "\n\n".join(f"{sharpening.accuracy_table(r)}\n\n{r['device']}." for r in every)
+    return "\n\n".join(
+        f"{sharpening.accuracy_table(r, alphas=('4',))}\n\n{r['device']}." for r in every
+    )
 
 
 TABLES = {

@@ -88,7 +88,7 @@ def trained(
     *,
     seed: int,
     steps: int,
-    learning_rate: float,
+    learning_rate: float | None,
     max_new_tokens: int,
     prompts_per_step: int = 8,
     completions: int = 4,
@@ -103,9 +103,9 @@ def trained(
 
     Either `powerflow` (options of PowerFlowConfig; `rewards` are its psi) or `grpo` (of TRL's
     GRPOConfig; `rewards` are its rewards); `lora` are options of the adapter beside `ADAPTER`'s.
-    Answers are looked up by `Rollouts` to draw curves, and by a reward that says so. Without
-    `shuffle` the questions come in the order given. `sampler` draws the rollouts instead of the
-    trainer, as its `rollout_func`.
+    A `learning_rate` of None is the config's default. Answers are looked up by `Rollouts` to draw
+    curves, and by a reward that says so. Without `shuffle` the questions come in the order given.
+    `sampler` draws the rollouts instead of the trainer, as its `rollout_func`.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -122,7 +122,6 @@ def trained(
             output_dir=folder,
             seed=seed,
             max_steps=steps,
-            learning_rate=learning_rate,
             lr_scheduler_type="constant",
             per_device_train_batch_size=prompts_per_step * completions,
             num_generations=completions,
@@ -143,6 +142,8 @@ def trained(
             peft_config=LoraConfig(**ADAPTER | (lora or {})),
             rollout_func=sampler,
         )
+        if learning_rate is not None:
+            options["learning_rate"] = learning_rate
         functions = [rollouts, *rewards]
         if powerflow is not None:
             options |= {"stop_on_collapse": False, "sample_completions": 0, **powerflow}

@@ -3,8 +3,9 @@
 Every method trains on a mix of four tasks, one prompt of each a step, with the same prompts, number
 of completions and steps for one seed. Its learning rate is searched first, in shorter runs on a
 seed that is not among those reported, by the accuracy of samples on *training* questions
-afterwards: answers are used to choose it, for every method alike. Beside them stands what PowerFlow
-aims at, p^alpha itself, from weighted samples of the base.
+afterwards: answers are used to choose it, for every method alike. One more run of PowerFlow takes
+the learning rate that the package ships. Beside them stand what PowerFlow aims at, p^alpha itself,
+from weighted samples of the base, and what the base gives without training: `training_free`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.evidence import Run, rivals
+from benchmarks.evidence import Run, forecast_check, rivals, training_free
 from benchmarks.evidence.language import base_model, measure, power_accuracy, trained
 from benchmarks.evidence.tasks import TASKS, Task, task
 from benchmarks.markdown import table
@@ -30,17 +31,22 @@ QUESTIONS, SAMPLES = 12, 4  # measured of a task, and completions of each
 # Adapters on the upper 15 of 30 layers alone, which halves the backward pass.
 UPPER = {"target_modules": r".*\.layers\.(1[5-9]|2\d)\..*_proj"}
 
+SHIPPED = "powerflow-4-shipped"  # with the package's learning rate, which is not searched
 METHODS = {  # name -> its label
+    "powerflow-1.5": "PowerFlow, alpha 1.5",
     "powerflow-2": "PowerFlow, alpha 2",
     "powerflow-4": "PowerFlow, alpha 4",
+    "powerflow-8": "PowerFlow, alpha 8",
+    SHIPPED: "PowerFlow, alpha 4, learning rate as shipped",
     "grpo": "GRPO, true answers",
     "intuitor": "Intuitor",
     "empo": "EMPO",
     "ttrl": "TTRL",
 }
+SEARCHED = tuple(method for method in METHODS if method != SHIPPED)
 LABELS = {"base": "base model"} | METHODS
-UNTRAINED = ("base", "target")
-TARGETS = {"2": "p^2, where PowerFlow goes", "4": "p^4, where PowerFlow goes"}  # alpha -> label
+UNTRAINED = ("base", "target", *training_free.METHODS)
+TARGETS = {alpha: f"p^{alpha}, where PowerFlow goes" for alpha in ("1.5", "2", "4", "8")}
 TARGET_SAMPLES = 24  # per question
 MEASURES = {  # key of `language.measure` -> column
     "sampled": "sampled, T=1",
@@ -64,7 +70,7 @@ def plan(done: dict[str, Any]) -> list[Run]:
                 split="train",
             ),
         )
-        for method in METHODS
+        for method in SEARCHED
         for rate in LEARNING_RATES
     ]
     runs += [
@@ -72,7 +78,7 @@ def plan(done: dict[str, Any]) -> list[Run]:
     ]
     for method in METHODS:
         scores = search_scores(done, method)
-        if len(scores) == len(LEARNING_RATES):
+        if method == SHIPPED or len(scores) == len(LEARNING_RATES):
             options = dict(method=method, learning_rate=best(scores), steps=STEPS)
             runs += [Run(f"{method} {seed}", options | {"seed": seed}) for seed in SEEDS]
     return runs
@@ -87,15 +93,15 @@ def search_scores(done: dict[str, Any], method: str) -> dict[float, float]:
     return scores
 
 
-def best(scores: dict[float, float]) -> float:
-    """The learning rate with the highest score, the lowest of equals."""
-    return max(sorted(scores), key=lambda rate: scores[rate])
+def best(scores: dict[float, float]) -> float | None:
+    """The learning rate with the highest score, the lowest of equals; None without a search."""
+    return max(sorted(scores), key=lambda rate: scores[rate], default=None)
 
 
 def run(
     method: str,
     seed: int,
-    learning_rate: float = 0.0,
+    learning_rate: float | None = None,
     steps: int = STEPS,
     split: str = "held_out",
 ) -> dict[str, Any]:
@@ -106,6 +112,13 @@ def run(
         return {split: measured(model, tasks, split, seed)}
     if method == "target":
         return {split: _targets(model, tasks, split, seed)}
+    if method in training_free.METHODS:
+        return {
+            split: {
+                t.name: training_free.run(method, chosen, t.max_new_tokens, seed)
+                for t, chosen in asked(tasks, split, seed)
+            }
+        }
     questions = mixed(tasks, seed, steps)
     options = budget(tasks) | dict(seed=seed, steps=steps, learning_rate=learning_rate)
     with trained(questions, **options, **objective(method, questions)) as result:
@@ -133,9 +146,9 @@ def mixed(tasks: list[Task], seed: int, steps: int) -> list[Question]:
 
 def objective(method: str, questions: list[Question]) -> dict[str, Any]:
     """Keywords of `language.trained` that make the method."""
-    kind, _, alpha = method.partition("-")
+    kind, *alpha = method.split("-")
     if kind == "powerflow":
-        return {"powerflow": {"alpha": float(alpha)}}
+        return {"powerflow": {"alpha": float(alpha[0])}}
     reward: Callable = {
         "grpo": lambda: rivals.TrueAnswer({q.prompt: q.answers for q in questions}),
         "intuitor": lambda: rivals.SelfCertainty(*base_model()),
@@ -178,6 +191,18 @@ def summarise(done: dict[str, Any]) -> dict[str, Any]:
     base, target = _by_seed(done, "base"), _by_seed(done, "target", TARGETS)
     gains = {alpha: _gains(target, alpha, base) for alpha in TARGETS}
     summary = {"base": {"held_out": base}, "target": {"held_out": target, "gain": gains}}
+    free = [
+        {
+            name: {
+                label: figures
+                for method in training_free.METHODS
+                for label, figures in done[f"{method} {seed}"]["held_out"][name].items()
+            }
+            for name in TASKS
+        }
+        for seed in SEEDS
+    ]
+    summary["training_free"] = training_free.summarise(free)
     for method in METHODS:
         held_out = _by_seed(done, method)
         scores = search_scores(done, method)
@@ -222,8 +247,8 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def accuracy_table(results: dict[str, Any]) -> str:
-    """Of one sample, by method and task."""
+def accuracy_table(results: dict[str, Any], alphas: Iterable[str] = tuple(TARGETS)) -> str:
+    """Of one sample, by method and task; of PowerFlow's rows those of `alphas`."""
     summary = results["summary"]
     seeds = len(SEEDS)
     said = (
@@ -233,11 +258,13 @@ def accuracy_table(results: dict[str, Any]) -> str:
     )
     target = summary["target"]
     rows = [("base model", summary["base"]["held_out"], "sampled", None)]
-    rows += [(TARGETS[a], target["held_out"], a, target["gain"][a]) for a in TARGETS]
-    for method, label in METHODS.items():
-        rows.append(
-            (label, summary[method]["held_out"], "sampled", summary[method]["gain_sampled"])
-        )
+    rows += [(TARGETS[a], target["held_out"], a, target["gain"][a]) for a in alphas]
+    left_out = {f"powerflow-{alpha}" for alpha in TARGETS if alpha not in alphas}
+    rows += [
+        (METHODS[method], summary[method]["held_out"], "sampled", summary[method]["gain_sampled"])
+        for method in METHODS
+        if method not in left_out
+    ]
     lines = []
     for label, held_out, key, gains in rows:
         cells = [label]
@@ -266,10 +293,51 @@ def tables(results: dict[str, Any]) -> str:
             cells += ["", "", ""]
         else:
             searched = " / ".join(f"{100 * score:.0f}" for score in entry["search"].values())
-            cells += [f"{entry['learning_rate']:g}", searched, _spread(entry["seconds"], "{:.0f}")]
+            rate = f"{entry['learning_rate']:g}" if method in SEARCHED else "default"
+            cells += [rate, searched, _spread(entry["seconds"], "{:.0f}")]
         lines.append(cells)
     head = ["", *MEASURES.values(), "learning rate", "searched", "seconds a run"]
-    return "\n\n".join([accuracy_table(results), said, table(head, lines)])
+    blocks = [accuracy_table(results), said, table(head, lines), cost_tables(summary)]
+    return "\n\n".join([*blocks, _forecast_table(summary)])
+
+
+def _forecast_table(summary: dict[str, Any]) -> str:
+    """What p^alpha promised of every task, seed and alpha, and what training gave."""
+
+    def accuracy(held_out, key: str = "sampled") -> forecast_check.BySeed:
+        return {name: held_out[name][key] for name in TASKS}
+
+    return forecast_check.tables(
+        accuracy(summary["base"]["held_out"]),
+        {alpha: accuracy(summary["target"]["held_out"], alpha) for alpha in TARGETS},
+        {alpha: accuracy(summary[f"powerflow-{alpha}"]["held_out"]) for alpha in TARGETS},
+    )
+
+
+def cost_tables(summary: dict[str, Any]) -> str:
+    """What an answer costs, and when training pays."""
+    free = summary["training_free"]
+    seconds = statistics.mean(summary["powerflow-4"]["seconds"])
+    pays = [
+        f"{count:,.0f} answers against {label}"
+        for label, count in training_free.break_even(free, seconds).items()
+    ]
+    said = (
+        f"Accuracy is the mean over the tasks, of {len(SEEDS)} seeds. The time of PowerFlow's "
+        f"training at alpha 4 is that of {' and '.join(pays)}."
+    )
+    return training_free.tables(free, _trained(summary)) + "\n\n" + said
+
+
+def _trained(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Label -> accuracy of one sample and seconds of training, of the policies."""
+    return {
+        label: {
+            "accuracy": summary[method]["held_out"]["mean"]["sampled"],
+            "seconds": summary[method]["seconds"],
+        }
+        for method, label in METHODS.items()
+    }
 
 
 def _percent(values: list[float], form: str = "{:.0f}") -> str:
@@ -285,7 +353,8 @@ def _spread(values: list[float], form: str) -> str:
 def draw(figure, results: dict[str, Any]) -> None:
     """Rollouts over steps and over time, means with a standard error; held-out at the end."""
     summary = results["summary"]
-    by_step, by_time, by_task = figure.subplots(1, 3, width_ratios=(1, 1, 1.4))
+    figure.set_size_inches(8, 6.4)
+    (by_step, by_time), (by_task, by_cost) = figure.subplots(2, 2)
     for i, (method, label) in enumerate(METHODS.items()):
         entry, color = summary[method], f"C{i}"
         columns = list(zip(*entry["rollout_accuracy"], strict=True))
@@ -301,7 +370,7 @@ def draw(figure, results: dict[str, Any]) -> None:
             values = [100 * v for v in summary[method]["held_out"][name]["sampled"]]
             spread = statistics.stdev(values)
             by_task.errorbar(
-                place + (i - len(METHODS) / 2) * 0.11,
+                place + (i - len(METHODS) / 2) * 0.08,
                 statistics.mean(values),
                 spread,
                 fmt="o",
@@ -314,4 +383,6 @@ def draw(figure, results: dict[str, Any]) -> None:
     by_time.set(xlabel="seconds, one thread")
     by_task.set(ylabel="held-out accuracy, T=1, %")
     by_task.set_xticks(range(len(TASKS) + 1), [*TASKS, "all"], rotation=20)
-    figure.legend(*by_task.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    colors = {label: f"C{i}" for i, label in enumerate(METHODS.values())}
+    training_free.draw(by_cost, summary["training_free"], _trained(summary), colors)
+    figure.legend(*by_task.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import plots
-from benchmarks.evidence import language, rivals, sharpening, tasks
+from benchmarks.evidence import language, rivals, sharpening, tasks, training_free
 from powerflow_fast.data.prompts import Question
 from tests.helpers import tiny
 
@@ -194,8 +194,10 @@ def test_seeds_wait_for_their_methods_search():
     first = sharpening.plan({})
     searches = [run for run in first if run.name.startswith("search")]
     rates = len(sharpening.LEARNING_RATES)
-    assert len(searches) == rates * len(sharpening.METHODS)
-    assert len(first) == len(searches) + 2 * len(sharpening.SEEDS)
+    assert len(searches) == rates * len(sharpening.SEARCHED)
+    unsearched = [*sharpening.UNTRAINED, sharpening.SHIPPED]
+    assert len(first) == len(searches) + len(unsearched) * len(sharpening.SEEDS)
+    assert {r.options["learning_rate"] for r in first if "shipped" in r.name} == {None}
     assert {run.options["seed"] for run in searches}.isdisjoint(sharpening.SEEDS)
     assert {run.options["split"] for run in searches} == {"train"}
     half = searched("ttrl", [0.2] * rates)
@@ -210,6 +212,7 @@ def test_seeds_wait_for_their_methods_search():
 def test_of_equal_learning_rates_the_lowest_is_taken():
     assert sharpening.best({1e-3: 0.5, 3e-4: 0.5}) == 3e-4
     assert sharpening.best({1e-3: 0.6, 3e-4: 0.5}) == 1e-3
+    assert sharpening.best({}) is None
 
 
 @pytest.fixture
@@ -220,10 +223,19 @@ def results():
     done = {}
     for seed in sharpening.SEEDS:
         done[f"base {seed}"] = {"held_out": held_out(0.20 + 0.01 * seed)}
-        target = {t: {"2": 0.4 + 0.01 * seed, "4": 0.6} for t in sharpening.TASKS}
-        done[f"target {seed}"] = {"held_out": target}
+        powers = dict.fromkeys(sharpening.TARGETS, 0.6) | {"2": 0.4 + 0.01 * seed}
+        done[f"target {seed}"] = {"held_out": dict.fromkeys(sharpening.TASKS, powers)}
+        free = {
+            label: {"accuracy": 0.3 + 0.1 * seed, "tokens": 3.0, "seconds": 0.01}
+            for label in training_free.LABELS
+        }
+        for label in training_free.POWER:
+            free[label]["seconds"] = 0.51
+        for method in training_free.METHODS:
+            done[f"{method} {seed}"] = {"held_out": dict.fromkeys(sharpening.TASKS, free)}
     for i, method in enumerate(sharpening.METHODS):
-        done |= searched(method, [0.25, 0.5, 0.4])
+        if method in sharpening.SEARCHED:
+            done |= searched(method, [0.25, 0.5, 0.4])
         for seed in sharpening.SEEDS:
             steps = [{"accuracy": 0.2 + 0.1 * s, "seconds": 5.0 * s} for s in range(3)]
             value = held_out(0.5 + 0.01 * i + 0.01 * seed)
@@ -237,15 +249,46 @@ def test_summary_pairs_every_seed_with_the_base(results):
         gains = summary[method]["gain_sampled"]
         assert set(gains) == {*sharpening.TASKS, "mean"}
         assert gains["sums"] == pytest.approx([0.3 + 0.01 * i] * 5)
-        assert summary[method]["learning_rate"] == sharpening.LEARNING_RATES[1]
+        searched = method in sharpening.SEARCHED
+        rate = sharpening.LEARNING_RATES[1] if searched else None
+        assert summary[method]["learning_rate"] == rate
 
 
 def test_tables_and_plot_come_from_the_summary(results):
     text = sharpening.tables(results)
-    assert "| PowerFlow, alpha 2 | 52 ± 2 (+30 ± 0) |" in text
+    assert "| PowerFlow, alpha 2 | 53 ± 2 (+31 ± 0) |" in text
     assert "| base model | 22 ± 2 |" in text
     assert "| p^2, where PowerFlow goes | 42 ± 2 (+20 ± 0) |" in text
     assert "| p^4, where PowerFlow goes | 60 ± 0 (+38 ± 2) |" in text
     assert "| 0.001 | 25 / 50 / 40 | 17 ± 2 |" in text
+    assert "| default |  | 17 ± 2 |" in text
+    assert "| best of 64 | 50 ± 16 | 3 | 10 | 0 |" in text
+    assert "| PowerFlow, alpha 4 | 54 ± 2 | 3 | 10 | 17 |" in text
+    assert "is that of 34 answers against power 4 x 4 and 34 answers against power 8 x 8." in text
+    short = sharpening.accuracy_table(results, alphas=("4",))
+    assert "alpha 4" in short and "alpha 2" not in short and "p^2" not in short
+    assert "| alpha 2 | +20 | +31 | 11 | " in text and "| all | +" in text
     drawn = plots.svg(lambda figure: sharpening.draw(figure, results))
     assert all(label in drawn for label in sharpening.LABELS.values())
+
+
+def test_of_the_base_by_what_an_answer_costs(monkeypatch):
+    """The likeliest and the most frequent of every n samples; a question counts each group."""
+    monkeypatch.setattr(training_free, "base_model", lambda: (None, None))
+    monkeypatch.setattr(training_free, "COUNTS", (2, 4))
+    monkeypatch.setattr(training_free, "DRAWN", 4)
+    texts = [" 7", " 8", " 8", " 8 and", " Rome", " Paris", "", " Rome"]
+    logps = torch.tensor([-1.0, -2.0, -3.0, -2.0, -2.0, -1.0, -5.0, -9.0])
+    drawn = language.Samples(texts, logps, torch.ones(8), ["", ""])
+    monkeypatch.setattr(training_free, "sample", lambda *_: drawn)
+    questions = [Question("a", ("8",)), Question("b", ("Rome",))]
+    found = training_free.run(training_free.VOTES, questions, 3, seed=0)
+    accuracy = {label: figures["accuracy"] for label, figures in found.items()}
+    assert accuracy == {
+        "one sample": 5 / 8,
+        "best of 2": 1 / 4,  # 7, "8 and", Paris, ""
+        "best of 4": 0,  # 7, Paris
+        "majority of 2": 3 / 4,  # 7 (of two, the first), 8, Rome, Rome
+        "majority of 4": 1,
+    }
+    assert found["best of 4"]["tokens"] == 12
