@@ -48,9 +48,10 @@ def measure(what: str) -> Seconds:
     """Median seconds of each step of `what`, for every way to wait."""
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory())) / "model"
-        workers = {waiting: Worker(what, folder, waiting) for waiting in WAITING}
-        for worker in workers.values():
-            running.callback(worker.end)
+        workers = {}
+        for waiting in WAITING:
+            workers[waiting] = Worker(what, folder, waiting)
+            running.callback(workers[waiting].end)
         _in_turn(workers, rounds=1)
         alone = _in_turn(workers)
         for _ in range(PROGRAMS):
