@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -13,6 +14,12 @@ NARROW = 9  # columns of a table that a longer title wraps within
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; every row has as many cells as `head`."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def spread(values: Sequence[float], form: str = "{:.0f}") -> str:
+    """Mean ± standard deviation; a sign in `form` is the mean's."""
+    deviation = form.replace("+", "").format(statistics.stdev(values))
+    return f"{form.format(statistics.fmean(values))} ± {deviation}"
 
 
 def plain(block: str) -> str:

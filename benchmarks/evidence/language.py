@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.evidence.prefixes import Prefixes
 from powerflow_fast.data.prompts import Question
 from powerflow_fast.evaluation.forecast import power_weights
 from powerflow_fast.evaluation.scores import distinct_word_ngrams, is_correct, words
-from powerflow_fast.models.lm_head import positions
 from powerflow_fast.models.sampling import end_tokens
 
 ADAPTER = dict(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
@@ -247,29 +247,22 @@ def sample(
     work where completions are shorter than prompts. The caller's random state is left as it was.
     """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    mask, rows = inputs["attention_mask"], samples + 1
-    places = positions(mask)
+    rows = samples + 1
     training = model.training
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = model(**inputs, position_ids=places, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(rows)
-        logits = out.logits[:, -1].repeat_interleave(rows, 0)
-        mask, place = mask.repeat_interleave(rows, 0), places[:, -1:].repeat_interleave(rows, 0)
+        drawn = Prefixes(model, inputs["input_ids"], inputs["attention_mask"]).repeated(rows)
         tokens, logps = [], []
         while True:
-            log_p = logits.float().log_softmax(-1)
+            log_p = drawn.log_p()
             token = torch.multinomial(log_p.exp(), 1)
-            token[::rows] = logits[::rows].argmax(-1, keepdim=True)
+            token[::rows] = drawn.logits[::rows].argmax(-1, keepdim=True)
             tokens.append(token)
             logps.append(log_p.gather(1, token))
             if len(tokens) == max_new_tokens:
                 break
-            mask, place = torch.cat([mask, torch.ones_like(token)], 1), place + 1
-            step = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
-            logits = model(input_ids=token, **step, use_cache=True).logits[:, -1]
+            drawn.feed(token)
     model.train(training)
     ids = torch.cat(tokens, 1)
     ended = torch.isin(ids, torch.tensor(end_tokens(model, tokenizer)))

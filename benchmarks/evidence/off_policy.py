@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.evidence import Run, language, sharpening
 from benchmarks.evidence.tasks import TASKS, task
-from benchmarks.markdown import table
+from benchmarks.markdown import spread, table
 from powerflow_fast.models.sampling import sample
 
 TITLE = "Rollouts drawn some updates ahead, SmolLM2-135M"
@@ -157,7 +157,9 @@ def tables(results: Results) -> str:
     rows = []
     for setting in (BASE, *SETTINGS):
         entry = summary[setting]
-        cells = [_spread(entry["accuracy"][name], 100, ".0f") for name in (*TASKS, "all")]
+        cells = [
+            spread([100 * value for value in entry["accuracy"][name]]) for name in (*TASKS, "all")
+        ]
         change, inside = "", ""
         if setting not in (BASE, ON_POLICY):
             change = ", ".join(f"{100 * value:+.0f}" for value in entry["change"])
@@ -176,7 +178,7 @@ def _figures_table(summary: Results) -> str:
             [
                 setting,
                 f"{statistics.mean(curves['staleness']):.1f}",
-                _spread(summary[setting]["kl"], 1, ".2f"),
+                spread(summary[setting]["kl"], "{:.2f}"),
                 f"{100 * statistics.mean(clipped):.0f} %, {100 * clipped[-1]:.0f} %",
                 f"{statistics.mean(drift):.2f}, {drift[-1]:.2f}",
                 f"{gap:.0e}" if gap else "0",
@@ -193,12 +195,6 @@ def _figures_table(summary: Results) -> str:
     return table(head, rows)
 
 
-def _spread(values: list[float], factor: float, form: str) -> str:
-    """Mean ± standard deviation."""
-    mean, spread = factor * statistics.mean(values), factor * statistics.stdev(values)
-    return f"{mean:{form}} ± {spread:{form}}"
-
-
 def draw(figure, results: Results) -> None:
     """Held-out accuracy by setting; drift and the share of clipped weights over steps."""
     summary = results["summary"]
@@ -206,11 +202,13 @@ def draw(figure, results: Results) -> None:
     for place, setting in enumerate((BASE, *SETTINGS)):
         values = [100 * value for value in summary[setting]["accuracy"]["all"]]
         color = "black" if setting == BASE else f"C{place - 1}"
-        mean, spread = statistics.mean(values), statistics.stdev(values)
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
         if setting == ON_POLICY:
-            accuracy.axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+            accuracy.axhspan(
+                mean - deviation, mean + deviation, color=color, alpha=0.12, linewidth=0
+            )
         accuracy.plot([place + 0.15] * len(values), values, ".", color=color, markersize=3)
-        accuracy.errorbar(place, mean, spread, fmt="o", markersize=4, linewidth=1, color=color)
+        accuracy.errorbar(place, mean, deviation, fmt="o", markersize=4, linewidth=1, color=color)
         if setting == BASE:
             continue
         curves = summary[setting]["curves"]

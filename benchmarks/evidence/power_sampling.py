@@ -8,15 +8,13 @@ a jackknife over these takes off the first order of the ratio's bias.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from powerflow_fast.models.lm_head import positions
+from benchmarks.evidence.prefixes import Prefixes
 from powerflow_fast.models.sampling import end_tokens
 
 ROWS = 512  # continuations that are computed at once
@@ -58,10 +56,10 @@ def power_sample(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for part in rows.split(at_once):
-            state = _State(model, inputs["input_ids"][part], inputs["attention_mask"][part])
+            state = Prefixes(model, inputs["input_ids"][part], inputs["attention_mask"][part])
             ended, chosen = torch.zeros(len(part), dtype=torch.bool), []
             for left in range(max_new_tokens - 1, -1, -1):
-                log_p, tokens = state.log_p.topk(candidates)
+                log_p, tokens = state.log_p().topk(candidates)
                 ahead = torch.zeros(*tokens.shape, lookaheads)
                 if left:
                     ahead = _continuations(state, tokens, lookaheads, left, ends)
@@ -87,43 +85,16 @@ def jackknifed(log_p: Tensor, ahead: Tensor, alpha: float) -> Tensor:
     """
     values = (alpha - 1) * ahead
     count = values.shape[-1]
-    whole = (alpha * log_p + values.logsumexp(-1) - math.log(count)).softmax(-1)
-    others = ~torch.eye(count, dtype=torch.bool)  # row s leaves out lookahead s
-    left_out = values[..., None, :].masked_fill(~others, -math.inf).logsumexp(-1)
-    parts = (alpha * log_p[..., None] + left_out - math.log(count - 1)).softmax(1)
+    whole = (alpha * log_p + values.logsumexp(-1)).softmax(-1)
+    itself = torch.eye(count, dtype=torch.bool)
+    others = values[..., None, :].masked_fill(itself, float("-inf")).logsumexp(-1)  # without one
+    parts = (alpha * log_p[..., None] + others).softmax(1)
     estimate = (count * whole - (count - 1) * parts.mean(-1)).clamp(min=0)
     return estimate / estimate.sum(-1, keepdim=True)
 
 
-class _State:
-    """Prefixes with their cache, and the next token's log-probs [R, V]."""
-
-    def __init__(self, model, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self.model, self.mask = model, attention_mask
-        places = positions(attention_mask)
-        given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=places)
-        out = model(**given, use_cache=True, logits_to_keep=1)
-        self.cache, self.place = out.past_key_values, places[:, -1:]
-        self.log_p = out.logits[:, -1].float().log_softmax(-1)
-
-    def feed(self, token: Tensor) -> None:  # [R, 1]
-        self.mask = torch.cat([self.mask, torch.ones_like(token)], 1)
-        self.place = self.place + 1
-        given = dict(attention_mask=self.mask, position_ids=self.place, use_cache=True)
-        out = self.model(input_ids=token, past_key_values=self.cache, **given)
-        self.log_p = out.logits[:, -1].float().log_softmax(-1)
-
-    def repeated(self, times: int) -> _State:
-        """A copy with each row `times` times, which may go on without this one."""
-        new = copy.copy(self)
-        new.cache = copy.deepcopy(self.cache)
-        new.cache.batch_repeat_interleave(times)
-        new.mask, new.place = (x.repeat_interleave(times, 0) for x in (self.mask, self.place))
-        return new
-
-
 def _continuations(
-    state: _State, tokens: Tensor, lookaheads: int, length: int, ends: Tensor
+    state: Prefixes, tokens: Tensor, lookaheads: int, length: int, ends: Tensor
 ) -> Tensor:
     """[R, K, M] log-probs of sampled continuations of each candidate [R, K]; 0 after an end."""
     ahead = state.repeated(tokens.shape[1] * lookaheads)
@@ -131,7 +102,8 @@ def _continuations(
     total, ended = torch.zeros(len(token)), torch.isin(token[:, 0], ends)
     for _ in range(length):
         ahead.feed(token)
-        token = torch.multinomial(ahead.log_p.exp(), 1)
-        total += ahead.log_p.gather(1, token)[:, 0].masked_fill(ended, 0.0)
+        log_p = ahead.log_p()
+        token = torch.multinomial(log_p.exp(), 1)
+        total += log_p.gather(1, token)[:, 0].masked_fill(ended, 0.0)
         ended |= torch.isin(token[:, 0], ends)
     return total.view(*tokens.shape, lookaheads)

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.evidence import Run, forecast_check, rivals, training_free
 from benchmarks.evidence.language import base_model, measure, power_accuracy, trained
 from benchmarks.evidence.tasks import TASKS, Task, task
-from benchmarks.markdown import table
+from benchmarks.markdown import spread, table
 from powerflow_fast.data.prompts import Question
 
 TITLE = "Sharpening SmolLM2-135M: PowerFlow, supervised GRPO and three unsupervised rivals"
@@ -288,16 +288,16 @@ def tables(results: dict[str, Any]) -> str:
         entry = summary[method]
         mean = entry["held_out"]["mean"]
         cells = [label, *(_percent(mean[key]) for key in MEASURES if key != "diversity")]
-        cells.append(_spread(mean["diversity"], "{:.2f}"))
+        cells.append(spread(mean["diversity"], "{:.2f}"))
         if method == "base":
             cells += ["", "", ""]
         else:
             searched = " / ".join(f"{100 * score:.0f}" for score in entry["search"].values())
             rate = f"{entry['learning_rate']:g}" if method in SEARCHED else "default"
-            cells += [rate, searched, _spread(entry["seconds"], "{:.0f}")]
+            cells += [rate, searched, spread(entry["seconds"], "{:.0f}")]
         lines.append(cells)
     head = ["", *MEASURES.values(), "learning rate", "searched", "seconds a run"]
-    blocks = [accuracy_table(results), said, table(head, lines), cost_tables(summary)]
+    blocks = [accuracy_table(results), said, table(head, lines), _cost_tables(summary)]
     return "\n\n".join([*blocks, _forecast_table(summary)])
 
 
@@ -314,7 +314,7 @@ def _forecast_table(summary: dict[str, Any]) -> str:
     )
 
 
-def cost_tables(summary: dict[str, Any]) -> str:
+def _cost_tables(summary: dict[str, Any]) -> str:
     """What an answer costs, and when training pays."""
     free = summary["training_free"]
     seconds = statistics.mean(summary["powerflow-4"]["seconds"])
@@ -341,13 +341,7 @@ def _trained(summary: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def _percent(values: list[float], form: str = "{:.0f}") -> str:
-    return _spread([100 * value for value in values], form)
-
-
-def _spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation over seeds."""
-    spread = form.replace("+", "").format(statistics.stdev(values))
-    return f"{form.format(statistics.mean(values))} ± {spread}"
+    return spread([100 * value for value in values], form)
 
 
 def draw(figure, results: dict[str, Any]) -> None:
@@ -368,11 +362,11 @@ def draw(figure, results: dict[str, Any]) -> None:
     for i, (method, label) in enumerate(LABELS.items()):
         for place, name in enumerate((*TASKS, "mean")):
             values = [100 * v for v in summary[method]["held_out"][name]["sampled"]]
-            spread = statistics.stdev(values)
+            deviation = statistics.stdev(values)
             by_task.errorbar(
                 place + (i - len(METHODS) / 2) * 0.08,
                 statistics.mean(values),
-                spread,
+                deviation,
                 fmt="o",
                 markersize=3,
                 linewidth=1,

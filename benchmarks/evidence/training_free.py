@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.evidence.language import answer_of, base_model, majority, sample
 from benchmarks.evidence.power_sampling import power_sample
-from benchmarks.markdown import table
+from benchmarks.markdown import spread, table
 from powerflow_fast.data.prompts import Question
 from powerflow_fast.evaluation.scores import is_correct
 
@@ -106,11 +106,11 @@ def tables(
     rows = []
     for label, figures in found.items():
         cost = [f"{statistics.fmean(figures['tokens']):.0f}", _milliseconds(figures["seconds"])]
-        rows.append([label, _percent(figures["accuracy"]), *cost, "0"])
+        rows.append([label, spread([100 * value for value in figures["accuracy"]]), *cost, "0"])
     for label, figures in trained.items():
         cost = [f"{statistics.fmean(one['tokens']):.0f}", _milliseconds(one["seconds"])]
         seconds = f"{statistics.fmean(figures['seconds']):.0f}"
-        rows.append([label, _percent(figures["accuracy"]), *cost, seconds])
+        rows.append([label, spread([100 * value for value in figures["accuracy"]]), *cost, seconds])
     head = [
         "what an answer costs",
         "accuracy, %",
@@ -155,7 +155,3 @@ def draw(
 
 def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{1000 * statistics.fmean(seconds):.0f}"
-
-
-def _percent(values: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(values):.0f} ± {100 * statistics.stdev(values):.0f}"
